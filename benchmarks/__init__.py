@@ -1,0 +1,1 @@
+"""Measurements of fastlinear; nothing imports them."""

@@ -1,0 +1,45 @@
+"""What a measurement was taken on: device, driver, versions, commit."""
+
+import platform
+import subprocess
+from typing import Any
+
+import torch
+
+
+def _first_line(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as cpuinfo:
+            return next(line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return str(__import__(package).__version__)
+    except ImportError:
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """Device, driver, versions and commit, as JSON takes them."""
+    gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if gpu else _processor(),
+        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "commit": _first_line("git", "rev-parse", "HEAD"),
+        "uncommitted": bool(_first_line("git", "status", "--porcelain", "--untracked-files=no")),
+    }

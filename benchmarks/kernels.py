@@ -1,0 +1,243 @@
+"""Every kernel in every legal configuration on the GPU at hand: checked against float64, then timed against cuBLAS.
+
+`python -m benchmarks.kernels --out FOLDER` writes FOLDER/kernels.json as it goes, so that an interrupted run keeps what
+it has measured, and prints a summary. Times are device times (CUDA events, median), in microseconds.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from benchmarks.environment import environment
+from fastlinear.kernels import launch
+from fastlinear.kernels.backward import linear_backward_input, linear_backward_weight
+from fastlinear.kernels.configs import choose, legal_configs
+from fastlinear.kernels.forward import linear_forward
+
+ARITHMETICS = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32"), (torch.float64, "ieee")]
+CHECKED = [  # (M, N, K, aligned) with a reason each
+    (512, 512, 512, True),  # whole blocks
+    (272, 400, 336, True),  # aligned, off every block boundary
+    (77, 130, 61, False),  # nothing divides by anything
+    (1, 10, 64, False),  # one datapoint
+    (4096, 48, 32, True),  # many rows, few tiles: the M reduction is split
+]
+LAYERS = [(3072, 768), (4096, 4096), (14336, 4096), (1024, 8192)]  # (N, K)
+ROWS = [1, 16, 64, 256, 1024, 4096, 16384]
+
+
+def products(x: Tensor, w: Tensor, b: Tensor, g: Tensor) -> dict[str, Callable[[], Any]]:
+    """What PyTorch runs for each product of the layer; grad_weight comes with grad_bias."""
+    return {
+        "output": lambda: F.linear(x, w, b),
+        "grad_input": lambda: g @ w,
+        "grad_weight": lambda: (g.mT @ x, g.sum(0)),
+    }
+
+
+def kernel_call(product: str, x: Tensor, w: Tensor, b: Tensor, g: Tensor, precision: str, config: Any) -> Callable[[], Any]:
+    return {
+        "output": lambda: linear_forward(x, w, b, precision=precision, config=config),
+        "grad_input": lambda: linear_backward_input(g, w, precision=precision, config=config),
+        "grad_weight": lambda: linear_backward_weight(g, x, True, precision=precision, config=config),
+    }[product]
+
+
+def configs(product: str, dtype: torch.dtype, precision: str, aligned: bool) -> tuple[Any, ...]:
+    kernel = "backward_weight" if product == "grad_weight" else "forward"
+    return legal_configs(kernel, dtype, precision, aligned, launch.target_of(torch.device("cuda", 0)))
+
+
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def largest_error(results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
+    return [(result.double() - reference).abs().max().item() for result, reference in zip(results, exact, strict=True)]
+
+
+def set_tf32(precision: str) -> None:
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+
+
+def check(record: Callable[[dict[str, Any]], None]) -> int:
+    """Errors of every configuration against float64; a fault is more than twice PyTorch's, plus one rounding step."""
+    faults = 0
+    for (dtype, precision), (m, n, k, aligned) in itertools.product(ARITHMETICS, CHECKED):
+        set_tf32(precision)
+        x, w, b, g = (torch.randn(shape, device="cuda").to(dtype) for shape in ((m, k), (n, k), (n,), (m, n)))
+        exact = products(x.double(), w.double(), b.double(), g.double())
+        native = products(x, w, b, g)
+        for product in exact:
+            references = as_tuple(exact[product]())
+            budgets = [
+                2 * error + torch.finfo(dtype).eps * reference.abs().max().item()
+                for error, reference in zip(largest_error(as_tuple(native[product]()), references), references, strict=True)
+            ]
+            for config in configs(product, dtype, precision, aligned):
+                row = {"part": "numerics", "product": product, "dtype": str(dtype)[6:], "precision": precision}
+                row |= {"m": m, "n": n, "k": k, "config": str(config), "budgets": budgets}
+                try:
+                    call = kernel_call(product, x, w, b, g, precision, config)
+                    results = as_tuple(call())
+                    row["errors"] = largest_error(results, references)
+                    row["repeatable"] = all(
+                        torch.equal(result, again) for _ in range(5) for result, again in zip(results, as_tuple(call()), strict=True)
+                    )
+                    row["fault"] = not row["repeatable"] or not all(
+                        error <= budget for error, budget in zip(row["errors"], budgets, strict=True)
+                    )
+                except Exception as error:  # a configuration that does not launch is a finding
+                    row |= {"fault": True, "error": f"{type(error).__name__}: {error}"[:500]}
+                faults += row["fault"]
+                if row["fault"]:
+                    print("FAULT", row, flush=True)
+                record(row)
+    return faults
+
+
+def check_far_offsets(record: Callable[[dict[str, Any]], None]) -> int:
+    """Rows past 2**31 elements from the first, where a 32-bit offset would wrap around."""
+    rows, width = 2**21 + 300, 1024
+    x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(32, width, device="cuda", dtype=torch.bfloat16)
+    last = linear_forward(x, w)[-256:]
+    native = F.linear(x[-256:], w)
+    exact = x[-256:].double() @ w.double().T
+    g = torch.randn(rows, 32, device="cuda", dtype=torch.bfloat16)
+    grad_weight, _ = linear_backward_weight(g, x, False)
+    exact_weight = sum(
+        g_part.double().T @ x_part.double() for g_part, x_part in zip(g.split(2**18), x.split(2**18), strict=True)
+    )
+    native_weight = g.T @ x
+    row = {"part": "far offsets", "rows": rows, "width": width}
+    row["errors"] = [(last.double() - exact).abs().max().item(), (grad_weight.double() - exact_weight).abs().max().item()]
+    row["native"] = [(native.double() - exact).abs().max().item(), (native_weight.double() - exact_weight).abs().max().item()]
+    row["fault"] = any(error > 2 * budget + 1e-9 for error, budget in zip(row["errors"], row["native"], strict=True))
+    if row["fault"]:
+        print("FAULT", row)
+    record(row)
+    return int(row["fault"])
+
+
+class Timer:
+    """Median device time of calls, each after the L2 cache has been overwritten."""
+
+    def __init__(self, milliseconds: float) -> None:
+        self.flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+        self.milliseconds = milliseconds
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        call()
+        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(30)]
+        spent = 0.0
+        times: list[float] = []
+        while spent < self.milliseconds and len(times) < 200:
+            for start, end in pairs[: 5 if not times else 30]:
+                self.flush.zero_()
+                start.record()
+                call()
+                end.record()
+            torch.cuda.synchronize()
+            batch = [start.elapsed_time(end) for start, end in pairs[: 5 if not times else 30]]
+            times += batch
+            spent += sum(batch)
+        return 1000 * statistics.median(times)
+
+
+def measure(record: Callable[[dict[str, Any]], None], dtypes: list[str], deadline: float) -> None:
+    timer = Timer(milliseconds=5)
+    for dtype, precision in ARITHMETICS:
+        name = "tf32" if precision == "tf32" else str(dtype)[6:]
+        if name not in dtypes:
+            continue
+        set_tf32(precision)
+        for (n, k), m in itertools.product(LAYERS, ROWS):
+            x, w, b, g = (torch.randn(shape, device="cuda").to(dtype) for shape in ((m, k), (n, k), (n,), (m, n)))
+            for product, native in products(x, w, b, g).items():
+                if time.monotonic() > deadline:
+                    print("out of time: the rest is not measured")
+                    return
+                kernel = "backward_weight" if product == "grad_weight" else "forward"
+                dims = (m, k, n) if product == "grad_input" else (m, n, k)
+                aligned = launch.aligned(x, w, g)
+                chosen = choose(kernel, 1, *dims, dtype, precision, aligned, launch.target_of(x.device))
+                row = {"part": "time", "product": product, "dtype": name, "m": m, "n": n, "k": k, "chosen": str(chosen)}
+                row["native_us"] = [timer(native)]
+                row["kernel_us"] = {}
+                for config in configs(product, dtype, precision, aligned):
+                    row["kernel_us"][str(config)] = timer(kernel_call(product, x, w, b, g, precision, config))
+                row["native_us"].append(timer(native))
+                record(row)
+            best = min(row["kernel_us"].values())
+            print(f"{name} {m}x{n}x{k} grad_weight: native {row['native_us'][0]:.1f} us, chosen {row['kernel_us'][row['chosen']]:.1f}, best {best:.1f}", flush=True)
+
+
+def summary(rows: list[dict[str, Any]]) -> None:
+    """Ratio of PyTorch's time to the chosen configuration's and to the best one's: above 1, the kernel is faster."""
+    print(f"\n{'dtype':9}{'product':12}{'N x K':>13}  " + "".join(f"{'M=' + str(m):>13}" for m in ROWS) + "   (chosen / best)")
+    timed = [row for row in rows if row["part"] == "time"]
+    for key in dict.fromkeys((row["dtype"], row["product"], row["n"], row["k"]) for row in timed):
+        cells = []
+        for m in ROWS:
+            match = [row for row in timed if (row["dtype"], row["product"], row["n"], row["k"], row["m"]) == (*key, m)]
+            if match:
+                native = statistics.mean(match[0]["native_us"])
+                times = match[0]["kernel_us"]
+                cells.append(f"{native / times[match[0]['chosen']]:6.2f}/{native / min(times.values()):.2f}")
+            else:
+                cells.append("-")
+        print(f"{key[0]:9}{key[1]:12}{key[2]:>6} x{key[3]:>5}  " + "".join(f"{cell:>13}" for cell in cells))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for kernels.json")
+    parser.add_argument("--minutes", type=float, default=8, help="stop measuring after this many minutes")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32", "tf32"])
+    parser.add_argument("--only", choices=["numerics", "time"])
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("no GPU found: benchmarks.kernels measures kernels on one")
+    torch.manual_seed(0)
+    deadline = time.monotonic() + 60 * arguments.minutes
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"environment": environment(), "date": datetime.now(timezone.utc).isoformat(), "rows": []}
+    written = time.monotonic()
+
+    def record(row: dict[str, Any]) -> None:
+        nonlocal written
+        results["rows"].append(row)
+        if time.monotonic() - written > 5:
+            save()
+            written = time.monotonic()
+
+    def save() -> None:
+        (arguments.out / "kernels.json").write_text(json.dumps(results, indent=1))
+
+    print(json.dumps(results["environment"]), f"triton {triton.__version__}", flush=True)
+    try:
+        if arguments.only != "time":
+            faults = check(record) + check_far_offsets(record)
+            print(f"numerics: {len(results['rows'])} checked, {faults} at fault", flush=True)
+        if arguments.only != "numerics":
+            measure(record, arguments.dtypes, deadline)
+    finally:
+        save()
+    summary(results["rows"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""Backward: grad_input is a forward through the transposed weight; grad_weight and grad_bias come from one pass."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .configs import Config, choose, choose_splits
+from .forward import linear_forward
+from .indexing import locate_rows, locate_tile
+
+# Elements of grad_weight that one program sums over the splits.
+SUM_BLOCK = 512
+
+
+def linear_backward_input(
+    grad_output: Tensor, weight: Tensor, *, precision: str = "ieee", config: Config | None = None
+) -> Tensor:
+    """Computes `grad_input = grad_output @ weight`.
+
+    This is the forward product with the roles of in_features and out_features exchanged, and strides make that free.
+
+    Args:
+        grad_output: (*, N), or (B, M, N) where weight is batched; any strides.
+        weight: (N, K) or (B, N, K); dtype and device of grad_output; any strides.
+        precision, config: as in `linear_forward`, whose N is this K.
+
+    Returns:
+        (*, K) or (B, M, K), contiguous, accumulated in float32 (float64 for float64).
+    """
+    return linear_forward(grad_output, weight.mT, precision=precision, config=config)
+
+
+@triton.jit
+def linear_backward_weight_kernel(
+    grad_output_ptr,
+    input_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    M,
+    N,
+    K,
+    rows_per_split,
+    batches,
+    grad_output_inner_size,
+    input_inner_size,
+    stride_gb,
+    stride_go,
+    stride_gm,
+    stride_gn,
+    stride_ib,
+    stride_io,
+    stride_im,
+    stride_ik,
+    HAS_BIAS: tl.constexpr,
+    NESTED_GRAD_OUTPUT: tl.constexpr,
+    NESTED_INPUT: tl.constexpr,
+    OFFSET_DTYPE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """grad_weight[b, n, k] = sum_m grad_output[b, m, n] * input[b, m, k] and grad_bias[b, n] = sum_m grad_output[b, m, n].
+
+    One program computes one BLOCK_N x BLOCK_K tile of one batch over one split's rows, and stores it to that split's
+    own slice: grad_weight is (splits, B, N, K) and grad_bias (splits, B, N), both contiguous. Programs of the first
+    column of tiles also sum the grad_output tiles that they hold, so that grad_bias reads nothing of its own.
+    """
+    row_tiles = tl.cdiv(N, BLOCK_N)
+    column_tiles = max(tl.cdiv(K, BLOCK_K), 1)  # K = 0 has no grad_weight, and still a grad_bias
+    tiles = row_tiles * column_tiles
+    tile_n, tile_k = locate_tile(tl.program_id(0) % tiles, row_tiles, column_tiles, GROUP)
+    part = tl.program_id(0) // tiles  # counts (split, batch)
+    batch = (part % batches).to(OFFSET_DTYPE)
+    split = part // batches
+    part = part.to(OFFSET_DTYPE)
+
+    offs_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(OFFSET_DTYPE)
+    offs_k = (tile_k * BLOCK_K + tl.arange(0, BLOCK_K)).to(OFFSET_DTYPE)
+    mask_n = offs_n < N
+    mask_k = offs_k < K
+    first_row = split * rows_per_split
+    last_row = min(first_row + rows_per_split, M)
+
+    grad_output_columns = grad_output_ptr + batch * stride_gb + offs_n[:, None] * stride_gn
+    input_columns = input_ptr + batch * stride_ib + offs_k[None, :] * stride_ik
+    acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC_DTYPE)
+    acc_bias = tl.zeros((BLOCK_N,), dtype=ACC_DTYPE)
+    for row in range(first_row, last_row, BLOCK_M):
+        offs_m = (row + tl.arange(0, BLOCK_M)).to(OFFSET_DTYPE)
+        mask_m = offs_m < last_row
+        grad_output_rows = locate_rows(offs_m, grad_output_inner_size, stride_go, stride_gm, NESTED_GRAD_OUTPUT)
+        input_rows = locate_rows(offs_m, input_inner_size, stride_io, stride_im, NESTED_INPUT)
+        grad_output_tile = tl.load(
+            grad_output_columns + grad_output_rows[None, :], mask=mask_n[:, None] & mask_m[None, :], other=0.0
+        )
+        input_tile = tl.load(input_columns + input_rows[:, None], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        if UPCAST:
+            grad_output_tile = grad_output_tile.to(tl.float32)
+            input_tile = input_tile.to(tl.float32)
+        acc = tl.dot(grad_output_tile, input_tile, acc, input_precision=INPUT_PRECISION, out_dtype=ACC_DTYPE)
+        if HAS_BIAS:
+            if tile_k == 0:
+                acc_bias += tl.sum(grad_output_tile.to(ACC_DTYPE), axis=1)
+
+    grad_weight_ptrs = grad_weight_ptr + part * N * K + offs_n[:, None] * K + offs_k[None, :]
+    tl.store(grad_weight_ptrs, acc.to(grad_weight_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_k[None, :])
+    if HAS_BIAS:
+        if tile_k == 0:
+            grad_bias_ptrs = grad_bias_ptr + part * N + offs_n
+            tl.store(grad_bias_ptrs, acc_bias.to(grad_bias_ptr.dtype.element_ty), mask=mask_n)
+
+
+@triton.jit
+def sum_splits_kernel(
+    partial_weight_ptr,
+    partial_bias_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    splits,
+    weight_size,
+    bias_size,
+    HAS_BIAS: tl.constexpr,
+    OFFSET_DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """grad_weight[i] = sum_s partial_weight[s, i], in the order of s, then the one rounding; grad_bias likewise."""
+    weight_blocks = tl.cdiv(weight_size, BLOCK)
+    block = tl.program_id(0).to(OFFSET_DTYPE)
+    if block < weight_blocks:
+        offs = block * BLOCK + tl.arange(0, BLOCK)
+        mask = offs < weight_size
+        acc = tl.zeros((BLOCK,), dtype=partial_weight_ptr.dtype.element_ty)
+        for _ in range(splits):
+            acc += tl.load(partial_weight_ptr + offs, mask=mask, other=0.0)
+            partial_weight_ptr += weight_size
+        tl.store(grad_weight_ptr + offs, acc.to(grad_weight_ptr.dtype.element_ty), mask=mask)
+    elif HAS_BIAS:
+        offs = (block - weight_blocks) * BLOCK + tl.arange(0, BLOCK)
+        mask = offs < bias_size
+        acc = tl.zeros((BLOCK,), dtype=partial_bias_ptr.dtype.element_ty)
+        for _ in range(splits):
+            acc += tl.load(partial_bias_ptr + offs, mask=mask, other=0.0)
+            partial_bias_ptr += bias_size
+        tl.store(grad_bias_ptr + offs, acc.to(grad_bias_ptr.dtype.element_ty), mask=mask)
+
+
+def linear_backward_weight(
+    grad_output: Tensor,
+    input: Tensor,
+    bias: bool = False,
+    *,
+    batched: bool = False,
+    precision: str = "ieee",
+    config: Config | None = None,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Computes `grad_weight = grad_output.mT @ input` and, in the same pass, `grad_bias = grad_output.sum(rows)`.
+
+    Accumulates in float32 (float64 for float64) and rounds once. Where few tiles meet many rows, the rows are split
+    over programs and a second launch adds their partial sums in a fixed order: the same call gives the same bits.
+
+    Args:
+        grad_output: (*, N), or (B, M, N) if batched; float16, bfloat16, float32 or float64; any strides.
+        input: (*, K) or (B, M, K), with grad_output's leading dimensions, dtype and device; any strides.
+        bias: whether grad_bias is wanted.
+        batched: whether the first dimension counts independent layers.
+        precision: how float32 products are formed: "ieee" or "tf32". grad_bias is a plain sum in any case.
+        config: block sizes to use; None chooses by shape, dtype and device.
+        splits: programs that share each tile's rows; None chooses.
+
+    Returns:
+        grad_weight (N, K) or (B, N, K), and grad_bias (N,) or (B, N), or None; contiguous, in input's dtype.
+    """
+    grad_output_rows = launch.rows_of(grad_output, batched=batched)
+    input_rows = launch.rows_of(input, batched=batched)
+    batch_shape = input.shape[:1] if batched else ()
+    batch = input.shape[0] if batched else 1
+    rows, out_features, in_features = input_rows.size, grad_output.shape[-1], input.shape[-1]
+
+    dtype, device = input.dtype, input.device
+    grad_weight = launch.allocate((*batch_shape, out_features, in_features), dtype, device)
+    grad_bias = launch.allocate((*batch_shape, out_features), dtype, device) if bias else None
+    if batch * out_features == 0:
+        return grad_weight, grad_bias
+
+    target = launch.target_of(device)
+    if config is None:
+        aligned = launch.aligned(grad_output_rows.tensor, input_rows.tensor)
+        config = choose("backward_weight", batch, rows, out_features, in_features, dtype, precision, aligned, target)
+    if splits is None:
+        splits = choose_splits(config, batch, rows, out_features, in_features, target)
+    # Splits hold whole blocks, which can leave fewer of them than was asked for.
+    rows_per_split = config.block_m * triton.cdiv(rows, config.block_m * splits)
+    splits = max(1, triton.cdiv(rows, rows_per_split)) if rows else 1
+
+    if splits == 1:
+        partial_weight, partial_bias = grad_weight, grad_bias
+    else:
+        partial_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        partial_weight = launch.allocate((splits, *grad_weight.shape), partial_dtype, device)
+        partial_bias = launch.allocate((splits, *grad_bias.shape), partial_dtype, device) if bias else None
+    offset_dtype = launch.offset_dtype(grad_output_rows.tensor, input_rows.tensor, partial_weight)
+    # in_features = 0 leaves no tile of grad_weight, and still a grad_bias to compute: one column of tiles at least.
+    tiles = triton.cdiv(out_features, config.block_n) * max(1, triton.cdiv(in_features, config.block_k))
+    with launch.device_of(input):
+        linear_backward_weight_kernel[(splits * batch * tiles,)](
+            grad_output_rows.tensor,
+            input_rows.tensor,
+            partial_weight,
+            partial_bias,
+            rows,
+            out_features,
+            in_features,
+            rows_per_split,
+            batch,
+            grad_output_rows.inner_size,
+            input_rows.inner_size,
+            grad_output_rows.stride_batch,
+            grad_output_rows.stride_outer,
+            grad_output_rows.stride_inner,
+            grad_output_rows.stride_feature,
+            input_rows.stride_batch,
+            input_rows.stride_outer,
+            input_rows.stride_inner,
+            input_rows.stride_feature,
+            HAS_BIAS=bias,
+            NESTED_GRAD_OUTPUT=grad_output_rows.nested,
+            NESTED_INPUT=input_rows.nested,
+            OFFSET_DTYPE=offset_dtype,
+            ACC_DTYPE=launch.accumulator_dtype(dtype),
+            INPUT_PRECISION=launch.input_precision(dtype, precision),
+            UPCAST=launch.upcast(dtype),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            GROUP=config.group,
+            **config.compile_options(target),
+        )
+        if splits > 1:
+            sum_splits(partial_weight, partial_bias, grad_weight, grad_bias, offset_dtype)
+    return grad_weight, grad_bias
+
+
+def sum_splits(
+    partial_weight: Tensor,
+    partial_bias: Tensor | None,
+    grad_weight: Tensor,
+    grad_bias: Tensor | None,
+    offset_dtype: tl.dtype,
+) -> None:
+    """Writes the sums of partial_weight (splits, ...) and partial_bias over their splits to grad_weight and grad_bias."""
+    bias_size = 0 if grad_bias is None else grad_bias.numel()
+    grid = (triton.cdiv(grad_weight.numel(), SUM_BLOCK) + triton.cdiv(bias_size, SUM_BLOCK),)
+    sum_splits_kernel[grid](
+        partial_weight,
+        partial_bias,
+        grad_weight,
+        grad_bias,
+        partial_weight.shape[0],
+        grad_weight.numel(),
+        bias_size,
+        HAS_BIAS=grad_bias is not None,
+        OFFSET_DTYPE=offset_dtype,
+        BLOCK=SUM_BLOCK,
+    )

@@ -1,0 +1,147 @@
+"""Forward: output = input @ weight.T + bias, for any strides, with an optional batch of independent layers."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .configs import Config, choose
+from .indexing import locate_rows, locate_tile
+
+
+@triton.jit
+def linear_forward_kernel(
+    input_ptr,
+    weight_ptr,
+    bias_ptr,
+    output_ptr,
+    M,
+    N,
+    K,
+    input_inner_size,
+    stride_ib,
+    stride_io,
+    stride_im,
+    stride_ik,
+    stride_wb,
+    stride_wn,
+    stride_wk,
+    stride_bb,
+    stride_bn,
+    HAS_BIAS: tl.constexpr,
+    NESTED_INPUT: tl.constexpr,
+    OFFSET_DTYPE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """output[b, m, n] = sum_k input[b, m, k] * weight[b, n, k] + bias[b, n]; one program computes one BLOCK_M x BLOCK_N tile.
+
+    input (B, M, K), weight (B, N, K) and bias (B, N) have any strides, 0 included; output (B, M, N) is contiguous.
+    """
+    row_tiles = tl.cdiv(M, BLOCK_M)
+    column_tiles = tl.cdiv(N, BLOCK_N)
+    tiles = row_tiles * column_tiles
+    batch = (tl.program_id(0) // tiles).to(OFFSET_DTYPE)
+    tile_m, tile_n = locate_tile(tl.program_id(0) % tiles, row_tiles, column_tiles, GROUP)
+
+    offs_m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(OFFSET_DTYPE)
+    offs_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(OFFSET_DTYPE)
+    offs_k = tl.arange(0, BLOCK_K).to(OFFSET_DTYPE)
+    mask_m = offs_m < M
+    mask_n = offs_n < N
+
+    input_rows = locate_rows(offs_m, input_inner_size, stride_io, stride_im, NESTED_INPUT)
+    input_ptrs = input_ptr + batch * stride_ib + input_rows[:, None] + offs_k[None, :] * stride_ik
+    weight_ptrs = weight_ptr + batch * stride_wb + offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk
+    # A scalar of the offsets' type, so that BLOCK_K * stride cannot overflow where offsets are 64 bits wide.
+    step_k = tl.full((), BLOCK_K, OFFSET_DTYPE)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
+    for k in range(0, tl.cdiv(K, BLOCK_K)):
+        mask_k = offs_k < K - k * BLOCK_K
+        input_tile = tl.load(input_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        weight_tile = tl.load(weight_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        if UPCAST:
+            input_tile = input_tile.to(tl.float32)
+            weight_tile = weight_tile.to(tl.float32)
+        acc = tl.dot(input_tile, weight_tile, acc, input_precision=INPUT_PRECISION, out_dtype=ACC_DTYPE)
+        input_ptrs += step_k * stride_ik
+        weight_ptrs += step_k * stride_wk
+
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + batch * stride_bb + offs_n * stride_bn, mask=mask_n, other=0.0)
+        acc += bias.to(ACC_DTYPE)[None, :]
+
+    output_ptrs = output_ptr + batch * M * N + offs_m[:, None] * N + offs_n[None, :]
+    tl.store(output_ptrs, acc.to(output_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+def linear_forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, precision: str = "ieee", config: Config | None = None
+) -> Tensor:
+    """Computes `input @ weight.mT + bias` in one launch.
+
+    Accumulates in float32 (float64 for float64) and adds the bias there, before the one rounding to the output dtype.
+
+    Args:
+        input: (*, K), or (B, M, K) where weight is batched; float16, bfloat16, float32 or float64; any strides.
+        weight: (N, K), or (B, N, K) for B independent layers; dtype and device of input; any strides.
+        bias: None, (N,), or (B, N) where weight is batched; dtype and device of input.
+        precision: how float32 products are formed: "ieee" or "tf32". Other dtypes ignore it.
+        config: block sizes to use; None chooses by shape, dtype and device.
+
+    Returns:
+        (*, N) or (B, M, N), contiguous, in input's dtype.
+    """
+    batch = weight.shape[0] if weight.dim() == 3 else 1
+    out_features, in_features = weight.shape[-2:]
+    input_rows = launch.rows_of(input, batched=weight.dim() == 3)
+    rows = input_rows.size
+    output = launch.allocate((*input.shape[:-1], out_features), input.dtype, input.device)
+    if output.numel() == 0:
+        return output
+
+    target = launch.target_of(input.device)
+    if config is None:
+        aligned = launch.aligned(input_rows.tensor, weight)
+        config = choose("forward", batch, rows, out_features, in_features, input.dtype, precision, aligned, target)
+    stride_wb, stride_wn, stride_wk = launch.batch_strides(weight, dims=3)
+    stride_bb, stride_bn = (0, 0) if bias is None else launch.batch_strides(bias, dims=2)
+    grid = (batch * triton.cdiv(rows, config.block_m) * triton.cdiv(out_features, config.block_n),)
+    with launch.device_of(input):
+        linear_forward_kernel[grid](
+            input_rows.tensor,
+            weight,
+            bias,
+            output,
+            rows,
+            out_features,
+            in_features,
+            input_rows.inner_size,
+            input_rows.stride_batch,
+            input_rows.stride_outer,
+            input_rows.stride_inner,
+            input_rows.stride_feature,
+            stride_wb,
+            stride_wn,
+            stride_wk,
+            stride_bb,
+            stride_bn,
+            HAS_BIAS=bias is not None,
+            NESTED_INPUT=input_rows.nested,
+            OFFSET_DTYPE=launch.offset_dtype(input_rows.tensor, weight, output),
+            ACC_DTYPE=launch.accumulator_dtype(input.dtype),
+            INPUT_PRECISION=launch.input_precision(input.dtype, precision),
+            UPCAST=launch.upcast(input.dtype),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            GROUP=config.group,
+            **config.compile_options(target),
+        )
+    return output

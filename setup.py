@@ -1,0 +1,26 @@
+"""Packaging: `kernels/` at the top of the repository is installed as `fastlinear.kernels`."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastlinear/__init__.py").read_text(), re.MULTILINE).group(1)
+
+setup(
+    name="fastlinear",
+    version=VERSION,
+    description="A drop-in nn.Linear for PyTorch whose forward and backward are fused Triton kernels",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # A top-level package named `kernels` would collide with the one of that name on PyPI.
+    packages=["fastlinear", "fastlinear.kernels"],
+    package_dir={"fastlinear": "fastlinear", "fastlinear.kernels": "kernels"},
+    package_data={"fastlinear": ["py.typed"]},
+    install_requires=["torch>=2.11"],
+    extras_require={"triton": ["triton>=3.6"]},
+)

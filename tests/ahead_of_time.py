@@ -1,0 +1,251 @@
+"""Compiles the kernels for GPUs that are not there, and reads what came of it: `python tests/ahead_of_time.py`.
+
+Runs without the interpreter (TRITON_INTERPRET unset): tests/test_compile.py starts it as a process of its own.
+"""
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastlinear.kernels import backward, forward
+from fastlinear.kernels.configs import TARGETS, Config, arithmetic, legal_configs
+
+GPU_TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
+
+# Strides that are 1, by product and layout: Triton compiles a kernel anew for those.
+FORWARD_LAYOUTS = {
+    "output": ("stride_ik", "stride_wk"),  # input (M, K) and weight (N, K), both contiguous
+    "grad_input": ("stride_ik", "stride_wn"),  # weight transposed
+    "columns": ("stride_im", "stride_wk"),  # input given as X.t()
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel, as one call would compile it."""
+
+    target: str
+    product: str  # "output", "grad_input", "columns", "grad_weight", "grad_weight_partial" or "sum_splits"
+    dtype: str
+    precision: str
+    config: Config | None
+    aligned: bool = True  # pointers, sizes and strides divisible by 16
+    wide: bool = False  # 64-bit offsets
+
+    @property
+    def label(self) -> str:
+        config = self.config
+        blocks = f"{config.block_m}x{config.block_n}x{config.block_k} s{config.num_stages} w{config.num_warps}" if config else "-"
+        notes = ("" if self.aligned else " unaligned") + (" int64" if self.wide else "")
+        return f"{self.target:7} {self.product:12} {self.dtype:9} {self.precision:5} {blocks}{notes}"
+
+
+def cases(targets: list[str]) -> list[Case]:
+    """Every shipped configuration, in every dtype, for every product, on `targets`; alignments and layouts in part."""
+    found = []
+    for target in targets:
+        for dtype, precision in [("bfloat16", "ieee"), ("float32", "tf32"), ("float32", "ieee"), ("float64", "ieee")]:
+            chosen = functools.partial(
+                legal_configs, dtype=getattr(torch, dtype), precision=precision, target=TARGETS[target]
+            )
+            forwards, weights = chosen("forward", aligned=True), chosen("backward_weight", aligned=True)
+            for config in forwards:
+                found += [Case(target, product, dtype, precision, config) for product in ("output", "grad_input")]
+            found += [Case(target, "grad_weight", dtype, precision, config) for config in weights]
+            found += [Case(target, "columns", dtype, precision, forwards[0])]
+            found += [Case(target, "grad_weight_partial", dtype, precision, weights[0])]
+            found += [Case(target, "output", dtype, precision, forwards[0], wide=True)]
+            found += [Case(target, "grad_weight", dtype, precision, weights[0], wide=True)]
+            found += [Case(target, "sum_splits", dtype, precision, None)]
+            for config in chosen("forward", aligned=False):
+                found += [Case(target, "output", dtype, precision, config, aligned=False)]
+            for config in chosen("backward_weight", aligned=False):
+                found += [Case(target, "grad_weight", dtype, precision, config, aligned=False)]
+        # float16 differs from bfloat16 in the type of the instructions alone: the largest tile stands for the rest.
+        for product, kernel in (("output", "forward"), ("grad_weight", "backward_weight")):
+            largest = legal_configs(kernel, torch.float16, "ieee", True, TARGETS[target])[0]
+            found += [Case(target, product, "float16", "ieee", largest)]
+    return found
+
+
+def compile_case(case: Case) -> Any:
+    """Compiles as Triton's own launcher would for these arguments; returns Triton's CompiledKernel."""
+    dtype = getattr(torch, case.dtype)
+    accumulator = "*fp64" if dtype == torch.float64 else "*fp32"
+    constants: dict[str, Any] = {
+        "HAS_BIAS": True,
+        "OFFSET_DTYPE": tl.int64 if case.wide else tl.int32,
+    }
+    pointers: dict[str, str] = {}
+    if case.product == "sum_splits":
+        kernel = backward.sum_splits_kernel
+        pointers = {"partial_weight_ptr": accumulator, "partial_bias_ptr": accumulator}
+        constants |= {"BLOCK": backward.SUM_BLOCK}
+        options = {}
+    else:
+        config = case.config
+        constants |= {
+            "ACC_DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,
+            "INPUT_PRECISION": case.precision,
+            "UPCAST": False,
+            "NESTED_INPUT": False,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "GROUP": config.group,
+        }
+        options = config.compile_options(TARGETS[case.target])
+        if case.product.startswith("grad_weight"):
+            kernel = backward.linear_backward_weight_kernel
+            constants |= {"NESTED_GRAD_OUTPUT": False, "stride_gn": 1, "stride_ik": 1}
+            if case.product == "grad_weight_partial":
+                pointers = {"grad_weight_ptr": accumulator, "grad_bias_ptr": accumulator}
+        else:
+            kernel = forward.linear_forward_kernel
+            constants |= {name: 1 for name in FORWARD_LAYOUTS[case.product]}
+            if case.product == "grad_input":
+                constants |= {"HAS_BIAS": False, "bias_ptr": None}
+
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        wide = case.wide and name.startswith("stride_")
+        signature[name] = pointers.get(name, POINTER[dtype]) if name.endswith("_ptr") else "i64" if wide else "i32"
+        if case.aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPU_TARGETS[case.target], options=options)
+
+
+def _nvidia_tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def resources(case: Case) -> dict[str, Any]:
+    """Registers, spilled bytes, shared memory and matrix instructions of `case`, or the compiler's error."""
+    try:
+        compiled = compile_case(case)
+    except Exception as error:  # whatever the compiler raises is a result here
+        return asdict(case) | {"label": case.label, "error": f"{type(error).__name__}: {error}"[:2000]}
+    found = {"label": case.label, "shared": compiled.metadata.shared, "error": None}
+    if case.target == "gfx942":
+        text = compiled.asm["amdgcn"]
+        found["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))
+        found["spilled"] = 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text).group(1))
+        found["instructions"] = sorted(set(re.findall(r"v_mfma_\w+", text)))
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage = subprocess.run(
+                [_nvidia_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+            ).stdout
+        found["registers"] = int(re.search(r"REG:(\d+)", usage).group(1))
+        found["spilled"] = int(re.search(r"STACK:(\d+)", usage).group(1)) + int(re.search(r"LOCAL:(\d+)", usage).group(1))
+        ptx = compiled.asm["ptx"]
+        found["instructions"] = sorted(set(re.findall(r"(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*", ptx)))
+    return asdict(case) | found
+
+
+def triton_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+def expected_instruction(case: Case) -> str | None:
+    """The matrix instruction that `case` has to contain on its target, as a prefix; None where plain cores do the work."""
+    if case.product == "sum_splits":
+        return None
+    kind = arithmetic(getattr(torch, case.dtype), case.precision)
+    rows, _, _ = case.config.tile("backward_weight" if case.product.startswith("grad_weight") else "forward")
+    if case.target == "gfx942":
+        return "v_mfma"
+    if kind == "float32":
+        return None
+    if kind == "float64":
+        # Triton before 3.9 has no float64 matrix instruction for sm_100.
+        return None if case.target == "sm_100" and triton_version() < (3, 9) else "mma.sync"
+    if case.target == "sm_90" and rows >= 64:
+        return "wgmma.mma_async"
+    if case.target == "sm_100" and rows >= 64:
+        return "tcgen05.mma"
+    return "mma.sync"
+
+
+def faults(case: Case, found: dict[str, Any]) -> list[str]:
+    """What is wrong with a compiled case, in words; empty where nothing is."""
+    if found["error"]:
+        return [found["error"]]
+    wrong = []
+    if found["spilled"]:
+        wrong.append(f"spills {found['spilled']} bytes a thread")
+    if found["shared"] > TARGETS[case.target].shared_memory:
+        wrong.append(f"needs {found['shared']} bytes of shared memory of {TARGETS[case.target].shared_memory}")
+    expected = expected_instruction(case)
+    if expected and not any(instruction.startswith(expected) for instruction in found["instructions"]):
+        wrong.append(f"has no {expected} but {found['instructions']}")
+    if expected is None and found["instructions"]:
+        wrong.append(f"has {found['instructions']} where plain multiply-adds were asked for")
+    return wrong
+
+
+def _run(case: Case) -> tuple[Case, dict[str, Any]]:
+    return case, resources(case)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--targets", nargs="+", default=list(GPU_TARGETS), choices=list(GPU_TARGETS))
+    parser.add_argument("--only", default="", help="compile the cases whose label contains this")
+    parser.add_argument("--json", type=Path, help="also write the findings to this file")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET"):
+        sys.exit("TRITON_INTERPRET is set: nothing would be compiled; unset it")
+
+    wanted = [case for case in cases(arguments.targets) if arguments.only in case.label]
+    rows, failures = [], 0
+    print(f"{'target  product      dtype     prec. tile':64} {'registers':>9} {'spilled':>7} {'shared':>7}  matrix instructions")
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        for case, found in pool.imap(_run, wanted, chunksize=4):
+            wrong = faults(case, found)
+            failures += bool(wrong)
+            rows.append(found | {"faults": wrong})
+            if found["error"]:
+                print(f"{case.label:64} {found['error']}")
+            else:
+                kinds = ", ".join(sorted({".".join(name.split(".")[:2]) for name in found["instructions"]}))
+                print(
+                    f"{case.label:64} {found['registers']:9} {found['spilled']:7} {found['shared']:7}  {kinds}"
+                    + "".join(f"  FAULT: {fault}" for fault in wrong),
+                    flush=True,
+                )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+    print(f"{len(rows)} compiled, {failures} at fault")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
