@@ -9,6 +9,7 @@ from . import launch
 from .configs import Config, choose, choose_splits
 from .forward import linear_forward
 from .indexing import locate_rows, locate_tile
+from .precision import prepare_operand
 
 # Elements of grad_weight that one program sums over the splits.
 SUM_BLOCK = 512
@@ -60,6 +61,8 @@ def linear_backward_weight_kernel(
     ACC_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    STEPS_PER_SUM: tl.constexpr,
+    SUM_BY_DOT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -90,7 +93,14 @@ def linear_backward_weight_kernel(
     grad_output_columns = grad_output_ptr + batch * stride_gb + offs_n[:, None] * stride_gn
     input_columns = input_ptr + batch * stride_ib + offs_k[None, :] * stride_ik
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC_DTYPE)
-    acc_bias = tl.zeros((BLOCK_N,), dtype=ACC_DTYPE)
+    total = acc
+    # 16-bit tiles are summed as a product with ones, 16 columns of which are the narrowest that matrix instructions take.
+    # It keeps grad_output in shared memory: where a tile of an asynchronous product is read into registers too, Triton
+    # 3.6 to 3.9 give it a buffer too few, and sm_90 overwrites it while the product still reads it.
+    if SUM_BY_DOT:
+        acc_bias = tl.zeros((BLOCK_N, 16), dtype=ACC_DTYPE)
+    else:
+        acc_bias = tl.zeros((BLOCK_N,), dtype=ACC_DTYPE)
     for row in range(first_row, last_row, BLOCK_M):
         offs_m = (row + tl.arange(0, BLOCK_M)).to(OFFSET_DTYPE)
         mask_m = offs_m < last_row
@@ -100,20 +110,31 @@ def linear_backward_weight_kernel(
             grad_output_columns + grad_output_rows[None, :], mask=mask_n[:, None] & mask_m[None, :], other=0.0
         )
         input_tile = tl.load(input_columns + input_rows[:, None], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        if UPCAST:
-            grad_output_tile = grad_output_tile.to(tl.float32)
-            input_tile = input_tile.to(tl.float32)
-        acc = tl.dot(grad_output_tile, input_tile, acc, input_precision=INPUT_PRECISION, out_dtype=ACC_DTYPE)
-        if HAS_BIAS:
+        if HAS_BIAS and not SUM_BY_DOT:
             if tile_k == 0:
-                acc_bias += tl.sum(grad_output_tile.to(ACC_DTYPE), axis=1)
+                acc_bias += tl.sum(grad_output_tile, axis=1)
+        grad_output_tile = prepare_operand(grad_output_tile, INPUT_PRECISION, UPCAST)
+        input_tile = prepare_operand(input_tile, INPUT_PRECISION, UPCAST)
+        acc = tl.dot(grad_output_tile, input_tile, acc, input_precision=INPUT_PRECISION, out_dtype=ACC_DTYPE)
+        if HAS_BIAS and SUM_BY_DOT:
+            if tile_k == 0:
+                ones = tl.full((BLOCK_M, 16), 1.0, grad_output_tile.dtype)
+                acc_bias = tl.dot(grad_output_tile, ones, acc_bias)
+        if STEPS_PER_SUM > 0:
+            if (row - first_row) // BLOCK_M % STEPS_PER_SUM == STEPS_PER_SUM - 1:
+                total += acc
+                acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC_DTYPE)
 
+    if STEPS_PER_SUM > 0:
+        acc += total
     grad_weight_ptrs = grad_weight_ptr + part * N * K + offs_n[:, None] * K + offs_k[None, :]
     tl.store(grad_weight_ptrs, acc.to(grad_weight_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_k[None, :])
     if HAS_BIAS:
         if tile_k == 0:
+            # The 16 columns of a product with ones are all the sum.
+            grad_bias = tl.max(acc_bias, axis=1) if SUM_BY_DOT else acc_bias
             grad_bias_ptrs = grad_bias_ptr + part * N + offs_n
-            tl.store(grad_bias_ptrs, acc_bias.to(grad_bias_ptr.dtype.element_ty), mask=mask_n)
+            tl.store(grad_bias_ptrs, grad_bias.to(grad_bias_ptr.dtype.element_ty), mask=mask_n)
 
 
 @triton.jit
@@ -236,6 +257,8 @@ def linear_backward_weight(
             ACC_DTYPE=launch.accumulator_dtype(dtype),
             INPUT_PRECISION=launch.input_precision(dtype, precision),
             UPCAST=launch.upcast(dtype),
+            STEPS_PER_SUM=launch.steps_per_sum(dtype, precision, config.block_m),
+            SUM_BY_DOT=dtype.itemsize == 2,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,

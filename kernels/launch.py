@@ -125,6 +125,16 @@ def input_precision(dtype: torch.dtype, precision: str) -> str:
     return precision if dtype == torch.float32 else "ieee"
 
 
+def steps_per_sum(dtype: torch.dtype, precision: str, depth: int) -> int:
+    """Steps of `depth` products that are summed apart before they join the total; 0 for one running sum.
+
+    In exact float32 the order of additions is most of the error: one running sum over K = 512 came out 2.7 times as
+    far from float64 as cuBLAS on an H100. Sums of 64 products, added up, are closer than cuBLAS. Where products are
+    rounded more coarsely than sums, the order does not matter.
+    """
+    return max(1, 64 // depth) if dtype == torch.float32 and precision == "ieee" else 0
+
+
 def upcast(dtype: torch.dtype) -> bool:
     """The interpreter holds bfloat16 as bit patterns and would multiply those."""
     return INTERPRETING and dtype == torch.bfloat16

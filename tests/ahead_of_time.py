@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastlinear.kernels import backward, forward
+from fastlinear.kernels import backward, forward, launch
 from fastlinear.kernels.configs import TARGETS, Config, arithmetic, legal_configs
 
 GPU_TARGETS = {
@@ -109,6 +109,9 @@ def compile_case(case: Case) -> Any:
             "ACC_DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,
             "INPUT_PRECISION": case.precision,
             "UPCAST": False,
+            "STEPS_PER_SUM": launch.steps_per_sum(
+                dtype, case.precision, config.block_m if case.product.startswith("grad_weight") else config.block_k
+            ),
             "NESTED_INPUT": False,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
@@ -118,7 +121,7 @@ def compile_case(case: Case) -> Any:
         options = config.compile_options(TARGETS[case.target])
         if case.product.startswith("grad_weight"):
             kernel = backward.linear_backward_weight_kernel
-            constants |= {"NESTED_GRAD_OUTPUT": False, "stride_gn": 1, "stride_ik": 1}
+            constants |= {"SUM_BY_DOT": dtype.itemsize == 2, "NESTED_GRAD_OUTPUT": False, "stride_gn": 1, "stride_ik": 1}
             if case.product == "grad_weight_partial":
                 pointers = {"grad_weight_ptr": accumulator, "grad_bias_ptr": accumulator}
         else:
@@ -166,6 +169,8 @@ def resources(case: Case) -> dict[str, Any]:
         found["registers"] = int(re.search(r"REG:(\d+)", usage).group(1))
         found["spilled"] = int(re.search(r"STACK:(\d+)", usage).group(1)) + int(re.search(r"LOCAL:(\d+)", usage).group(1))
         ptx = compiled.asm["ptx"]
+        pipelined = re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x\w+,[^>]*mutable>", compiled.asm["ttgir"])
+        found["buffers"] = sorted({int(count) for count in pipelined})
         found["instructions"] = sorted(set(re.findall(r"(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*", ptx)))
     return asdict(case) | found
 
@@ -204,6 +209,11 @@ def faults(case: Case, found: dict[str, Any]) -> list[str]:
     if found["shared"] > TARGETS[case.target].shared_memory:
         wrong.append(f"needs {found['shared']} bytes of shared memory of {TARGETS[case.target].shared_memory}")
     expected = expected_instruction(case)
+    if expected == "wgmma.mma_async" and case.precision == "ieee" and case.aligned:
+        # An asynchronous product still reads the last step's operands while the next ones are loaded.
+        short = [count for count in found["buffers"] if count < case.config.num_stages]
+        if short or not found["buffers"]:
+            wrong.append(f"has {found['buffers']} buffers for operands {case.config.num_stages} stages deep")
     if expected and not any(instruction.startswith(expected) for instruction in found["instructions"]):
         wrong.append(f"has no {expected} but {found['instructions']}")
     if expected is None and found["instructions"]:
