@@ -1,1 +1,9 @@
+"""A drop-in `nn.Linear` whose forward and backward are fused Triton kernels."""
+
+from fastlinear.backend import use_backend
+from fastlinear.functional import linear
+from fastlinear.modules import Linear
+
 __version__ = "0.1.0"
+
+__all__ = ["Linear", "__version__", "linear", "use_backend"]

@@ -1,0 +1,103 @@
+"""The private names of PyTorch that the op needs, in one place: what a torch upgrade may break stands here."""
+
+import contextlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, ContextManager
+
+import torch
+from torch.autograd import forward_ad
+from torch.autograd.function import Function, _SingleLevelFunction
+
+DispatchKey = torch._C.DispatchKey
+
+
+class SingleLevelFunction(_SingleLevelFunction):
+    """`autograd.Function` for one level of torch.func, which is how an Autograd-key kernel is called.
+
+    Its apply takes 11 us where Function's takes 30: it does not inspect signatures.
+    """
+
+    # Compiled autograd looks these up on every Function, and only Function has them.
+    _compiled_autograd_key = Function._compiled_autograd_key
+
+
+def below_autograd() -> ContextManager[object]:
+    """Dispatches ops below the Autograd key, to the next level of torch.func or to the device's kernel."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def excluding(key: DispatchKey) -> ContextManager[object]:
+    """Dispatches ops past `key`."""
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key))
+
+
+def transforming() -> bool:
+    """Whether a transform of torch.func is active."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def forward_ad_active() -> bool:
+    """Whether tensors may carry tangents."""
+    return forward_ad._current_level >= 0
+
+
+@contextlib.contextmanager
+def next_level_differentiates() -> Any:
+    """Within a Function's forward, lets the next level of torch.func record gradients.
+
+    A Function's forward runs with both grad modes off; without this, second derivatives would silently be zero.
+    """
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        yield
+
+
+def apply(function: type[SingleLevelFunction], *arguments: Any) -> Any:
+    """`function.apply`, inside a transform too."""
+    if not transforming():
+        return function.apply(*arguments)
+    previous = torch._C._functorch.get_single_level_autograd_function_allowed()
+    torch._C._functorch.set_single_level_autograd_function_allowed(True)
+    try:
+        return function.apply(*arguments)
+    finally:
+        torch._C._functorch.set_single_level_autograd_function_allowed(previous)
+
+
+class _OnImport(importlib.abc.MetaPathFinder):
+    """Finds one module as the rest of the import system does, and calls back once it has been executed."""
+
+    def __init__(self, name: str, callback: Callable[[], None]) -> None:
+        self.name, self.callback = name, callback
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_call(module: ModuleType) -> None:
+                execute(module)
+                self.callback()
+
+            spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
+        return spec
+
+
+def when_imported(name: str, callback: Callable[[], None]) -> None:
+    """Calls `callback` now if the module `name` has been imported, else as soon as it is.
+
+    For registrations with modules that are slow to import: torch.utils.flop_counter takes 0.2 s and brings Triton.
+    """
+    if name in sys.modules:
+        callback()
+    else:
+        sys.meta_path.insert(0, _OnImport(name, callback))

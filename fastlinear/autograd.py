@@ -1,0 +1,244 @@
+"""The torch ops behind the layer: schemas, shapes, derivatives of every order, vmap, autocast, operation counts.
+
+`fastlinear::linear` takes one layer, input (*, K), weight (N, K), bias (N,), or B layers at once, input (B, M, K),
+weight (B, N, K), bias (B, N). The second form closes it: its derivatives, and vmap over any operand, are calls of the
+same op. `fastlinear::linear_backward` computes the gradients together where no graph of them is wanted: grad_input if
+weight is given, grad_weight if input is, grad_bias if asked for, and an empty tensor in the place of each of the others.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlinear import _torch_internals as internals
+from fastlinear import backend
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+_LIBRARY = torch.library.Library("fastlinear", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+# No default for bias: the dispatcher drops arguments that equal their default, and vmap rules would miss them.
+_LIBRARY.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor", tags=_TAGS)
+_LIBRARY.define(
+    "linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, bool bias, bool batched)"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+linear_op = torch.ops.fastlinear.linear.default
+linear_backward_op = torch.ops.fastlinear.linear_backward.default
+
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("linear", backend.forward, _device)
+    _LIBRARY.impl("linear_backward", backend.backward, _device)
+
+
+@torch.library.register_fake(linear_op, lib=_LIBRARY)
+def _linear_fake(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    backend.check_shapes(input, weight, bias)
+    return input.new_empty((*input.shape[:-1], weight.shape[-2]))
+
+
+@torch.library.register_fake(linear_backward_op, lib=_LIBRARY)
+def _linear_backward_fake(
+    grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool, batched: bool
+) -> Gradients:
+    layers = grad_output.shape[:1] if batched else ()
+    out_features = grad_output.shape[-1]
+    return (
+        grad_output.new_empty(0 if weight is None else (*grad_output.shape[:-1], weight.shape[-1])),
+        grad_output.new_empty(0 if input is None else (*layers, out_features, input.shape[-1])),
+        grad_output.new_empty((*layers, out_features) if bias else 0),
+    )
+
+
+class LinearFunction(internals.SingleLevelFunction):
+    """Derivatives of the op, each in terms of the op."""
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        with internals.below_autograd():
+            if internals.transforming():
+                with internals.next_level_differentiates():
+                    return linear_op(input, weight, bias)
+            return linear_op(input, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        input, weight, bias = inputs
+        # Each operand is kept for the other's gradient alone, so that what is not kept may change in place.
+        ctx.save_for_backward(
+            input if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
+        )
+        ctx.batched = weight.dim() == 3
+        if internals.forward_ad_active():
+            ctx.save_for_forward(input, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        gradients = gradients_of(grad_output, input, weight, needed[2], ctx.batched)
+        return tuple(gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
+
+    @staticmethod
+    def jvp(
+        ctx: Any, input_tangent: Tensor | None, weight_tangent: Tensor | None, bias_tangent: Tensor | None
+    ) -> Tensor | None:
+        input, weight = ctx.saved_tensors
+        tangent = None
+        if input_tangent is not None:
+            tangent = linear_op(input_tangent, weight, bias_tangent)
+        if weight_tangent is not None:
+            through_weight = linear_op(input, weight_tangent, bias_tangent if tangent is None else None)
+            tangent = through_weight if tangent is None else tangent + through_weight
+        if tangent is None and bias_tangent is not None:
+            rows = bias_tangent.unsqueeze(1) if ctx.batched else bias_tangent
+            tangent = rows.expand(*input.shape[:-1], weight.shape[-2]).clone()
+        return tangent
+
+
+def gradients_of(
+    grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool, batched: bool
+) -> Gradients:
+    """`linear_backward`, as one fused op, or as differentiable ops where the gradients' own gradients are wanted."""
+    if not (torch.is_grad_enabled() or internals.forward_ad_active()):
+        return linear_backward_op(grad_output, input, weight, bias, batched)  # type: ignore[no-any-return]
+    grad_input = grad_weight = grad_bias = grad_output.new_empty(0)
+    if weight is not None:
+        grad_input = linear_op(grad_output, weight.mT, None)
+    if input is not None:
+        grad_rows = grad_output
+        if not batched:
+            # Not reshape(-1, ...): that is ambiguous where a feature dimension is 0.
+            rows = math.prod(grad_output.shape[:-1])
+            input = input.reshape(rows, input.shape[-1])
+            grad_rows = grad_output.reshape(rows, grad_output.shape[-1])
+        grad_weight = linear_op(grad_rows.mT, input.mT, None)
+    if bias:
+        grad_bias = backend.sum_rows(grad_output, batched)
+    return grad_input, grad_weight, grad_bias
+
+
+def _linear_autograd(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    differentiated = internals.forward_ad_active() or (
+        torch.is_grad_enabled()
+        and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
+    )
+    if differentiated:
+        return internals.apply(LinearFunction, input, weight, bias)  # type: ignore[no-any-return]
+    with internals.below_autograd():
+        return linear_op(input, weight, bias)
+
+
+def _linear_backward_autograd(
+    grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool, batched: bool
+) -> Gradients:
+    operands = [tensor for tensor in (grad_output, input, weight) if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
+        return gradients_of(grad_output, input, weight, bias, batched)
+    with internals.below_autograd():
+        return linear_backward_op(grad_output, input, weight, bias, batched)  # type: ignore[no-any-return]
+
+
+_LIBRARY.impl("linear", _linear_autograd, "Autograd")
+_LIBRARY.impl("linear_backward", _linear_backward_autograd, "Autograd")
+
+
+def _to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """`tensor` with its vmapped dimension first, or a first dimension of stride 0 where it has none."""
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _linear_vmap(
+    info: Any, in_dims: tuple[int | None, ...], input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, int]:
+    input_dim, weight_dim, bias_dim = in_dims
+    batched = weight.dim() - (weight_dim is not None) == 3
+    input = _to_front(input, input_dim, info.batch_size)
+    if not batched and weight_dim is None and bias_dim is None:
+        return linear_op(input, weight, bias), 0
+
+    # The vmapped dimension becomes, or joins, the layers.
+    weight = _to_front(weight, weight_dim, info.batch_size)
+    if bias is not None:
+        bias = _to_front(bias, bias_dim, info.batch_size)
+    leading = input.shape[:-1]
+    if batched:
+        weight = weight.flatten(0, 1)
+        bias = None if bias is None else bias.flatten(0, 1)
+    layers = weight.shape[0]
+    input = input.reshape(layers, math.prod(leading) // max(layers, 1), input.shape[-1])
+    return linear_op(input, weight, bias).reshape(*leading, weight.shape[-2]), 0
+
+
+def _linear_backward_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    bias: bool,
+    batched: bool,
+) -> tuple[Gradients, tuple[int | None, ...]]:
+    grad_dim, input_dim, weight_dim = in_dims[:3]
+    grad_output = _to_front(grad_output, grad_dim, info.batch_size)
+    grad_input = grad_weight = grad_bias = grad_output.new_empty(0)
+    if weight is not None:
+        transposed = weight.mT if weight_dim is None else weight.movedim(weight_dim, 0).mT
+        dims = (0, None if weight_dim is None else 0, None)
+        grad_input, _ = _linear_vmap(info, dims, grad_output, transposed, None)
+    # Each sample is a layer, or as many as it has.
+    layers = grad_output.shape[: 2 if batched else 1]
+    rows = math.prod(grad_output.shape[len(layers) : -1])
+    grad_rows = grad_output.reshape(math.prod(layers), rows, grad_output.shape[-1])
+    if input is not None:
+        input = _to_front(input, input_dim, info.batch_size)
+        input_rows = input.reshape(math.prod(layers), rows, input.shape[-1])
+        grad_weight = linear_op(grad_rows.mT, input_rows.mT, None)
+        grad_weight = grad_weight.reshape(*layers, *grad_weight.shape[1:])
+    if bias:
+        grad_bias = grad_rows.sum(1).reshape(*layers, grad_output.shape[-1])
+    given = (weight is not None, input is not None, bias)
+    return (grad_input, grad_weight, grad_bias), tuple(0 if one else None for one in given)
+
+
+torch.library.register_vmap(linear_op, _linear_vmap, lib=_LIBRARY)
+torch.library.register_vmap(linear_backward_op, _linear_backward_vmap, lib=_LIBRARY)
+
+
+def _register_autocast(device_type: str, key: internals.DispatchKey) -> None:
+    def cast(tensor: Tensor) -> Tensor:
+        if tensor.dtype not in backend.DTYPES:
+            return tensor
+        return tensor.to(backend.dtype_under(torch.get_autocast_dtype(device_type), tensor.dtype))
+
+    def linear_autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        with internals.excluding(key):
+            return linear_op(cast(input), cast(weight), None if bias is None else cast(bias))
+
+    _LIBRARY.impl("linear", linear_autocast, key.name)
+
+
+_register_autocast("cpu", internals.DispatchKey.AutocastCPU)
+_register_autocast("cuda", internals.DispatchKey.AutocastCUDA)
+
+
+def _register_flop_formulas() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    @register_flop_formula(torch.ops.fastlinear.linear)
+    def linear_flops(input: Any, weight: Any, bias: Any, *, out_shape: Any = None, **kwargs: Any) -> int:
+        return 2 * math.prod(input) * weight[-2]
+
+    @register_flop_formula(torch.ops.fastlinear.linear_backward)
+    def linear_backward_flops(
+        grad_output: Any, input: Any, weight: Any, bias: Any, batched: Any, *, out_shape: Any = None, **kwargs: Any
+    ) -> int:
+        grad_input = 0 if weight is None else 2 * math.prod(grad_output) * weight[-1]
+        grad_weight = 0 if input is None else 2 * math.prod(grad_output) * input[-1]
+        return grad_input + grad_weight
+
+
+internals.when_imported("torch.utils.flop_counter", _register_flop_formulas)
