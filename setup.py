@@ -6,21 +6,26 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastlinear/__init__.py").read_text(), re.MULTILINE).group(1)
+VERSION = re.search(
+    r'^__version__ = "(.+)"$',
+    (ROOT / "fastlinear" / "__init__.py").read_text(encoding="utf-8"),
+    re.MULTILINE,
+).group(1)
 
 setup(
     name="fastlinear",
     version=VERSION,
-    description="A drop-in nn.Linear for PyTorch whose forward and backward are fused Triton kernels",
-    long_description=(ROOT / "README.md").read_text(),
+    description="A drop-in nn.Linear for PyTorch with fused Triton kernels, forward and backward",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The fastlinear developers",
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # A top-level package named `kernels` would collide with the one of that name on PyPI.
     packages=["fastlinear", "fastlinear.kernels"],
     package_dir={"fastlinear": "fastlinear", "fastlinear.kernels": "kernels"},
-    package_data={"fastlinear": ["py.typed"]},
+    package_data={"fastlinear": ["py.typed"], "fastlinear.kernels": ["tuned/*.json"]},
     install_requires=["torch>=2.11"],
     extras_require={"triton": ["triton>=3.6"]},
 )

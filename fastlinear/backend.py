@@ -125,7 +125,10 @@ def backward(
 
 def sum_rows(grad_output: Tensor, batched: bool) -> Tensor:
     """grad_bias by PyTorch: the sum over every dimension but features, and layers if batched."""
-    return grad_output.sum(1) if batched else grad_output.sum(tuple(range(grad_output.dim() - 1)))
+    if batched:
+        return grad_output.sum(1)
+    leading = tuple(range(grad_output.dim() - 1))
+    return grad_output.sum(leading) if leading else grad_output.clone()  # sum(()) would sum everything
 
 
 def check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:

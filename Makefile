@@ -1,0 +1,51 @@
+# PYTHON makes the environments; ARGS is passed on to the command that a target runs.
+PYTHON ?= python3
+ARGS ?=
+
+SUPPORTED = import sys; version = sys.version_info[:2]; (3, 10) <= version <= (3, 13) or sys.exit( \
+	"fastlinear is developed with Python 3.10 to 3.13, but $(PYTHON) is Python %d.%d; " % version + \
+	"name another one, as in: make PYTHON=python3.12 test")
+
+.DEFAULT_GOAL := help
+.PHONY: help test test-oldest lint mutation compile demo clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@echo 'PYTHON=python3.12 picks the interpreter; ARGS="..." is passed on, as in: make test ARGS="-k bias -x"'
+
+test: .venv/installed ## run the tests on the pinned torch and Triton
+	.venv/bin/pytest -n auto $(ARGS)
+
+test-oldest: .venv-oldest/installed ## run the tests on the oldest supported torch and Triton (5 GB to install)
+	.venv-oldest/bin/pytest -n auto $(ARGS)
+
+lint: .venv/installed ## ruff check, ruff format --check, mypy
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+mutation: .venv/installed ## break the code in known ways, and see that the tests fail
+	.venv/bin/python tests/mutation.py $(ARGS)
+
+compile: .venv/installed ## compile the kernels for GPUs that need not be there
+	.venv/bin/python tests/ahead_of_time.py $(ARGS)
+
+demo: .venv/installed ## train a classifier with the layer and with nn.Linear, for several batch sizes
+	.venv/bin/python -m benchmarks.train $(ARGS)
+
+clean: ## remove the environments, caches and build products
+	rm -rf .venv .venv-oldest build dist fastlinear.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An environment: the pinned packages, and this checkout in editable mode. `unfinished` lies in it while it is being
+# made; one that was interrupted is made anew.
+.venv/installed: requirements.txt setup.py pyproject.toml
+.venv-oldest/installed: requirements-oldest.txt setup.py pyproject.toml
+.venv/installed .venv-oldest/installed:
+	@$(PYTHON) -c '$(SUPPORTED)'
+	@if test -e $(@D)/unfinished; then rm -rf $(@D); fi
+	@mkdir -p $(@D) && touch $(@D)/unfinished
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -r $<
+	$(@D)/bin/python -m pip install --no-build-isolation --no-deps -e .
+	@rm $(@D)/unfinished && touch $@

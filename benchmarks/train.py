@@ -1,0 +1,470 @@
+"""Handwritten digits, learnt with fastlinear.Linear and with nn.Linear, a datapoint a step to all.
+
+`python -m benchmarks.train` trains Linear(64, 128) -> ReLU -> Linear(128, 10) by plain gradient
+descent on scikit-learn's 1,797 digits, with both layers from the same seed and in the same order.
+Per batch size it prints the loss, the accuracy, the time and the memory of a step; the exit status
+is 1 if the layers disagree. It runs on the GPU if there is one. `--backend triton` without a GPU
+runs the kernels in Triton's interpreter, on a few of the digits. `--compare-step` instead times
+single steps of the two layers in turn.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.environment import environment
+
+NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+FAST, NATIVE = "fastlinear.Linear", "nn.Linear"
+WHOLE = sys.maxsize  # the batch size that stands for the whole set
+SECONDS_PER_COMPARISON = 3.0
+
+# How far two trainings may part, as a share of the loss before the first step, and in digits told
+# differently at the end. Rounding alone, nn.Linear in float32 against float64, parts them by up to
+# 1e-4 and one digit (20 epochs, 6 seeds, 3 of them at batch size 1; a Xeon): it decides a ReLU
+# whose input is about zero, and the steps after that differ. A bias without its gradient parts
+# them by 3e-3 in 5 epochs.
+LOSS_TOLERANCE = 1e-3
+DIGITS_TOLERANCE = 2
+
+Layers = dict[str, type[nn.Linear]]
+Row = dict[str, Any]  # what was measured of one layer at one batch size, as it goes into the JSON
+
+
+@dataclass
+class Digits:
+    """Images (rows, 64) in [0, 1] and labels (rows,): those to learn from and those to test on."""
+
+    images: Tensor
+    labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def read_digits(rows: int | None, seed: int, device: torch.device) -> Digits:
+    """The first `rows` of the shuffled digits (None: all), a fifth of them kept for the test."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = map(torch.from_numpy, load_digits(return_X_y=True))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:rows]
+    images = (pixels[order] / 16).to(device, torch.float32)
+    labels = labels[order].to(device, torch.int64)
+    tested = len(order) // 5
+    return Digits(images[tested:], labels[tested:], images[:tested], labels[:tested])
+
+
+def learning_rate(batch_size: int) -> float:
+    """Grows with the root of the batch, as its gradient's noise falls; at 1 the full set swings."""
+    return min(0.05 * math.sqrt(batch_size), 0.5)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Training:
+    """The network, built of one of the layers, on its way through the digits."""
+
+    def __init__(self, layer: type[nn.Linear], digits: Digits, batch_size: int, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.digits = digits
+        self.batch_size = batch_size
+        self.network = nn.Sequential(layer(64, 128), nn.ReLU(), layer(128, 10))
+        self.network.to(digits.images.device)
+        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=learning_rate(batch_size))
+        self.losses: list[float] = []
+        self.accuracies: list[float] = []
+        self.epoch_seconds: list[float] = []
+
+    def step(self, rows: Tensor) -> None:
+        self.optimizer.zero_grad()
+        output = self.network(self.digits.images[rows])
+        F.cross_entropy(output, self.digits.labels[rows]).backward()
+        self.optimizer.step()
+
+    def epoch(self, order: Tensor) -> None:
+        """One pass over the digits in this order, timed."""
+        start = now(order.device)
+        for rows in order.split(self.batch_size):
+            self.step(rows)
+        self.epoch_seconds.append(now(order.device) - start)
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Notes the loss over all the digits to learn from and the accuracy on those to test on."""
+        output = self.network(self.digits.images)
+        self.losses.append(F.cross_entropy(output, self.digits.labels).item())
+        guesses = self.network(self.digits.test_images).argmax(1)
+        self.accuracies.append((guesses == self.digits.test_labels).double().mean().item())
+
+    def warm_up(self) -> None:
+        """A few steps of each size that an epoch has: kernels get compiled, allocators filled."""
+        rows = torch.arange(len(self.digits.labels), device=self.digits.labels.device)
+        batches = rows.split(self.batch_size)
+        for batch in (batches[0], batches[-1]):
+            for _ in range(3):
+                self.step(batch)
+
+    def step_memory(self) -> int:
+        """Bytes that a step needs beside the parameters and the set of digits.
+
+        On a GPU: the peak of the allocator during the step, over what was allocated before it.
+        On a CPU, where PyTorch keeps no such count: what the forward leaves for the backward (the
+        batch and every other saved tensor, each storage once, parameters not) and the gradients
+        of the parameters. What lives only within the forward or within the backward is part of
+        the first figure and not of the second, so the two are not to be compared.
+        """
+        rows = torch.arange(self.batch_size, device=self.digits.labels.device)
+        self.optimizer.zero_grad()
+        if rows.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.step(rows)
+            return torch.cuda.max_memory_allocated() - before
+
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            self.step(rows)
+        parameters = list(self.network.parameters())
+        for parameter in parameters:
+            saved.pop(parameter.untyped_storage().data_ptr(), None)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        return sum(saved.values()) + sum(gradient.nbytes for gradient in gradients)
+
+
+HEADER = (
+    "batch  layer              final loss  accuracy"
+    "     ms/epoch      us/step  us/datapoint    KiB/step"
+)
+
+
+def train(
+    layers: Layers, digits: Digits, batch_sizes: list[int], epochs: int, seed: int, rows: list[Row]
+) -> None:
+    """Trains both layers at every batch size; adds a row for each to `rows`, prints it when done.
+
+    The layers take turns by the epoch, the first one changing, so that a slow moment of the
+    machine strikes both.
+    """
+    from tqdm import tqdm
+
+    size, device = len(digits.labels), digits.labels.device
+    shuffler = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(size, generator=shuffler).to(device) for _ in range(epochs)]
+    steps = len(layers) * epochs * sum(math.ceil(size / batch_size) for batch_size in batch_sizes)
+    # disable=None: no bar where stderr is not a terminal.
+    with tqdm(total=steps, unit="step", leave=False, disable=None) as bar:
+        bar.write(HEADER)
+        for batch_size in batch_sizes:
+            bar.set_description(f"batch {batch_size}")
+            pair = []
+            for name, layer in layers.items():
+                rehearsal = Training(layer, digits, batch_size, seed)
+                rehearsal.warm_up()
+                training = Training(layer, digits, batch_size, seed)
+                training.evaluate()
+                pair.append(training)
+                row = {"batch_size": batch_size, "layer": name}
+                row |= {"learning_rate": learning_rate(batch_size)}
+                row |= {"step_memory_bytes": rehearsal.step_memory()}
+                row |= {"losses": training.losses, "accuracies": training.accuracies}
+                row |= {"epoch_seconds": training.epoch_seconds}
+                rows.append(row)
+            for order in orders:
+                for training in pair:
+                    training.epoch(order)
+                    training.evaluate()
+                    bar.update(math.ceil(size / batch_size))
+                pair.reverse()
+            for row in rows[-len(layers) :]:
+                bar.write(table_line(row, size))
+
+
+def table_line(row: Row, size: int) -> str:
+    return (
+        f"{row['batch_size']:5}  {row['layer']:17}  {row['losses'][-1]:10.6f}"
+        f"  {row['accuracies'][-1]:8.2%}  {1e3 * epoch_seconds(row):11.2f}"
+        f"  {1e6 * step_seconds(row, size):11.1f}  {1e6 * epoch_seconds(row) / size:12.2f}"
+        f"  {row['step_memory_bytes'] / 1024:10.1f}"
+    )
+
+
+def epoch_seconds(row: Row) -> float:
+    return statistics.median(row["epoch_seconds"])
+
+
+def step_seconds(row: Row, size: int) -> float:
+    return epoch_seconds(row) / math.ceil(size / row["batch_size"])
+
+
+def of_layer(rows: list[Row], layer: str) -> list[Row]:
+    return [row for row in rows if row["layer"] == layer]
+
+
+def loss_gap(row: Row, native: Row) -> float:
+    """Largest difference of losses after the same epoch, as a share of the first; NaN if any is."""
+    losses, expected = (torch.tensor(of["losses"], dtype=torch.float64) for of in (row, native))
+    return ((losses - expected).abs().max() / expected[0]).item()
+
+
+def disagreement(rows: list[Row], tested: int) -> str | None:
+    """A sentence on the first batch size with which the layers learn differently, if any."""
+    for row, native in zip(of_layer(rows, FAST), of_layer(rows, NATIVE), strict=True):
+        gap = loss_gap(row, native)
+        digits = round(tested * abs(row["accuracies"][-1] - native["accuracies"][-1]))
+        if math.isnan(gap) or gap > LOSS_TOLERANCE or digits > DIGITS_TOLERANCE:
+            return (
+                f"the layers disagree with batches of {row['batch_size']}: losses by up to "
+                f"{gap:.1e} of the first, and {digits} of {tested} digits tested"
+            )
+    return None
+
+
+def conclude(rows: list[Row], size: int, interpreted: bool) -> None:
+    """Prints how well the layers agree, and what a batch costs or, interpreted, what was learnt."""
+    fast, native = of_layer(rows, FAST), of_layer(rows, NATIVE)
+    gap = max(map(loss_gap, fast, native))
+    print(f"The layers agree: losses differ by at most {1e6 * gap:.2g} millionths of the first.")
+    first, *others = fast
+    if interpreted:
+        before, *_, after = first["losses"]
+        print(f"The kernels learn, {first['batch_size']} a step: loss {before:.2f} to {after:.2f}.")
+        return
+    for row in others:
+        seconds = step_seconds(row, size) / step_seconds(first, size)
+        memory = row["step_memory_bytes"] / first["step_memory_bytes"]
+        print(
+            f"A step on {row['batch_size']} costs {seconds:.2f} times the time and {memory:.2f} "
+            f"times the memory of a step on {first['batch_size']}."
+        )
+
+
+def compare_steps(
+    layers: Layers, digits: Digits, batch_sizes: list[int], seed: int, rows: list[Row]
+) -> None:
+    """Prints the median over pairs of steps of a layer's time over nn.Linear's; adds rows of it.
+
+    nn.Linear is compared with itself too: how far that is from 1 is the noise of the machine.
+    """
+    print("Time of a training step over that of nn.Linear: median of pairs [quartiles]")
+    print("batch  layer                    ratio                pairs  us/step of nn.Linear")
+    for batch_size in batch_sizes:
+        for name, layer in layers.items():
+            pairs = step_pairs(layer, layers[NATIVE], digits, batch_size, seed)
+            quartiles = statistics.quantiles([mine / native for mine, native in pairs], n=4)
+            native_seconds = statistics.median(native for _, native in pairs)
+            row = {"batch_size": batch_size, "layer": name, "ratio_quartiles": quartiles}
+            row |= {"pairs": len(pairs), "native_step_seconds": native_seconds}
+            rows.append(row)
+            low, median, high = quartiles
+            print(
+                f"{batch_size:5}  {name:17}  {median:6.3f} [{low:.3f}, {high:.3f}]"
+                f"  {len(pairs):7}  {1e6 * native_seconds:20.1f}",
+                flush=True,
+            )
+
+
+def step_pairs(
+    layer: type[nn.Linear], native: type[nn.Linear], digits: Digits, batch_size: int, seed: int
+) -> list[tuple[float, float]]:
+    """Seconds of a step of each layer on the same batch, the first one changing, pair by pair."""
+    pair = [Training(kind, digits, batch_size, seed) for kind in (layer, native)]
+    for training in pair:
+        training.warm_up()
+    size, device = len(digits.labels), digits.labels.device
+    shuffler = torch.Generator().manual_seed(seed)
+    times: list[tuple[float, float]] = []
+    end = time.perf_counter() + SECONDS_PER_COMPARISON
+    while time.perf_counter() < end:
+        order = torch.randperm(size, generator=shuffler).to(device)
+        # Whole batches only: a short last one would be a step of another size.
+        for rows in order[: size // batch_size * batch_size].split(batch_size):
+            spent = [0.0, 0.0]
+            for turn in (0, 1) if len(times) % 2 else (1, 0):
+                start = now(device)
+                pair[turn].step(rows)
+                spent[turn] = now(device) - start
+            times.append((spent[0], spent[1]))
+    return times
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Loss by epoch, time per datapoint and memory per step by batch size."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
+
+    rows = [row for row in results["rows"] if row["epoch_seconds"]]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    curves, times, memory = figure.subplots(1, 3)
+
+    # Viridis is told apart by all eyes, and in grey.
+    fast = of_layer(rows, FAST)
+    for index, row in enumerate(fast):
+        shade = colormaps["viridis"](0.3 + 0.65 * index / len(fast))
+        curves.plot(row["losses"], color=shade, linewidth=4, label="" if index else FAST)
+        end = (len(row["losses"]) - 1, row["losses"][-1])
+        offset = {"xytext": (5, -3), "textcoords": "offset points"}
+        curves.annotate(str(row["batch_size"]), end, **offset, fontsize=8)
+    for index, row in enumerate(of_layer(rows, NATIVE)):
+        curves.plot(row["losses"], "k:", linewidth=1, label="" if index else NATIVE)
+    curves.set(title="Loss, by batch size", xlabel="epoch")
+    curves.margins(x=0.22)
+    curves.legend(fontsize=8, loc="lower left")
+
+    # Blue and vermilion of Okabe and Ito, and a marker and a line of its own for each.
+    looks = {"color": "#0072B2", "marker": "o"}, {"color": "#D55E00", "marker": "x", "ls": "--"}
+    for layer, look in zip((FAST, NATIVE), looks, strict=True):
+        mine = of_layer(rows, layer)
+        batch_sizes = [row["batch_size"] for row in mine]
+        microseconds = [1e6 * epoch_seconds(row) / results["datapoints"] for row in mine]
+        kibibytes = [row["step_memory_bytes"] / 1024 for row in mine]
+        times.plot(batch_sizes, microseconds, label=layer, **look)
+        memory.plot(batch_sizes, kibibytes, label=layer, **look)
+    times.set(title="Time per datapoint (µs)")
+    memory.set(title="Memory per step (KiB)")
+    ticks = sorted({row["batch_size"] for row in rows})
+    for panel in (times, memory):
+        panel.set(xscale="log", xlabel="batch size")
+        panel.set_xticks(ticks, labels=[str(tick) for tick in ticks])
+        panel.minorticks_off()
+        panel.legend(fontsize=8)
+
+    for panel in (curves, times, memory):
+        panel.set(yscale="log")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
+        panel.grid(alpha=0.3)
+    figure.supxlabel(caption(results), fontsize=8)
+    figure.savefig(path, dpi=200)
+
+
+def caption(results: dict[str, Any]) -> str:
+    machine = results["environment"]
+    kernels = ", kernels in Triton's interpreter" if results["interpreted"] else ""
+    return (
+        f"{machine['device']}{kernels}, backend {results['backend']}, {results['dtype']}, "
+        f"torch {machine['torch']}, {results['date'][:10]}"
+    )
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"takes 1 or more, got {number}")
+    return number
+
+
+def positive_or_all(text: str) -> int:
+    return WHOLE if text == "all" else positive(text)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--backend", choices=["auto", "triton", "torch"], default="auto")
+    add("--epochs", type=positive, help="default: 20, or 5 with --quick or in the interpreter")
+    add("--batch-sizes", type=positive_or_all, nargs="+", metavar="N", help="numbers, or all")
+    add("--seed", type=int, default=0, help="of the parameters and the order of the digits")
+    add("--quick", action="store_true", help="few epochs, no small batches")
+    add("--compare-step", action="store_true", help="time single steps of the layers in turn")
+    add("--out", type=Path, help="folder of the results; default: benchmarks/results/DEVICE")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    missing = [package for module, package in NEEDS.items() if find_spec(module) is None]
+    if missing:
+        sys.exit(f"benchmarks.train needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    gpu = torch.cuda.is_available()
+    interpreted = arguments.backend == "triton" and not gpu
+    if interpreted and arguments.compare_step:
+        sys.exit("--compare-step needs a GPU for the kernels: interpreted, their time says nothing")
+    if interpreted:
+        # Triton reads it when first imported, by the kernels or by torch for an optimizer.
+        os.environ["TRITON_INTERPRET"] = "1"
+    import fastlinear
+
+    layers = {FAST: fastlinear.Linear, NATIVE: nn.Linear}
+    device = torch.device("cuda" if gpu else "cpu")
+    digits = read_digits(128 if interpreted else None, arguments.seed, device)
+    size, tested = len(digits.labels), len(digits.test_labels)
+
+    small = interpreted or arguments.quick
+    epochs = arguments.epochs or (5 if small else 20)
+    chosen = arguments.batch_sizes or ([16, 64, WHOLE] if small else [1, 4, 16, 64, 256, WHOLE])
+    batch_sizes = sorted({min(batch_size, size) for batch_size in chosen})
+
+    results: dict[str, Any] = {
+        "environment": environment(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "backend": arguments.backend,
+        "interpreted": interpreted,
+        "dtype": "float32",
+        "seed": arguments.seed,
+        "datapoints": size,
+        "datapoints_tested": tested,
+        "rows": [],
+    }
+    device_name = results["environment"]["device"] if gpu else "cpu"
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+    folder = arguments.out or Path(__file__).parent / "results" / slug
+    name = "train-steps" if arguments.compare_step else "train"
+    name += "-interpreted" * interpreted + "-quick" * arguments.quick
+
+    print(f"{size} digits to learn from, {tested} to test on; {caption(results)}")
+    if interpreted:
+        print(
+            "A slice of the digits, as the interpreter is slow; its times say nothing of a GPU's."
+        )
+    rows = results["rows"]
+    try:
+        with fastlinear.use_backend(arguments.backend):
+            if arguments.compare_step:
+                compare_steps(layers, digits, batch_sizes, arguments.seed, rows)
+            else:
+                train(layers, digits, batch_sizes, epochs, arguments.seed, rows)
+                if sentence := disagreement(rows, tested):
+                    sys.exit(sentence)
+                conclude(rows, size, interpreted)
+    except KeyboardInterrupt:
+        print(f"stopped: what was measured is kept in {folder}", file=sys.stderr)
+        sys.exit(130)  # what a shell gives a program ended by Ctrl-C
+    finally:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(results, indent=1))
+        if any(row.get("epoch_seconds") for row in rows):
+            draw(results, folder / f"{name}.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped before anything was measured")

@@ -1,0 +1,99 @@
+"""Fixtures: kernels run on the GPU where there is one, else in Triton's interpreter on CPU tensors."""
+
+import math
+import os
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anyone imports triton
+
+import fastlinear  # noqa: E402
+from fastlinear.kernels import launch  # noqa: E402
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def pytest_report_header() -> str:
+    return f"kernels: {'interpreted on the CPU' if launch.INTERPRETING else torch.cuda.get_device_name()}"
+
+
+def pytest_configure() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # workers share the cores
+    if launch.INTERPRETING:
+        _poison_unset_loads()
+
+
+def _poison_unset_loads() -> None:
+    """Gives masked loads that set no `other` NaN where the interpreter gives 0: on a GPU the value is undefined."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
+
+    load = InterpreterBuilder.create_masked_load
+
+    def poisoned_load(self, ptrs, mask, other, *arguments):  # type: ignore[no-untyped-def]
+        if other is None:
+            dtype = ptrs.get_element_ty()
+            # bfloat16 is held as bit patterns, of which all ones is a NaN as well.
+            value = np.nan if np.issubdtype(_get_np_dtype(dtype), np.floating) else np.iinfo(_get_np_dtype(dtype)).max
+            other = TensorHandle(np.full_like(ptrs.data, value, dtype=_get_np_dtype(dtype)), dtype)
+        return load(self, ptrs, mask, other, *arguments)
+
+    InterpreterBuilder.create_masked_load = poisoned_load
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every output and workspace starts as NaN, between guards that no kernel may write to.
+
+    So an element that is never written, or read early, is seen, and so is a store past the end.
+    """
+    guard, untouched = 1024, -77.0
+    buffers: list[torch.Tensor] = []
+
+    def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        size = math.prod(shape)
+        buffer = torch.full((size + 2 * guard,), untouched, dtype=dtype, device=device)
+        buffer[guard : guard + size] = float("nan")
+        buffers.append(buffer)
+        # A tensor of its own rather than a view: autograd treats views differently.
+        return torch.empty(0, dtype=dtype, device=device).set_(buffer.untyped_storage(), guard, shape)
+
+    monkeypatch.setattr(launch, "allocate", allocate)
+    yield
+    for buffer in buffers:
+        assert (buffer[:guard] == untouched).all(), "a kernel wrote before its output"
+        assert (buffer[-guard:] == untouched).all(), "a kernel wrote past its output"
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """Fresh random inputs in every run; a failing test shows the seed, and FASTLINEAR_SEED repeats it."""
+    seed = int(os.environ.get("FASTLINEAR_SEED", random.SystemRandom().randrange(2**31)))
+    torch.manual_seed(seed)
+    request.node.add_report_section("setup", "seed", f"repeat with FASTLINEAR_SEED={seed}")
+    return seed
+
+
+@pytest.fixture(autouse=True)
+def float32_highest() -> Iterator[None]:
+    """Every test starts, and leaves torch, at the default precision."""
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture
+def triton_backend() -> Iterator[None]:
+    """`fastlinear.linear` takes the kernels."""
+    with fastlinear.use_backend("triton"):
+        yield
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return DEVICE

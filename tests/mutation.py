@@ -1,0 +1,229 @@
+"""Plants bugs in the kernels, one at a time, and checks that the suite notices: `python tests/mutation.py`.
+
+Each mutant is a copy of the package with one line changed, tested in a process of its own by the tests that should
+notice. Exits with 1 where a mutant survives, or where a bug can no longer be planted because the line has changed.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FORWARD, BACKWARD, GRADIENTS = ("tests/test_forward.py",), ("tests/test_backward.py",), ("tests/test_gradients.py",)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One planted bug: `old`, which stands in `file` exactly once, becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTANTS = [
+    Mutant(
+        "store mask dropped, forward",
+        "kernels/forward.py",
+        "acc.to(output_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])",
+        "acc.to(output_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n >= 0)[None, :])",
+        FORWARD,
+    ),
+    Mutant(
+        "store mask dropped, grad_weight",
+        "kernels/backward.py",
+        "acc.to(grad_weight_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_k[None, :])",
+        "acc.to(grad_weight_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_k >= 0)[None, :])",
+        BACKWARD,
+    ),
+    Mutant(
+        "other= missing on the K tail",
+        "kernels/forward.py",
+        "mask=mask_k[:, None] & mask_n[None, :], other=0.0)",
+        "mask=mask_k[:, None] & mask_n[None, :])",
+        FORWARD,
+    ),
+    Mutant(
+        "load mask dropped on the K tail",
+        "kernels/forward.py",
+        "mask=mask_m[:, None] & mask_k[None, :], other=0.0)",
+        "mask=mask_m[:, None] & (offs_k >= 0)[None, :], other=0.0)",
+        FORWARD,
+    ),
+    Mutant(
+        "rows past a split's last are counted",
+        "kernels/backward.py",
+        "mask_m = offs_m < last_row",
+        "mask_m = offs_m < M + BLOCK_M",
+        BACKWARD,
+    ),
+    Mutant(
+        "bias dropped on the last block",
+        "kernels/forward.py",
+        "acc += bias.to(ACC_DTYPE)[None, :]",
+        "acc += tl.where(tile_n == column_tiles - 1, 0.0, bias.to(ACC_DTYPE))[None, :]",
+        FORWARD,
+    ),
+    Mutant(
+        "bias added after rounding",
+        "kernels/forward.py",
+        "acc += bias.to(ACC_DTYPE)[None, :]",
+        "acc = acc.to(output_ptr.dtype.element_ty).to(ACC_DTYPE) + bias.to(ACC_DTYPE)[None, :]",
+        FORWARD,
+    ),
+    Mutant(
+        "grad_bias counted twice",
+        "kernels/backward.py",
+        "acc_bias += tl.sum(grad_output_tile, axis=1)",
+        "acc_bias += 2 * tl.sum(grad_output_tile, axis=1)",
+        BACKWARD,
+    ),
+    Mutant(
+        "grad_bias by a product, summed over its columns",
+        "kernels/backward.py",
+        "tl.max(acc_bias, axis=1)",
+        "tl.sum(acc_bias, axis=1)",
+        BACKWARD,
+    ),
+    Mutant(
+        "wrong stride: input's columns taken for contiguous",
+        "kernels/forward.py",
+        "input_rows[:, None] + offs_k[None, :] * stride_ik",
+        "input_rows[:, None] + offs_k[None, :]",
+        FORWARD,
+    ),
+    Mutant(
+        "wrong stride: nested rows taken for evenly spaced",
+        "kernels/indexing.py",
+        "(rows // inner_size) * stride_outer + (rows % inner_size) * stride_inner",
+        "rows * stride_inner",
+        FORWARD,
+    ),
+    Mutant(
+        "batch stride of the bias ignored",
+        "kernels/forward.py",
+        "bias_ptr + batch * stride_bb",
+        "bias_ptr",
+        FORWARD,
+    ),
+    Mutant(
+        "TF32 forced",
+        "kernels/launch.py",
+        'return precision if dtype == torch.float32 else "ieee"',
+        'return "tf32" if dtype == torch.float32 else "ieee"',
+        FORWARD,
+    ),
+    Mutant(
+        "TF32 truncated instead of rounded",
+        "kernels/precision.py",
+        "(bits + 0x1000) & 0xFFFFE000",
+        "bits & 0xFFFFE000",
+        FORWARD,
+    ),
+    Mutant(
+        "split sums unscaled: one split left out",
+        "kernels/backward.py",
+        "for _ in range(splits):\n            acc += tl.load(partial_weight_ptr",
+        "for _ in range(1, splits):\n            acc += tl.load(partial_weight_ptr",
+        BACKWARD,
+    ),
+    Mutant(
+        "splits overlap by a block",
+        "kernels/backward.py",
+        "last_row = min(first_row + rows_per_split, M)",
+        "last_row = min(first_row + rows_per_split + BLOCK_M, M)",
+        BACKWARD,
+    ),
+    Mutant(
+        "existing output kept",
+        "kernels/forward.py",
+        "    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)\n    total",
+        "    acc = tl.load(output_ptr + tl.zeros((BLOCK_M, BLOCK_N), tl.int32)).to(ACC_DTYPE)\n    total",
+        FORWARD,
+    ),
+    Mutant(
+        "sums formed apart are not added up",
+        "kernels/forward.py",
+        "        acc += total\n",
+        "        acc += 0\n",
+        FORWARD,
+    ),
+    Mutant(
+        "float64 accumulated in float32",
+        "kernels/launch.py",
+        "return tl.float64 if dtype == torch.float64 else tl.float32",
+        "return tl.float32",
+        FORWARD,
+    ),
+    Mutant(
+        "weight's gradient takes the saved weight",
+        "fastlinear/autograd.py",
+        "input if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None",
+        "input if ctx.needs_input_grad[0] else None, weight if ctx.needs_input_grad[1] else None",
+        GRADIENTS,
+    ),
+    Mutant(
+        "double backward loses the graph",
+        "fastlinear/autograd.py",
+        "    if not (torch.is_grad_enabled() or internals.forward_ad_active()):\n",
+        "    if True:\n",
+        GRADIENTS,
+    ),
+]
+
+
+def notices(mutant: Mutant) -> tuple[Mutant, bool, str]:
+    """(the mutant, whether a test failed, how that went in one line)."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder, "fastlinear")
+        shutil.copytree(ROOT / "fastlinear", package)
+        shutil.copytree(ROOT / "kernels", package / "kernels")
+        shutil.copytree(ROOT / "tests", Path(folder, "tests"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        changed = package / Path(mutant.file).relative_to("fastlinear" if "fastlinear/" in mutant.file else ".")
+        text = changed.read_text()
+        if text.count(mutant.old) != 1:
+            return mutant, False, f"cannot be planted: its line stands {text.count(mutant.old)} times in {mutant.file}"
+        changed.write_text(text.replace(mutant.old, mutant.new))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests]
+        environment = os.environ | {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        environment.pop("PYTEST_XDIST_WORKER", None)
+        try:
+            result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=300)
+        except subprocess.TimeoutExpired:
+            return mutant, True, "noticed: the tests hang"
+    seconds = f"{time.monotonic() - started:.0f} s"
+    if result.returncode == 1:
+        failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        return mutant, True, f"noticed in {seconds} by {failed[0].split(' - ')[0].split('::')[-1] if failed else '?'}"
+    if result.returncode == 0:
+        return mutant, False, f"SURVIVED {' '.join(mutant.tests)} ({seconds})"
+    return mutant, False, f"pytest exited with {result.returncode}: {(result.stdout + result.stderr)[-500:]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="plant the bugs whose name contains this")
+    arguments = parser.parse_args()
+    mutants = [mutant for mutant in MUTANTS if arguments.only in mutant.name]
+    killed = 0
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for mutant, noticed, how in pool.map(notices, mutants):
+            killed += noticed
+            print(f"{'killed' if noticed else 'ALIVE '}  {mutant.name}: {how}", flush=True)
+    print(f"{killed} killed / {len(mutants)} planted")
+    sys.exit(killed != len(mutants))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The truth that kernels are compared with, the error they are allowed, and the operands they are given."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+# (M, N, K): shapes for kernels whose interpreted blocks are 32 x 32 x 32, with the reason for each.
+SHAPES = {
+    "one of each": (1, 1, 1),
+    "one block": (32, 32, 32),
+    "one less than a block": (31, 31, 31),
+    "one more than a block": (33, 33, 33),
+    "several blocks, none whole": (70, 50, 77),
+    "one datapoint": (1, 40, 64),
+    "one output feature": (45, 1, 40),
+    "one input feature": (45, 40, 1),
+    "tile groups of unequal size": (300, 70, 16),
+    "many rows, few tiles: split sums": (517, 10, 20),
+    "long sums": (8, 12, 700),
+    "no rows": (0, 5, 7),
+    "no output features": (5, 0, 7),
+    "no input features": (5, 7, 0),
+    "nothing at all": (0, 0, 0),
+}
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in float64, for float64 operands in the CPU's extended precision, as a float64 tensor."""
+    if a.dtype == torch.float64:
+        wide = np.longdouble
+        product = a.detach().cpu().numpy().astype(wide) @ b.detach().cpu().numpy().astype(wide)
+        return torch.from_numpy(np.asarray(product, dtype=np.float64)).to(a.device)
+    return a.detach().double() @ b.detach().double()
+
+
+def exact_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product = matmul(input, weight.mT)
+    if bias is None:
+        return product
+    return product + (bias.double() if weight.dim() == 2 else bias.double().unsqueeze(1))
+
+
+def exact_backward(grad_output: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad_input, grad_weight, grad_bias)."""
+    if weight.dim() == 3:
+        return matmul(grad_output, weight), matmul(grad_output.mT, input), grad_output.double().sum(1)
+    rows, features = grad_output.shape[:-1].numel(), grad_output.shape[-1]
+    grad_rows, input_rows = grad_output.reshape(rows, features), input.reshape(rows, input.shape[-1])
+    return matmul(grad_output, weight), matmul(grad_rows.mT, input_rows), grad_rows.double().sum(0)
+
+
+def native_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """PyTorch's own result in the same dtype and precision setting."""
+    if weight.dim() == 2:
+        return F.linear(input, weight, bias)
+    product = input @ weight.mT
+    return product if bias is None else torch.baddbmm(bias.unsqueeze(1), input, weight.mT)
+
+
+def native_backward(grad_output: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    input, weight = input.detach().requires_grad_(), weight.detach().requires_grad_()
+    bias = weight.new_zeros(weight.shape[:-1], requires_grad=True)
+    return torch.autograd.grad(native_forward(input, weight, bias), (input, weight, bias), grad_output)
+
+
+def rounding_step(dtype: torch.dtype) -> float:
+    """The spacing of numbers near 1 to which products' operands or results are rounded."""
+    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() == "high"
+    return 2.0**-10 if tf32 else torch.finfo(dtype).eps
+
+
+def assert_as_exact(result: Tensor, native: Tensor, exact: Tensor, what: str = "result") -> None:
+    """Fails unless the largest error of `result` is at most twice that of `native`, plus one rounding step."""
+    assert result.shape == native.shape, f"{what} has shape {tuple(result.shape)}, PyTorch's {tuple(native.shape)}"
+    assert result.dtype == native.dtype, f"{what} is {result.dtype}, PyTorch's {native.dtype}"
+    if exact.numel() == 0:
+        return
+    error = (result.detach().double() - exact).abs().max().item()
+    native_error = (native.detach().double() - exact).abs().max().item()
+    budget = 2 * native_error + rounding_step(result.dtype) * exact.abs().max().item()
+    assert error <= budget, f"{what} is off by {error:.3g}, PyTorch by {native_error:.3g}; the budget is {budget:.3g}"
+
+
+def normal(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Normal random numbers inside a buffer of NaN: a kernel that reads beside its operand is seen."""
+    size = int(np.prod(shape))
+    buffer = torch.full((size + 128,), float("nan"), dtype=dtype, device=device)
+    operand = buffer[64 : 64 + size].view(*shape)
+    return operand.copy_(torch.randn(*shape, device=device))
+
+
+def fenced(tensor: Tensor) -> Tensor:
+    """`tensor` with NaN in every element of its storage that is not its own, strides as they are."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    buffer = torch.full((extent + 128,), float("nan"), dtype=tensor.dtype, device=tensor.device)
+    own = torch.arange(64, extent + 64, device=tensor.device).as_strided(tensor.shape, tensor.stride())
+    buffer[own.flatten()] = tensor.flatten()  # elements of stride 0 are written more than once, with one value
+    return buffer.as_strided(tensor.shape, tensor.stride(), 64)

@@ -1,0 +1,106 @@
+"""Bad input: what `nn.Linear` raises, with any backend; and what the kernels cannot take, in words."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastlinear
+from fastlinear.autograd import linear_op
+
+
+
+def W(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:  # noqa: N802
+    return torch.ones(shape, dtype=dtype)
+
+
+BAD = {
+    "wrong in_features": lambda: (W(2, 5), W(4, 3), W(4)),
+    "wrong in_features, no bias": lambda: (W(2, 5), W(4, 3), None),
+    "wrong in_features, leading dimensions": lambda: (W(2, 3, 5), W(4, 3), W(4)),
+    "wrong in_features, 1-D": lambda: (W(5), W(4, 3), W(4)),
+    "0-D input": lambda: (W(), W(4, 3), W(4)),
+    "dtype of input": lambda: (W(2, 3, dtype=torch.float64), W(4, 3), W(4)),
+    "dtype of input, no bias": lambda: (W(2, 3, dtype=torch.float64), W(4, 3), None),
+    "dtype of bias": lambda: (W(2, 3), W(4, 3), W(4, dtype=torch.float64)),
+    "length of bias": lambda: (W(2, 3), W(4, 3), W(5)),
+    "1-D weight with bias": lambda: (W(2, 3), W(3), W(1)),
+    "3-D weight": lambda: (W(2, 3), W(2, 4, 3), None),
+    "input None": lambda: (None, W(4, 3), W(4)),
+    "input list": lambda: ([1.0], W(4, 3), W(4)),
+    "weight None": lambda: (W(2, 3), None, None),
+    "bias a number": lambda: (W(2, 3), W(4, 3), 1.0),
+}
+
+
+def raised(function, *arguments) -> tuple[type[Exception], str]:  # type: ignore[no-untyped-def]
+    with pytest.raises(Exception) as caught:
+        function(*arguments)
+    return type(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
+@pytest.mark.parametrize("arguments", BAD.values(), ids=BAD)
+def test_bad_input_raises_what_nn_linear_raises(arguments, backend: str) -> None:  # type: ignore[no-untyped-def]
+    try:
+        F.linear(*arguments())
+    except Exception:
+        expected = raised(F.linear, *arguments())
+    else:
+        pytest.skip("PyTorch takes this on this version")
+    with fastlinear.use_backend(backend):
+        assert raised(fastlinear.linear, *arguments()) == expected
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
+def test_bad_input_to_the_module(backend: str) -> None:
+    ours, theirs = fastlinear.Linear(3, 4), nn.Linear(3, 4)
+    for input in (W(2, 5), W(2, 3, dtype=torch.float64), None, [1.0]):
+        with fastlinear.use_backend(backend):
+            assert raised(ours, input) == raised(theirs, input)
+
+
+UNSUPPORTED = {
+    "int64": (lambda: (W(2, 3, dtype=torch.int64), W(4, 3, dtype=torch.int64), None), "input is torch.int64"),
+    "complex": (lambda: (W(2, 3, dtype=torch.complex64), W(4, 3, dtype=torch.complex64), None), "complex64"),
+    "sparse": (lambda: (W(2, 3), W(4, 3).to_sparse(), None), "weight has layout torch.sparse_coo"),
+    "2-D bias": (lambda: (W(2, 3), W(4, 3), W(2, 4)), r"bias is \(2, 4\) and out_features 4"),
+    "1-D weight": (lambda: (W(2, 3), W(3), None), r"weight \(3,\)"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_what_only_pytorch_takes(arguments, said: str) -> None:  # type: ignore[no-untyped-def]
+    expected = F.linear(*arguments())
+    torch.testing.assert_close(fastlinear.linear(*arguments()), expected)
+    with fastlinear.use_backend("triton"), pytest.raises(TypeError, match=f"backend 'triton' takes .*{said}"):
+        fastlinear.linear(*arguments())
+
+
+def test_subclasses_of_tensor_keep_their_meaning() -> None:
+    class Loud(Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, arguments=(), options=None):  # type: ignore[no-untyped-def]
+            return "my own linear"
+
+    loud = W(2, 3).as_subclass(Loud)
+    assert fastlinear.linear(loud, W(4, 3)) == "my own linear"
+    with fastlinear.use_backend("triton"), pytest.raises(TypeError, match="takes plain tensors, but input is a Loud"):
+        fastlinear.linear(loud, W(4, 3))
+
+
+@pytest.mark.parametrize("bias", [W(1), W()], ids=["(1,)", "()"])
+def test_bias_of_one_element_broadcasts(bias: Tensor, device: torch.device) -> None:
+    input, weight = torch.randn(2, 3, device=device), torch.randn(4, 3, device=device)
+    with fastlinear.use_backend("triton"):
+        torch.testing.assert_close(
+            fastlinear.linear(input, weight, bias.to(device)), F.linear(input, weight, bias.to(device))
+        )
+
+
+def test_the_op_called_directly_does_not_read_beside_its_operands(device: torch.device) -> None:
+    input, weight = torch.randn(2, 3, device=device), torch.randn(4, 5, device=device)
+    with pytest.raises(RuntimeError, match=r"input is \(2, 3\), weight \(4, 5\), bias None"):
+        linear_op(input, weight, None)
+    with pytest.raises(RuntimeError, match=r"bias \(5,\)"):
+        linear_op(input, torch.randn(4, 3, device=device), torch.randn(5, device=device))

@@ -1,0 +1,299 @@
+"""Derivatives of `fastlinear.linear` through the kernels: every order and mode, every mask, every stride."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import DTYPES, assert_as_exact, exact_backward, normal
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import fastlinear
+from fastlinear.autograd import linear_backward_op, linear_op
+from fastlinear.kernels import launch
+
+pytestmark = pytest.mark.usefixtures("triton_backend")
+
+LEADING = {"1-D": (), "2-D": (4,), "3-D": (2, 2), "one row": (1,), "no rows": (0,)}
+
+
+def double(*shape: int, device: torch.device, requires_grad: bool = True) -> Tensor:
+    return normal(shape, torch.float64, device).requires_grad_(requires_grad)
+
+
+@pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck(leading: tuple[int, ...], bias: bool, device: torch.device) -> None:
+    operands = (double(*leading, 3, device=device), double(2, 3, device=device)) + bias * (double(2, device=device),)
+    assert gradcheck(
+        fastlinear.linear,
+        operands,
+        check_forward_ad=True,
+        check_batched_grad=True,
+        check_batched_forward_grad=True,
+        check_undefined_grad=True,
+    )
+
+
+@pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
+def test_gradgradcheck(leading: tuple[int, ...], device: torch.device) -> None:
+    operands = (double(*leading, 3, device=device), double(2, 3, device=device), double(2, device=device))
+    assert gradgradcheck(
+        fastlinear.linear,
+        operands,
+        check_fwd_over_rev=True,
+        check_rev_over_rev=True,
+        check_batched_grad=True,
+    )
+
+
+def test_gradcheck_of_a_batch_of_layers(device: torch.device) -> None:
+    operands = (double(2, 2, 2, device=device), double(2, 1, 2, device=device), double(2, 1, device=device))
+    assert gradcheck(linear_op, operands, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(linear_op, operands, check_fwd_over_rev=True, check_batched_grad=True)
+
+
+MASKS = list(itertools.product([False, True], repeat=3))
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=lambda mask: "".join("01"[needed] for needed in mask))
+def test_every_mask_of_requires_grad(mask: tuple[bool, bool, bool], device: torch.device) -> None:
+    shapes = ((2, 20, 33), (40, 33), (40,))
+    ours = [normal(shape, torch.float32, device).requires_grad_(needed) for shape, needed in zip(shapes, mask, strict=True)]
+    theirs = [operand.detach().clone().requires_grad_(operand.requires_grad) for operand in ours]
+    output, reference = fastlinear.linear(*ours), F.linear(*theirs)
+    assert output.requires_grad == reference.requires_grad
+    if not any(mask):
+        return
+    grad_output = normal((2, 20, 40), torch.float32, device)
+    output.backward(grad_output)
+    reference.backward(grad_output)
+    exact = exact_backward(grad_output, ours[0], ours[1])
+    for operand, native, truth in zip(ours, theirs, exact, strict=True):
+        assert (operand.grad is None) == (native.grad is None)
+        if operand.grad is not None:
+            assert_as_exact(operand.grad, native.grad, truth.reshape(operand.shape))
+
+
+def test_only_wanted_gradients_are_computed(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    from fastlinear.kernels import backward
+
+    calls: list[str] = []
+    for name in ("linear_backward_input", "linear_backward_weight"):
+        launcher = getattr(backward, name)
+        monkeypatch.setattr(
+            backward, name, lambda *a, _name=name, _launcher=launcher, **k: calls.append(_name) or _launcher(*a, **k)
+        )
+    for input_needs, weight_needs, bias_needs in MASKS[1:]:
+        calls.clear()
+        operands = [
+            normal(shape, torch.float32, device).requires_grad_(needed)
+            for shape, needed in zip(((4, 5), (3, 5), (3,)), (input_needs, weight_needs, bias_needs), strict=True)
+        ]
+        fastlinear.linear(*operands).sum().backward()
+        wanted = input_needs * ["linear_backward_input"] + weight_needs * ["linear_backward_weight"]
+        assert calls == wanted
+
+
+def saved_for(mask: tuple[bool, bool, bool], linear, device: torch.device) -> list[tuple[int, ...]]:  # type: ignore[no-untyped-def]
+    shapes: list[tuple[int, ...]] = []
+    operands = [
+        normal(shape, torch.float32, device).requires_grad_(needed)
+        for shape, needed in zip(((7, 5), (3, 5), (3,)), mask, strict=True)
+    ]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+        linear(*operands)
+    return shapes
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_saves_no_more_than_pytorch(mask: tuple[bool, bool, bool], device: torch.device) -> None:
+    ours, theirs = saved_for(mask, fastlinear.linear, device), saved_for(mask, F.linear, device)
+    assert sum(map(len, ours)) <= sum(map(len, theirs))
+    assert set(ours) == ({(7, 5)} if mask[1] else set()) | ({(3, 5)} if mask[0] else set())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained weight", "frozen weight"])
+def test_module_gradients(dtype: torch.dtype, training: bool, frozen: bool, device: torch.device) -> None:
+    layer = fastlinear.Linear(33, 40, dtype=dtype, device=device).train(training)
+    layer.weight.requires_grad_(not frozen)
+    reference = torch.nn.Linear(33, 40, dtype=dtype, device=device).train(training)
+    reference.load_state_dict(layer.state_dict())
+    reference.weight.requires_grad_(not frozen)
+
+    input = normal((50, 33), dtype, device).requires_grad_()
+    native_input = input.detach().clone().requires_grad_()
+    grad_output = normal((50, 40), dtype, device)
+    layer(input).backward(grad_output)
+    reference(native_input).backward(grad_output)
+    exact = exact_backward(grad_output, input, layer.weight)
+    assert_as_exact(input.grad, native_input.grad, exact[0], "grad_input")
+    assert_as_exact(layer.bias.grad, reference.bias.grad, exact[2], "grad_bias")
+    if frozen:
+        assert layer.weight.grad is None
+    else:
+        assert_as_exact(layer.weight.grad, reference.weight.grad, exact[1], "grad_weight")
+
+
+REDUCTIONS = {
+    "sum: stride 0": lambda y: y.sum(),
+    "mean over rows": lambda y: y.mean(0).pow(2).sum(),
+    "one element": lambda y: y[3, 4],
+    "transposed": lambda y: (y.t().contiguous() * torch.arange(y.numel(), device=y.device).view(y.shape[::-1])).sum(),
+    "every other column": lambda y: y[:, ::2].pow(2).sum(),
+}
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS.values(), ids=REDUCTIONS)
+def test_gradients_of_every_stride(reduce, device: torch.device) -> None:  # type: ignore[no-untyped-def]
+    operands = [double(*shape, device=device) for shape in ((20, 33), (40, 33), (40,))]
+    ours = torch.autograd.grad(reduce(fastlinear.linear(*operands)), operands)
+    theirs = torch.autograd.grad(reduce(F.linear(*operands)), operands)
+    for gradient, native in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, native)
+
+
+def test_third_derivative(device: torch.device) -> None:
+    input, weight = double(4, 5, device=device), double(3, 5, device=device)
+
+    def third(linear) -> Tensor:  # type: ignore[no-untyped-def]
+        (first,) = torch.autograd.grad(linear(input, weight).pow(4).sum(), input, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), weight, create_graph=True)
+        return torch.autograd.grad(second.sum(), input)[0]
+
+    torch.testing.assert_close(third(fastlinear.linear), third(F.linear))
+
+
+def test_dual_tensors_pass_through_a_plain_backward(device: torch.device) -> None:
+    import torch.autograd.forward_ad as forward_ad
+
+    input, tangent = double(4, 5, device=device), double(4, 5, device=device, requires_grad=False)
+    weight = double(3, 5, device=device)
+
+    def tangent_of_gradient(linear) -> Tensor:  # type: ignore[no-untyped-def]
+        with forward_ad.dual_level():
+            output = linear(forward_ad.make_dual(input, tangent), weight)
+            (gradient,) = torch.autograd.grad(output.pow(2).sum(), weight)
+            result = forward_ad.unpack_dual(gradient).tangent
+            assert result is not None, "the tangent was lost on the way"
+            return result
+
+    torch.testing.assert_close(tangent_of_gradient(fastlinear.linear), tangent_of_gradient(F.linear))
+
+
+FUNCTIONALS = {
+    "grad": lambda f: torch.func.grad(f, argnums=(0, 1, 2)),
+    "jacrev": lambda f: torch.func.jacrev(f, argnums=(0, 1, 2)),
+    "jacfwd": lambda f: torch.func.jacfwd(f, argnums=(0, 1, 2)),
+    "hessian": lambda f: torch.func.hessian(f, argnums=(0, 1)),
+    "grad of grad": lambda f: torch.func.grad(lambda *a: torch.func.grad(f)(*a).pow(2).sum(), argnums=1),
+    "per-sample grad": lambda f: torch.func.vmap(torch.func.grad(f, argnums=(0, 1, 2)), in_dims=(0, None, None)),
+}
+
+
+@pytest.mark.parametrize("transform", FUNCTIONALS.values(), ids=FUNCTIONALS)
+def test_functional_transforms(transform, device: torch.device) -> None:  # type: ignore[no-untyped-def]
+    operands = [double(*shape, device=device, requires_grad=False) for shape in ((4, 5), (3, 5), (3,))]
+    ours = transform(lambda *a: fastlinear.linear(*a).pow(3).sum())(*operands)
+    theirs = transform(lambda *a: F.linear(*a).pow(3).sum())(*operands)
+    torch.testing.assert_close(ours, theirs)
+
+
+VMAPPED = [(0, None, None), (1, 0, None), (None, 0, 0), (None, None, 0), (1, 1, 1), (None, 1, None)]
+
+
+@pytest.mark.parametrize("in_dims", VMAPPED, ids=str)
+@pytest.mark.parametrize("transform", ["values", "gradients"])
+def test_vmap_over_any_operand(in_dims: tuple[int | None, ...], transform: str, device: torch.device) -> None:
+    shapes = []
+    for shape, dim in zip([(4, 5), (3, 5), (3,)], in_dims, strict=True):
+        shapes.append(shape if dim is None else (*shape[:dim], 6, *shape[dim:]))
+    operands = [double(*shape, device=device, requires_grad=False) for shape in shapes]
+
+    def mapped(linear):  # type: ignore[no-untyped-def]
+        function = linear if transform == "values" else torch.func.grad(lambda *a: linear(*a).pow(2).sum(), (0, 1, 2))
+        return torch.func.vmap(function, in_dims=in_dims)(*operands)
+
+    torch.testing.assert_close(mapped(fastlinear.linear), mapped(F.linear))
+
+
+def test_vmap_twice(device: torch.device) -> None:
+    input, weight = double(2, 6, 4, 5, device=device), double(6, 2, 3, 5, device=device)
+
+    def mapped(linear) -> Tensor:  # type: ignore[no-untyped-def]
+        return torch.func.vmap(torch.func.vmap(linear), in_dims=(0, 1))(input, weight)
+
+    torch.testing.assert_close(mapped(fastlinear.linear), mapped(F.linear))
+
+
+# opcheck reads .grad of its own copies, which are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_opcheck(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    # The suite's guarded outputs start inside their storage, which fake tensors do not.
+    monkeypatch.setattr(launch, "allocate", lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device))
+
+    def operand(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
+
+    layer = (operand(2, 4, 5), operand(3, 5), operand(3))
+    torch.library.opcheck(linear_op, layer)
+    torch.library.opcheck(linear_op, (layer[0], layer[1], None))
+    layers = (operand(2, 4, 5), operand(2, 3, 5), operand(2, 3))
+    torch.library.opcheck(linear_op, layers)
+    grad_output = operand(2, 4, 3)
+    torch.library.opcheck(linear_backward_op, (grad_output, layer[0], layer[1], True, False))
+    torch.library.opcheck(linear_backward_op, (grad_output, layers[0], None, False, True))
+    torch.library.opcheck(linear_backward_op, (grad_output, None, None, True, False))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_without_graph_breaks(backend: str, device: torch.device) -> None:
+    operands = [double(*shape, device=device) for shape in ((4, 5), (3, 5), (3,))]
+    compiled = torch.compile(lambda *a: fastlinear.linear(*a).relu().sum(), fullgraph=True, backend=backend)
+    ours = torch.autograd.grad(compiled(*operands), operands)
+    theirs = torch.autograd.grad(F.linear(*operands).relu().sum(), operands)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_autocast(device: torch.device) -> None:
+    operands = [normal(shape, torch.float32, device).requires_grad_() for shape in ((4, 5), (3, 5), (3,))]
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        output, native = fastlinear.linear(*operands), F.linear(*operands)
+        assert fastlinear.linear(*(operand.double() for operand in operands)).dtype == torch.float64
+    assert output.dtype == native.dtype == torch.bfloat16
+    torch.testing.assert_close(output, native, rtol=1.6e-2, atol=1e-2)
+    output.float().sum().backward()
+    assert all(operand.grad is not None and operand.grad.dtype == torch.float32 for operand in operands)
+
+
+def test_flop_counter_counts_every_product(device: torch.device) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    operands = [double(*shape, device=device) for shape in ((4, 5), (3, 5), (3,))]
+    with FlopCounterMode(display=False) as counter:
+        fastlinear.linear(*operands).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 4 * 3 * 5
+
+
+def test_output_may_change_in_place(device: torch.device) -> None:
+    operands = [double(*shape, device=device) for shape in ((2, 4, 5), (3, 5), (3,))]
+    fastlinear.linear(*operands).relu_().sum().backward()
+    ours = [operand.grad for operand in operands]
+    theirs = torch.autograd.grad(F.linear(*operands).relu().sum(), operands)
+    torch.testing.assert_close(ours, list(theirs))
+
+
+def test_operands_that_are_not_saved_may_change_in_place(device: torch.device) -> None:
+    input, weight = double(4, 5, device=device), double(3, 5, device=device, requires_grad=False)
+    output = fastlinear.linear(input.detach(), weight.requires_grad_())
+    with torch.no_grad():
+        weight.add_(1)  # only the input's gradient needs the weight
+    output.sum().backward()
+    frozen = double(3, 5, device=device, requires_grad=False)
+    output = fastlinear.linear(input, frozen)
+    frozen.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()

@@ -1,0 +1,66 @@
+"""Launchers: how rows lie in memory, how wide offsets are, what counts as aligned."""
+
+import pytest
+import torch
+import triton.language as tl
+
+from fastlinear.kernels import launch
+
+
+def on_no_memory(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device="meta")
+
+
+ROWS = {  # tensor, and (size, inner_size, stride_outer, stride_inner, stride_feature)
+    "matrix": (on_no_memory(6, 5), (6, 6, 0, 5, 1)),
+    "columns": (on_no_memory(5, 6).t(), (6, 6, 0, 1, 6)),
+    "vector": (on_no_memory(5), (1, 1, 0, 0, 1)),
+    "contiguous leading dimensions": (on_no_memory(2, 3, 4, 5), (24, 24, 0, 5, 1)),
+    "sequence first": (on_no_memory(3, 2, 5).transpose(0, 1), (6, 3, 5, 10, 1)),
+    "channels last": (on_no_memory(2, 5, 3, 4).permute(0, 2, 3, 1), (24, 12, 60, 1, 12)),
+    "expanded": (on_no_memory(1, 1).expand(6, 5), (6, 6, 0, 0, 0)),
+    "expanded leading dimension": (on_no_memory(4, 5).expand(3, 4, 5), (12, 4, 0, 5, 1)),
+    "dimensions of one": (on_no_memory(1, 6, 1, 5), (6, 6, 0, 5, 1)),
+}
+
+
+@pytest.mark.parametrize(("tensor", "expected"), ROWS.values(), ids=ROWS)
+def test_rows_are_described_without_a_copy(tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+    rows = launch.rows_of(tensor)
+    assert rows.tensor is tensor
+    found = (rows.size, rows.inner_size, rows.stride_outer, rows.stride_inner, rows.stride_feature)
+    assert found == expected
+
+
+def test_rows_on_three_strides_are_copied_once() -> None:
+    rows = launch.rows_of(on_no_memory(2, 3, 4, 5).permute(2, 1, 0, 3))
+    assert rows.tensor.is_contiguous()
+    assert not rows.nested
+
+
+def test_batched_rows_keep_their_batch_stride() -> None:
+    rows = launch.rows_of(on_no_memory(4, 5).expand(3, 4, 5), batched=True)
+    assert (rows.stride_batch, rows.size, rows.stride_inner, rows.nested) == (0, 4, 5, False)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "dtype"),
+    [
+        (on_no_memory(2**16, 2**15), tl.int32),  # 2**31 elements: the last one's offset is 2**31 - 1
+        (on_no_memory(2**16, 2**15 + 1), tl.int64),
+        (on_no_memory(2**21, 2**11)[:, :1], tl.int64),  # few elements that reach far
+        (on_no_memory(1, 1).expand(2**20, 2**20), tl.int32),  # many that are one
+        (on_no_memory(0, 2**33), tl.int32),
+    ],
+)
+def test_offsets_are_as_wide_as_the_storage_needs(tensor: torch.Tensor, dtype: tl.dtype) -> None:
+    assert launch.offset_dtype(on_no_memory(3, 4), tensor) == dtype
+
+
+def test_alignment_is_what_triton_can_prove(device: torch.device) -> None:
+    matrix = torch.empty(64, 64, device=device)
+    assert launch.aligned(matrix, matrix.t(), matrix[16:, 16:])
+    assert not launch.aligned(matrix[:, 1:])  # the address
+    assert not launch.aligned(matrix[:, ::2])  # no stride of 1
+    assert not launch.aligned(torch.empty(64, 40, device=device)[:, :32])  # the row stride
+    assert not launch.aligned(torch.empty(64, 80, device=device)[:, :40])  # the row's size
