@@ -10,7 +10,11 @@ import torch
 
 def _first_line(*command: str) -> str | None:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+        return (
+            subprocess.run(command, capture_output=True, text=True, check=True)
+            .stdout.splitlines()[0]
+            .strip()
+        )
     except (OSError, subprocess.CalledProcessError, IndexError):
         return None
 
@@ -18,7 +22,9 @@ def _first_line(*command: str) -> str | None:
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo") as cpuinfo:
-            return next(line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name"))
+            return next(
+                line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -35,7 +41,11 @@ def environment() -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if gpu else _processor(),
-        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
+        "driver": (
+            _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+            if gpu
+            else None
+        ),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,7 +1,10 @@
-"""Every kernel in every legal configuration on the GPU at hand: checked against float64, then timed against cuBLAS.
+"""Every kernel in every legal configuration on the GPU at hand.
 
-`python -m benchmarks.kernels --out FOLDER` writes FOLDER/kernels.json as it goes, so that an interrupted run keeps what
-it has measured, and prints a summary. Times are device times (CUDA events, median), in microseconds.
+Each is checked against float64, then timed against cuBLAS.
+
+`python -m benchmarks.kernels --out FOLDER` writes FOLDER/kernels.json as it goes, so that an
+interrupted run keeps what it has measured, and prints a summary. Times are device times (CUDA
+events, median), in microseconds.
 """
 
 import argparse
@@ -27,7 +30,13 @@ from fastlinear.kernels.backward import linear_backward_input, linear_backward_w
 from fastlinear.kernels.configs import choose, legal_configs
 from fastlinear.kernels.forward import linear_forward
 
-ARITHMETICS = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32"), (torch.float64, "ieee")]
+ARITHMETICS = [
+    (torch.bfloat16, "ieee"),
+    (torch.float16, "ieee"),
+    (torch.float32, "ieee"),
+    (torch.float32, "tf32"),
+    (torch.float64, "ieee"),
+]
 CHECKED = [  # (M, N, K, aligned) with a reason each
     (512, 512, 512, True),  # whole blocks
     (272, 400, 336, True),  # aligned, off every block boundary
@@ -52,7 +61,9 @@ def exact_products(x: Tensor, w: Tensor, b: Tensor, g: Tensor) -> dict[str, Call
     """The same in float64; float64 operands in the CPU's extended precision."""
     if x.dtype != torch.float64:
         return products(x.double(), w.double(), b.double(), g.double())
-    wide_x, wide_w, wide_b, wide_g = (tensor.cpu().numpy().astype(np.longdouble) for tensor in (x, w, b, g))
+    wide_x, wide_w, wide_b, wide_g = (
+        tensor.cpu().numpy().astype(np.longdouble) for tensor in (x, w, b, g)
+    )
 
     def rounded(result: Any) -> Tensor:
         return torch.from_numpy(result.astype(np.float64)).cuda()
@@ -64,17 +75,23 @@ def exact_products(x: Tensor, w: Tensor, b: Tensor, g: Tensor) -> dict[str, Call
     }
 
 
-def kernel_call(product: str, x: Tensor, w: Tensor, b: Tensor, g: Tensor, precision: str, config: Any) -> Callable[[], Any]:
+def kernel_call(
+    product: str, x: Tensor, w: Tensor, b: Tensor, g: Tensor, precision: str, config: Any
+) -> Callable[[], Any]:
     return {
         "output": lambda: linear_forward(x, w, b, precision=precision, config=config),
         "grad_input": lambda: linear_backward_input(g, w, precision=precision, config=config),
-        "grad_weight": lambda: linear_backward_weight(g, x, True, precision=precision, config=config),
+        "grad_weight": lambda: linear_backward_weight(
+            g, x, True, precision=precision, config=config
+        ),
     }[product]
 
 
 def configs(product: str, dtype: torch.dtype, precision: str, aligned: bool) -> tuple[Any, ...]:
     kernel = "backward_weight" if product == "grad_weight" else "forward"
-    return legal_configs(kernel, dtype, precision, aligned, launch.target_of(torch.device("cuda", 0)))
+    return legal_configs(
+        kernel, dtype, precision, aligned, launch.target_of(torch.device("cuda", 0))
+    )
 
 
 def as_tuple(result: Any) -> tuple[Tensor, ...]:
@@ -82,7 +99,10 @@ def as_tuple(result: Any) -> tuple[Tensor, ...]:
 
 
 def largest_error(results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
-    return [(result.double() - reference).abs().max().item() for result, reference in zip(results, exact, strict=True)]
+    return [
+        (result.double() - reference).abs().max().item()
+        for result, reference in zip(results, exact, strict=True)
+    ]
 
 
 def set_tf32(precision: str) -> None:
@@ -90,11 +110,16 @@ def set_tf32(precision: str) -> None:
 
 
 def check(record: Callable[[dict[str, Any]], None]) -> int:
-    """Errors of every configuration against float64; a fault is more than twice PyTorch's, plus one rounding step."""
+    """Errors of every configuration against float64.
+
+    A fault is more than twice PyTorch's, plus one rounding step.
+    """
     faults = 0
     for (dtype, precision), (m, n, k, aligned) in itertools.product(ARITHMETICS, CHECKED):
         set_tf32(precision)
-        x, w, b, g = (torch.randn(shape, device="cuda").to(dtype) for shape in ((m, k), (n, k), (n,), (m, n)))
+        x, w, b, g = (
+            torch.randn(shape, device="cuda").to(dtype) for shape in ((m, k), (n, k), (n,), (m, n))
+        )
         exact = exact_products(x, w, b, g)
         native = products(x, w, b, g)
         step = 2**-10 if precision == "tf32" else torch.finfo(dtype).eps
@@ -106,17 +131,32 @@ def check(record: Callable[[dict[str, Any]], None]) -> int:
                 for error, reference in zip(native_errors, references, strict=True)
             ]
             for config in configs(product, dtype, precision, aligned):
-                row = {"part": "numerics", "product": product, "dtype": str(dtype)[6:], "precision": precision}
-                row |= {"m": m, "n": n, "k": k, "config": str(config), "native_errors": native_errors, "budgets": budgets}
+                row = {
+                    "part": "numerics",
+                    "product": product,
+                    "dtype": str(dtype)[6:],
+                    "precision": precision,
+                }
+                row |= {
+                    "m": m,
+                    "n": n,
+                    "k": k,
+                    "config": str(config),
+                    "native_errors": native_errors,
+                    "budgets": budgets,
+                }
                 try:
                     call = kernel_call(product, x, w, b, g, precision, config)
                     results = as_tuple(call())
                     row["errors"] = largest_error(results, references)
                     row["repeatable"] = all(
-                        torch.equal(result, again) for _ in range(5) for result, again in zip(results, as_tuple(call()), strict=True)
+                        torch.equal(result, again)
+                        for _ in range(5)
+                        for result, again in zip(results, as_tuple(call()), strict=True)
                     )
                     row["fault"] = not row["repeatable"] or not all(
-                        error <= budget for error, budget in zip(row["errors"], budgets, strict=True)
+                        error <= budget
+                        for error, budget in zip(row["errors"], budgets, strict=True)
                     )
                 except Exception as error:  # a configuration that does not launch is a finding
                     row |= {"fault": True, "error": f"{type(error).__name__}: {error}"[:500]}
@@ -138,13 +178,23 @@ def check_far_offsets(record: Callable[[dict[str, Any]], None]) -> int:
     g = torch.randn(rows, 32, device="cuda", dtype=torch.bfloat16)
     grad_weight, _ = linear_backward_weight(g, x, False)
     exact_weight = sum(
-        g_part.double().T @ x_part.double() for g_part, x_part in zip(g.split(2**18), x.split(2**18), strict=True)
+        g_part.double().T @ x_part.double()
+        for g_part, x_part in zip(g.split(2**18), x.split(2**18), strict=True)
     )
     native_weight = g.T @ x
     row = {"part": "far offsets", "rows": rows, "width": width}
-    row["errors"] = [(last.double() - exact).abs().max().item(), (grad_weight.double() - exact_weight).abs().max().item()]
-    row["native"] = [(native.double() - exact).abs().max().item(), (native_weight.double() - exact_weight).abs().max().item()]
-    row["fault"] = any(error > 2 * budget + 1e-9 for error, budget in zip(row["errors"], row["native"], strict=True))
+    row["errors"] = [
+        (last.double() - exact).abs().max().item(),
+        (grad_weight.double() - exact_weight).abs().max().item(),
+    ]
+    row["native"] = [
+        (native.double() - exact).abs().max().item(),
+        (native_weight.double() - exact_weight).abs().max().item(),
+    ]
+    row["fault"] = any(
+        error > 2 * budget + 1e-9
+        for error, budget in zip(row["errors"], row["native"], strict=True)
+    )
     if row["fault"]:
         print("FAULT", row)
     record(row)
@@ -160,7 +210,10 @@ class Timer:
 
     def __call__(self, call: Callable[[], Any]) -> float:
         call()
-        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(30)]
+        pairs = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            for _ in range(30)
+        ]
         spent = 0.0
         times: list[float] = []
         while spent < self.milliseconds and len(times) < 200:
@@ -184,7 +237,10 @@ def measure(record: Callable[[dict[str, Any]], None], dtypes: list[str], deadlin
             continue
         set_tf32(precision)
         for (n, k), m in itertools.product(LAYERS, ROWS):
-            x, w, b, g = (torch.randn(shape, device="cuda").to(dtype) for shape in ((m, k), (n, k), (n,), (m, n)))
+            x, w, b, g = (
+                torch.randn(shape, device="cuda").to(dtype)
+                for shape in ((m, k), (n, k), (n,), (m, n))
+            )
             for product, native in products(x, w, b, g).items():
                 if time.monotonic() > deadline:
                     print("out of time: the rest is not measured")
@@ -192,39 +248,73 @@ def measure(record: Callable[[dict[str, Any]], None], dtypes: list[str], deadlin
                 kernel = "backward_weight" if product == "grad_weight" else "forward"
                 dims = (m, k, n) if product == "grad_input" else (m, n, k)
                 aligned = launch.aligned(x, w, g)
-                chosen = choose(kernel, 1, *dims, dtype, precision, aligned, launch.target_of(x.device))
-                row = {"part": "time", "product": product, "dtype": name, "m": m, "n": n, "k": k, "chosen": str(chosen)}
+                chosen = choose(
+                    kernel, 1, *dims, dtype, precision, aligned, launch.target_of(x.device)
+                )
+                row = {
+                    "part": "time",
+                    "product": product,
+                    "dtype": name,
+                    "m": m,
+                    "n": n,
+                    "k": k,
+                    "chosen": str(chosen),
+                }
                 row["native_us"] = [timer(native)]
                 row["kernel_us"] = {}
                 for config in configs(product, dtype, precision, aligned):
-                    row["kernel_us"][str(config)] = timer(kernel_call(product, x, w, b, g, precision, config))
+                    row["kernel_us"][str(config)] = timer(
+                        kernel_call(product, x, w, b, g, precision, config)
+                    )
                 row["native_us"].append(timer(native))
                 record(row)
             best = min(row["kernel_us"].values())
-            print(f"{name} {m}x{n}x{k} grad_weight: native {row['native_us'][0]:.1f} us, chosen {row['kernel_us'][row['chosen']]:.1f}, best {best:.1f}", flush=True)
+            print(
+                f"{name} {m}x{n}x{k} grad_weight: native {row['native_us'][0]:.1f} us, "
+                f"chosen {row['kernel_us'][row['chosen']]:.1f}, best {best:.1f}",
+                flush=True,
+            )
 
 
 def summary(rows: list[dict[str, Any]]) -> None:
-    """Ratio of PyTorch's time to the chosen configuration's and to the best one's: above 1, the kernel is faster."""
-    print(f"\n{'dtype':9}{'product':12}{'N x K':>13}  " + "".join(f"{'M=' + str(m):>13}" for m in ROWS) + "   (chosen / best)")
+    """Ratio of PyTorch's time to the chosen configuration's and to the best one's.
+
+    Above 1, the kernel is faster.
+    """
+    print(
+        f"\n{'dtype':9}{'product':12}{'N x K':>13}  "
+        + "".join(f"{'M=' + str(m):>13}" for m in ROWS)
+        + "   (chosen / best)"
+    )
     timed = [row for row in rows if row["part"] == "time"]
     for key in dict.fromkeys((row["dtype"], row["product"], row["n"], row["k"]) for row in timed):
         cells = []
         for m in ROWS:
-            match = [row for row in timed if (row["dtype"], row["product"], row["n"], row["k"], row["m"]) == (*key, m)]
+            match = [
+                row
+                for row in timed
+                if (row["dtype"], row["product"], row["n"], row["k"], row["m"]) == (*key, m)
+            ]
             if match:
                 native = statistics.mean(match[0]["native_us"])
                 times = match[0]["kernel_us"]
-                cells.append(f"{native / times[match[0]['chosen']]:6.2f}/{native / min(times.values()):.2f}")
+                cells.append(
+                    f"{native / times[match[0]['chosen']]:6.2f}/{native / min(times.values()):.2f}"
+                )
             else:
                 cells.append("-")
-        print(f"{key[0]:9}{key[1]:12}{key[2]:>6} x{key[3]:>5}  " + "".join(f"{cell:>13}" for cell in cells))
+        print(
+            f"{key[0]:9}{key[1]:12}{key[2]:>6} x{key[3]:>5}  "
+            + "".join(f"{cell:>13}" for cell in cells)
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for kernels.json")
-    parser.add_argument("--minutes", type=float, default=8, help="stop measuring after this many minutes")
+    parser.add_argument(
+        "--minutes", type=float, default=8, help="stop measuring after this many minutes"
+    )
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32", "tf32"])
     parser.add_argument("--only", choices=["numerics", "time"])
     arguments = parser.parse_args()
@@ -233,7 +323,11 @@ def main() -> None:
     torch.manual_seed(0)
     deadline = time.monotonic() + 60 * arguments.minutes
     arguments.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"environment": environment(), "date": datetime.now(timezone.utc).isoformat(), "rows": []}
+    results: dict[str, Any] = {
+        "environment": environment(),
+        "date": datetime.now(timezone.utc).isoformat(),
+        "rows": [],
+    }
     written = time.monotonic()
 
     def record(row: dict[str, Any]) -> None:

@@ -1,4 +1,7 @@
-"""The private names of PyTorch that the op needs, in one place: what a torch upgrade may break stands here."""
+"""The private names of PyTorch that the op needs, in one place.
+
+What a torch upgrade may break stands here.
+"""
 
 import contextlib
 import importlib.abc
@@ -7,7 +10,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, ContextManager
+from typing import Any, ClassVar
 
 import torch
 from torch.autograd import forward_ad
@@ -17,21 +20,28 @@ DispatchKey = torch._C.DispatchKey
 
 
 class SingleLevelFunction(_SingleLevelFunction):
-    """`autograd.Function` for one level of torch.func, which is how an Autograd-key kernel is called.
+    """`autograd.Function` for one level of torch.func.
+
+    That is how an Autograd-key kernel is called.
 
     Its apply takes 11 us where Function's takes 30: it does not inspect signatures.
     """
 
     # Compiled autograd looks these up on every Function, and only Function has them.
     _compiled_autograd_key = Function._compiled_autograd_key
+    # Inherited; torch's private base has it without saying so.
+    apply: ClassVar[Callable[..., Any]]
 
 
-def below_autograd() -> ContextManager[object]:
-    """Dispatches ops below the Autograd key, to the next level of torch.func or to the device's kernel."""
+def below_autograd() -> contextlib.AbstractContextManager[object]:
+    """Dispatches ops below the Autograd key.
+
+    They go to the next level of torch.func or to the device's kernel.
+    """
     return torch._C._AutoDispatchBelowAutograd()
 
 
-def excluding(key: DispatchKey) -> ContextManager[object]:
+def excluding(key: DispatchKey) -> contextlib.AbstractContextManager[object]:
     """Dispatches ops past `key`."""
     return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key))
 
@@ -50,7 +60,8 @@ def forward_ad_active() -> bool:
 def next_level_differentiates() -> Any:
     """Within a Function's forward, lets the next level of torch.func record gradients.
 
-    A Function's forward runs with both grad modes off; without this, second derivatives would silently be zero.
+    A Function's forward runs with both grad modes off; without this, second derivatives would
+    silently be zero.
     """
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
         yield
@@ -69,7 +80,10 @@ def apply(function: type[SingleLevelFunction], *arguments: Any) -> Any:
 
 
 class _OnImport(importlib.abc.MetaPathFinder):
-    """Finds one module as the rest of the import system does, and calls back once it has been executed."""
+    """Finds one module as the rest of the import system does.
+
+    It calls back once the module has been executed.
+    """
 
     def __init__(self, name: str, callback: Callable[[], None]) -> None:
         self.name, self.callback = name, callback
@@ -95,7 +109,8 @@ class _OnImport(importlib.abc.MetaPathFinder):
 def when_imported(name: str, callback: Callable[[], None]) -> None:
     """Calls `callback` now if the module `name` has been imported, else as soon as it is.
 
-    For registrations with modules that are slow to import: torch.utils.flop_counter takes 0.2 s and brings Triton.
+    For registrations with modules that are slow to import: torch.utils.flop_counter takes 0.2 s and
+    brings Triton.
     """
     if name in sys.modules:
         callback()

@@ -1,9 +1,12 @@
-"""The torch ops behind the layer: schemas, shapes, derivatives of every order, vmap, autocast, operation counts.
+"""The torch ops behind the layer.
 
-`fastlinear::linear` takes one layer, input (*, K), weight (N, K), bias (N,), or B layers at once, input (B, M, K),
-weight (B, N, K), bias (B, N). The second form closes it: its derivatives, and vmap over any operand, are calls of the
-same op. `fastlinear::linear_backward` computes the gradients together where no graph of them is wanted: grad_input if
-weight is given, grad_weight if input is, grad_bias if asked for, and an empty tensor in the place of each of the others.
+Schemas, shapes, derivatives of every order, vmap, autocast, operation counts.
+
+`fastlinear::linear` takes one layer, input (*, K), weight (N, K), bias (N,), or B layers at once,
+input (B, M, K), weight (B, N, K), bias (B, N). The second form closes it: its derivatives, and vmap
+over any operand, are calls of the same op. `fastlinear::linear_backward` computes the gradients
+together where no graph of them is wanted: grad_input if weight is given, grad_weight if input is,
+grad_bias if asked for, and an empty tensor in the place of each of the others.
 """
 
 import math
@@ -19,7 +22,8 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 _LIBRARY = torch.library.Library("fastlinear", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
-# No default for bias: the dispatcher drops arguments that equal their default, and vmap rules would miss them.
+# No default for bias: the dispatcher drops arguments that equal their default,
+# and vmap rules would miss them.
 _LIBRARY.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor", tags=_TAGS)
 _LIBRARY.define(
     "linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, bool bias, bool batched)"
@@ -65,9 +69,12 @@ class LinearFunction(internals.SingleLevelFunction):
             return linear_op(input, weight, bias)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-        input, weight, bias = inputs
-        # Each operand is kept for the other's gradient alone, so that what is not kept may change in place.
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor
+    ) -> None:
+        input, weight, _ = inputs
+        # Each operand is kept for the other's gradient alone,
+        # so that what is not kept may change in place.
         ctx.save_for_backward(
             input if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
         )
@@ -80,18 +87,25 @@ class LinearFunction(internals.SingleLevelFunction):
         input, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad
         gradients = gradients_of(grad_output, input, weight, needed[2], ctx.batched)
-        return tuple(gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
+        return tuple(
+            gradient if need else None for gradient, need in zip(gradients, needed, strict=True)
+        )
 
     @staticmethod
     def jvp(
-        ctx: Any, input_tangent: Tensor | None, weight_tangent: Tensor | None, bias_tangent: Tensor | None
+        ctx: Any,
+        input_tangent: Tensor | None,
+        weight_tangent: Tensor | None,
+        bias_tangent: Tensor | None,
     ) -> Tensor | None:
         input, weight = ctx.saved_tensors
         tangent = None
         if input_tangent is not None:
             tangent = linear_op(input_tangent, weight, bias_tangent)
         if weight_tangent is not None:
-            through_weight = linear_op(input, weight_tangent, bias_tangent if tangent is None else None)
+            through_weight = linear_op(
+                input, weight_tangent, bias_tangent if tangent is None else None
+            )
             tangent = through_weight if tangent is None else tangent + through_weight
         if tangent is None and bias_tangent is not None:
             rows = bias_tangent.unsqueeze(1) if ctx.batched else bias_tangent
@@ -102,9 +116,12 @@ class LinearFunction(internals.SingleLevelFunction):
 def gradients_of(
     grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool, batched: bool
 ) -> Gradients:
-    """`linear_backward`, as one fused op, or as differentiable ops where the gradients' own gradients are wanted."""
+    """`linear_backward`, as one fused op or as differentiable ops.
+
+    Differentiable ops are taken where the gradients' own gradients are wanted.
+    """
     if not (torch.is_grad_enabled() or internals.forward_ad_active()):
-        return linear_backward_op(grad_output, input, weight, bias, batched)  # type: ignore[no-any-return]
+        return linear_backward_op(grad_output, input, weight, bias, batched)
     grad_input = grad_weight = grad_bias = grad_output.new_empty(0)
     if weight is not None:
         grad_input = linear_op(grad_output, weight.mT, None)
@@ -124,10 +141,12 @@ def gradients_of(
 def _linear_autograd(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     differentiated = internals.forward_ad_active() or (
         torch.is_grad_enabled()
-        and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
+        and (
+            input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        )
     )
     if differentiated:
-        return internals.apply(LinearFunction, input, weight, bias)  # type: ignore[no-any-return]
+        return internals.apply(LinearFunction, input, weight, bias)
     with internals.below_autograd():
         return linear_op(input, weight, bias)
 
@@ -139,7 +158,7 @@ def _linear_backward_autograd(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
         return gradients_of(grad_output, input, weight, bias, batched)
     with internals.below_autograd():
-        return linear_backward_op(grad_output, input, weight, bias, batched)  # type: ignore[no-any-return]
+        return linear_backward_op(grad_output, input, weight, bias, batched)
 
 
 _LIBRARY.impl("linear", _linear_autograd, "Autograd")
@@ -147,7 +166,10 @@ _LIBRARY.impl("linear_backward", _linear_backward_autograd, "Autograd")
 
 
 def _to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    """`tensor` with its vmapped dimension first, or a first dimension of stride 0 where it has none."""
+    """`tensor` with its vmapped dimension first.
+
+    Where it has none, it gets a first dimension of stride 0.
+    """
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
@@ -229,12 +251,21 @@ def _register_flop_formulas() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
     @register_flop_formula(torch.ops.fastlinear.linear)
-    def linear_flops(input: Any, weight: Any, bias: Any, *, out_shape: Any = None, **kwargs: Any) -> int:
+    def linear_flops(
+        input: Any, weight: Any, bias: Any, *, out_shape: Any = None, **kwargs: Any
+    ) -> int:
         return 2 * math.prod(input) * weight[-2]
 
     @register_flop_formula(torch.ops.fastlinear.linear_backward)
     def linear_backward_flops(
-        grad_output: Any, input: Any, weight: Any, bias: Any, batched: Any, *, out_shape: Any = None, **kwargs: Any
+        grad_output: Any,
+        input: Any,
+        weight: Any,
+        bias: Any,
+        batched: Any,
+        *,
+        out_shape: Any = None,
+        **kwargs: Any,
     ) -> int:
         grad_input = 0 if weight is None else 2 * math.prod(grad_output) * weight[-1]
         grad_weight = 0 if input is None else 2 * math.prod(grad_output) * input[-1]

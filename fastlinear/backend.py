@@ -1,4 +1,7 @@
-"""Which path computes the layer: backends, what the kernels need of the machine, and the calls into the kernels."""
+"""Which path computes the layer.
+
+Backends, what the kernels need of the machine, and the calls into the kernels.
+"""
 
 import functools
 import os
@@ -13,23 +16,30 @@ DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 def _checked(backend: str, source: str) -> str:
     if backend not in BACKENDS:
-        raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, but is {backend!r}")
+        raise ValueError(
+            f"{source} must be one of {', '.join(map(repr, BACKENDS))}, but is {backend!r}"
+        )
     return backend
 
 
-# Process-wide, as torch.set_float32_matmul_precision is: the layer's forward reads it, its backward follows its forward.
+# Process-wide, as torch.set_float32_matmul_precision is: the layer's forward
+# reads it, its backward follows its forward.
 current: str = _checked(os.environ.get("FASTLINEAR_BACKEND", "auto"), "FASTLINEAR_BACKEND")
 
 
 class use_backend:
-    """Context manager that says which path computes `fastlinear.linear`; FASTLINEAR_BACKEND sets it from outside.
+    """Context manager that says which path computes `fastlinear.linear`.
 
-    The setting is the process's, like PyTorch's own precision settings. A call's backward takes the path of its forward.
+    FASTLINEAR_BACKEND sets it from outside.
+
+    The setting is the process's, like PyTorch's own precision settings. A call's backward takes the
+    path of its forward.
 
     Args:
-        backend: "auto" takes whatever is known to be fastest: `torch.nn.functional.linear`, until a table measured
-            on the GPU at hand says that a kernel is faster. "triton" takes the kernels or raises, saying what is
-            missing; it never falls back. "torch" is always `torch.nn.functional.linear`.
+        backend: "auto" takes whatever is known to be fastest: `torch.nn.functional.linear`, until a
+            table measured on the GPU at hand says that a kernel is faster. "triton" takes the
+            kernels or raises, saying what is missing; it never falls back. "torch" is always
+            `torch.nn.functional.linear`.
 
     Raises:
         ValueError: backend is none of these.
@@ -43,7 +53,10 @@ class use_backend:
         self.previous, current = current, self.backend
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         global current
         current = self.previous
@@ -75,19 +88,23 @@ def _require_kernels(device: torch.device) -> None:
         return
     if device.type != "cuda":
         raise RuntimeError(
-            f"backend 'triton' takes tensors on a GPU, but these are on {device}; to run the kernels in Triton's "
-            "interpreter set TRITON_INTERPRET=1 before Python starts, or use backend 'auto'"
+            f"backend 'triton' takes tensors on a GPU, but these are on {device}; "
+            "to run the kernels in Triton's interpreter set TRITON_INTERPRET=1 before Python "
+            "starts, or use backend 'auto'"
         )
     capability = torch.cuda.get_device_capability(device)
     if torch.version.cuda and capability < (8, 0):
         raise RuntimeError(
-            f"backend 'triton' takes NVIDIA GPUs of compute capability 8.0 or newer, but {device} has "
-            f"{capability[0]}.{capability[1]}; use backend 'auto'"
+            "backend 'triton' takes NVIDIA GPUs of compute capability 8.0 or newer, "
+            f"but {device} has {capability[0]}.{capability[1]}; use backend 'auto'"
         )
 
 
 def _float32_precision() -> str:
-    """How torch's settings want float32 products formed; unset counts as "highest", as it does for cuBLAS."""
+    """How torch's settings want float32 products formed.
+
+    Unset counts as "highest", as it does for cuBLAS.
+    """
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
@@ -103,7 +120,10 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def backward(
     grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool, batched: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `linear_backward` by the kernels; a gradient that is not wanted is not computed, and comes back empty."""
+    """The op `linear_backward` by the kernels.
+
+    A gradient that is not wanted is not computed, and comes back empty.
+    """
     _require_kernels(grad_output.device)
     from fastlinear.kernels.backward import linear_backward_input, linear_backward_weight
 
@@ -112,9 +132,12 @@ def backward(
     if weight is not None:
         grad_input = linear_backward_input(grad_output, weight, precision=precision)
     if input is not None:
-        grad_weight, grad_bias = linear_backward_weight(grad_output, input, bias, batched=batched, precision=precision)
+        grad_weight, grad_bias = linear_backward_weight(
+            grad_output, input, bias, batched=batched, precision=precision
+        )
     elif bias:
-        # No grad_weight pass to ride on (frozen weight): one read of grad_output is all there is to do.
+        # No grad_weight pass to ride on (frozen weight):
+        # one read of grad_output is all there is to do.
         grad_bias = sum_rows(grad_output, batched)
     return (
         grad_output.new_empty(0) if grad_input is None else grad_input,
@@ -128,13 +151,17 @@ def sum_rows(grad_output: Tensor, batched: bool) -> Tensor:
     if batched:
         return grad_output.sum(1)
     leading = tuple(range(grad_output.dim() - 1))
-    return grad_output.sum(leading) if leading else grad_output.clone()  # sum(()) would sum everything
+    # sum(()) would sum everything.
+    return grad_output.sum(leading) if leading else grad_output.clone()
 
 
 def check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises RuntimeError unless shapes are (*, K), (N, K), (N,), or (B, M, K), (B, N, K), (B, N) for B layers.
+    """Raises RuntimeError unless shapes are those of one layer or of B layers.
 
-    `fastlinear.linear` sees to it before; a direct call of the op must not read out of bounds either.
+    One layer is (*, K), (N, K), (N,); B layers are (B, M, K), (B, N, K), (B, N).
+
+    `fastlinear.linear` sees to it before; a direct call of the op must not read out of bounds
+    either.
     """
     batched = weight.dim() == 3
     fits = (
@@ -146,7 +173,8 @@ def check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     )
     if not fits:
         raise RuntimeError(
-            "fastlinear::linear takes input (*, K), weight (N, K), bias (N,), or input (B, M, K), weight (B, N, K), "
-            f"bias (B, N), but input is {tuple(input.shape)}, weight {tuple(weight.shape)}, "
+            "fastlinear::linear takes input (*, K), weight (N, K), bias (N,), "
+            "or input (B, M, K), weight (B, N, K), bias (B, N), "
+            f"but input is {tuple(input.shape)}, weight {tuple(weight.shape)}, "
             f"bias {None if bias is None else tuple(bias.shape)}"
         )

@@ -13,12 +13,14 @@ from fastlinear.autograd import linear_op
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Computes `output = input @ weight.T + bias`, as `torch.nn.functional.linear` does.
 
-    Which path computes it is `fastlinear.use_backend`'s to say. The kernels accumulate in float32 (float64 for
-    float64) and add the bias before the one rounding to the output's dtype; float32 products follow
-    `torch.set_float32_matmul_precision`. Gradients of every order, forward and reverse, are defined.
+    Which path computes it is `fastlinear.use_backend`'s to say. The kernels accumulate in float32
+    (float64 for float64) and add the bias before the one rounding to the output's dtype; float32
+    products follow `torch.set_float32_matmul_precision`. Gradients of every order, forward and
+    reverse, are defined.
 
     Args:
-        input: (*, in_features); the kernels take float16, bfloat16, float32 and float64, with any strides.
+        input: (*, in_features); the kernels take float16, bfloat16, float32 and float64, with any
+            strides.
         weight: (out_features, in_features), in input's dtype and on its device.
         bias: None or (out_features,), in input's dtype and on its device.
 
@@ -27,7 +29,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Raises:
         Exception: whatever `torch.nn.functional.linear` raises for these arguments.
-        TypeError: backend "triton" cannot take the arguments, though PyTorch can; the message says why.
+        TypeError: backend "triton" cannot take the arguments, though PyTorch can; the message says
+            why.
         RuntimeError: backend "triton" cannot run on this machine; the message says what is missing.
     """
     if backend.current != "triton":
@@ -35,22 +38,31 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     reason = _why_not(input, weight, bias)
     if reason is not None:
-        F.linear(input, weight, bias)  # raises PyTorch's own error where PyTorch cannot take the arguments either
-        raise TypeError(f"backend 'triton' takes {reason}; backend 'auto' hands this call to PyTorch")
+        # Raises PyTorch's own error where PyTorch cannot take the arguments either.
+        F.linear(input, weight, bias)
+        raise TypeError(
+            f"backend 'triton' takes {reason}; backend 'auto' hands this call to PyTorch"
+        )
     if bias is not None and bias.numel() == 1:
         bias = bias.expand(weight.shape[0])
     return linear_op(input, weight, bias)
 
 
 def _changes_meaning(tensor: Tensor) -> bool:
-    """Whether this subclass of Tensor means something else by its operations, as a quantized or nested tensor does."""
+    """Whether this subclass of Tensor means something else by its operations.
+
+    A quantized or nested tensor does.
+    """
     overrides = type(tensor).__torch_function__
     plain = overrides in (Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
     return not plain or is_traceable_wrapper_subclass(tensor)
 
 
 def _why_not(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    """None where the kernels can take the arguments, else what they would take and what came instead."""
+    """What the kernels would take and what came instead, in words.
+
+    None where they can take the arguments.
+    """
     operands = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
     for name, tensor in operands.items():
         if not isinstance(tensor, Tensor):
@@ -62,10 +74,15 @@ def _why_not(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
         if tensor.dtype not in backend.DTYPES:
             return f"float16, bfloat16, float32 and float64, but {name} is {tensor.dtype}"
         if tensor.device != input.device:
-            return f"tensors of one device, but input is on {input.device} and {name} on {tensor.device}"
+            return (
+                f"tensors of one device, but input is on {input.device} "
+                f"and {name} on {tensor.device}"
+            )
 
     autocast = backend.autocast_dtype(input.device.type)
-    dtypes = {name: backend.dtype_under(autocast, tensor.dtype) for name, tensor in operands.items()}
+    dtypes = {
+        name: backend.dtype_under(autocast, tensor.dtype) for name, tensor in operands.items()
+    }
     for name, dtype in dtypes.items():
         if dtype != dtypes["input"]:
             return f"tensors of one dtype, but input is {dtypes['input']} and {name} {dtype}"
@@ -75,5 +92,8 @@ def _why_not(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
             f"but input is {tuple(input.shape)} and weight {tuple(weight.shape)}"
         )
     if bias is not None and (bias.dim() > 1 or bias.numel() not in (1, weight.shape[0])):
-        return f"bias (out_features,), but bias is {tuple(bias.shape)} and out_features {weight.shape[0]}"
+        return (
+            f"bias (out_features,), but bias is {tuple(bias.shape)} "
+            f"and out_features {weight.shape[0]}"
+        )
     return None

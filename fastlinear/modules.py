@@ -6,7 +6,9 @@ from fastlinear.functional import linear
 
 
 class Linear(nn.Linear):
-    """`output = input @ weight.T + bias`, with `nn.Linear`'s constructor, parameters, state_dict and errors.
+    """`output = input @ weight.T + bias`.
+
+    Constructor, parameters, state_dict and errors are those of `nn.Linear`.
 
     Shapes, dtypes and the path that computes it are those of `fastlinear.linear`.
     """

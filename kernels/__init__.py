@@ -1,4 +1,7 @@
-"""Triton kernels of the linear layer and their launchers; they know tensors, nothing of autograd, modules or ops.
+"""Triton kernels of the linear layer and their launchers.
 
-Importing this package imports neither torch nor Triton: `forward` and `backward` do, when a kernel is needed.
+They know tensors, nothing of autograd, modules or ops.
+
+Importing this package imports neither torch nor Triton: `forward` and `backward` do, when a kernel
+is needed.
 """

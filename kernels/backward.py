@@ -1,4 +1,7 @@
-"""Backward: grad_input is a forward through the transposed weight; grad_weight and grad_bias come from one pass."""
+"""Backward: grad_input, grad_weight and grad_bias.
+
+grad_input is a forward through the transposed weight; grad_weight and grad_bias come from one pass.
+"""
 
 import torch
 import triton
@@ -20,7 +23,8 @@ def linear_backward_input(
 ) -> Tensor:
     """Computes `grad_input = grad_output @ weight`.
 
-    This is the forward product with the roles of in_features and out_features exchanged, and strides make that free.
+    This is the forward product with the roles of in_features and out_features exchanged, and
+    strides make that free.
 
     Args:
         grad_output: (*, N), or (B, M, N) where weight is batched; any strides.
@@ -68,11 +72,14 @@ def linear_backward_weight_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """grad_weight[b, n, k] = sum_m grad_output[b, m, n] * input[b, m, k] and grad_bias[b, n] = sum_m grad_output[b, m, n].
+    """grad_weight[b, n, k] = sum_m grad_output[b, m, n] * input[b, m, k].
 
-    One program computes one BLOCK_N x BLOCK_K tile of one batch over one split's rows, and stores it to that split's
-    own slice: grad_weight is (splits, B, N, K) and grad_bias (splits, B, N), both contiguous. Programs of the first
-    column of tiles also sum the grad_output tiles that they hold, so that grad_bias reads nothing of its own.
+    In the same pass, grad_bias[b, n] = sum_m grad_output[b, m, n].
+
+    One program computes one BLOCK_N x BLOCK_K tile of one batch over one split's rows, and stores
+    it to that split's own slice: grad_weight is (splits, B, N, K) and grad_bias (splits, B, N),
+    both contiguous. Programs of the first column of tiles also sum the grad_output tiles that they
+    hold, so that grad_bias reads nothing of its own.
     """
     row_tiles = tl.cdiv(N, BLOCK_N)
     column_tiles = max(tl.cdiv(K, BLOCK_K), 1)  # K = 0 has no grad_weight, and still a grad_bias
@@ -94,9 +101,10 @@ def linear_backward_weight_kernel(
     input_columns = input_ptr + batch * stride_ib + offs_k[None, :] * stride_ik
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC_DTYPE)
     total = acc
-    # 16-bit tiles are summed as a product with ones, 16 columns of which are the narrowest that matrix instructions take.
-    # It keeps grad_output in shared memory: where a tile of an asynchronous product is read into registers too, Triton
-    # 3.6 to 3.9 give it a buffer too few, and sm_90 overwrites it while the product still reads it.
+    # 16-bit tiles are summed as a product with ones, 16 columns of which are the narrowest that
+    # matrix instructions take. It keeps grad_output in shared memory: where a tile of an
+    # asynchronous product is read into registers too, Triton 3.6 to 3.9 give it a buffer too few,
+    # and sm_90 overwrites it while the product still reads it.
     if SUM_BY_DOT:
         acc_bias = tl.zeros((BLOCK_N, 16), dtype=ACC_DTYPE)
     else:
@@ -104,18 +112,26 @@ def linear_backward_weight_kernel(
     for row in range(first_row, last_row, BLOCK_M):
         offs_m = (row + tl.arange(0, BLOCK_M)).to(OFFSET_DTYPE)
         mask_m = offs_m < last_row
-        grad_output_rows = locate_rows(offs_m, grad_output_inner_size, stride_go, stride_gm, NESTED_GRAD_OUTPUT)
+        grad_output_rows = locate_rows(
+            offs_m, grad_output_inner_size, stride_go, stride_gm, NESTED_GRAD_OUTPUT
+        )
         input_rows = locate_rows(offs_m, input_inner_size, stride_io, stride_im, NESTED_INPUT)
         grad_output_tile = tl.load(
-            grad_output_columns + grad_output_rows[None, :], mask=mask_n[:, None] & mask_m[None, :], other=0.0
+            grad_output_columns + grad_output_rows[None, :],
+            mask=mask_n[:, None] & mask_m[None, :],
+            other=0.0,
         )
-        input_tile = tl.load(input_columns + input_rows[:, None], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        input_tile = tl.load(
+            input_columns + input_rows[:, None], mask=mask_m[:, None] & mask_k[None, :], other=0.0
+        )
         if HAS_BIAS and not SUM_BY_DOT:
             if tile_k == 0:
                 acc_bias += tl.sum(grad_output_tile, axis=1)
         grad_output_tile = prepare_operand(grad_output_tile, INPUT_PRECISION, UPCAST)
         input_tile = prepare_operand(input_tile, INPUT_PRECISION, UPCAST)
-        acc = tl.dot(grad_output_tile, input_tile, acc, input_precision=INPUT_PRECISION, out_dtype=ACC_DTYPE)
+        acc = tl.dot(
+            grad_output_tile, input_tile, acc, input_precision=INPUT_PRECISION, out_dtype=ACC_DTYPE
+        )
         if HAS_BIAS and SUM_BY_DOT:
             if tile_k == 0:
                 ones = tl.full((BLOCK_M, 16), 1.0, grad_output_tile.dtype)
@@ -128,7 +144,11 @@ def linear_backward_weight_kernel(
     if STEPS_PER_SUM > 0:
         acc += total
     grad_weight_ptrs = grad_weight_ptr + part * N * K + offs_n[:, None] * K + offs_k[None, :]
-    tl.store(grad_weight_ptrs, acc.to(grad_weight_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_k[None, :])
+    tl.store(
+        grad_weight_ptrs,
+        acc.to(grad_weight_ptr.dtype.element_ty),
+        mask=mask_n[:, None] & mask_k[None, :],
+    )
     if HAS_BIAS:
         if tile_k == 0:
             # The 16 columns of a product with ones are all the sum.
@@ -150,7 +170,10 @@ def sum_splits_kernel(
     OFFSET_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """grad_weight[i] = sum_s partial_weight[s, i], in the order of s, then the one rounding; grad_bias likewise."""
+    """grad_weight[i] = sum_s partial_weight[s, i]; grad_bias likewise.
+
+    The sum is in the order of s, then comes the one rounding.
+    """
     weight_blocks = tl.cdiv(weight_size, BLOCK)
     block = tl.program_id(0).to(OFFSET_DTYPE)
     if block < weight_blocks:
@@ -181,22 +204,29 @@ def linear_backward_weight(
     config: Config | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes `grad_weight = grad_output.mT @ input` and, in the same pass, `grad_bias = grad_output.sum(rows)`.
+    """Computes `grad_weight = grad_output.mT @ input` and `grad_bias = grad_output.sum(rows)`.
 
-    Accumulates in float32 (float64 for float64) and rounds once. Where few tiles meet many rows, the rows are split
-    over programs and a second launch adds their partial sums in a fixed order: the same call gives the same bits.
+    Both come from the same pass.
+
+    Accumulates in float32 (float64 for float64) and rounds once. Where few tiles meet many rows,
+    the rows are split over programs and a second launch adds their partial sums in a fixed order:
+    the same call gives the same bits.
 
     Args:
-        grad_output: (*, N), or (B, M, N) if batched; float16, bfloat16, float32 or float64; any strides.
-        input: (*, K) or (B, M, K), with grad_output's leading dimensions, dtype and device; any strides.
+        grad_output: (*, N), or (B, M, N) if batched; float16, bfloat16, float32 or float64; any
+            strides.
+        input: (*, K) or (B, M, K), with grad_output's leading dimensions, dtype and device; any
+            strides.
         bias: whether grad_bias is wanted.
         batched: whether the first dimension counts independent layers.
-        precision: how float32 products are formed: "ieee" or "tf32". grad_bias is a plain sum in any case.
+        precision: how float32 products are formed: "ieee" or "tf32". grad_bias is a plain sum in
+            any case.
         config: block sizes to use; None chooses by shape, dtype and device.
         splits: programs that share each tile's rows; None chooses.
 
     Returns:
-        grad_weight (N, K) or (B, N, K), and grad_bias (N,) or (B, N), or None; contiguous, in input's dtype.
+        grad_weight (N, K) or (B, N, K), and grad_bias (N,) or (B, N), or None; contiguous, in
+            input's dtype.
     """
     grad_output_rows = launch.rows_of(grad_output, batched=batched)
     input_rows = launch.rows_of(input, batched=batched)
@@ -213,7 +243,17 @@ def linear_backward_weight(
     target = launch.target_of(device)
     if config is None:
         aligned = launch.aligned(grad_output_rows.tensor, input_rows.tensor)
-        config = choose("backward_weight", batch, rows, out_features, in_features, dtype, precision, aligned, target)
+        config = choose(
+            "backward_weight",
+            batch,
+            rows,
+            out_features,
+            in_features,
+            dtype,
+            precision,
+            aligned,
+            target,
+        )
     if splits is None:
         splits = choose_splits(config, batch, rows, out_features, in_features, target)
     # Splits hold whole blocks, which can leave fewer of them than was asked for.
@@ -225,10 +265,17 @@ def linear_backward_weight(
     else:
         partial_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         partial_weight = launch.allocate((splits, *grad_weight.shape), partial_dtype, device)
-        partial_bias = launch.allocate((splits, *grad_bias.shape), partial_dtype, device) if bias else None
+        partial_bias = (
+            None
+            if grad_bias is None
+            else launch.allocate((splits, *grad_bias.shape), partial_dtype, device)
+        )
     offset_dtype = launch.offset_dtype(grad_output_rows.tensor, input_rows.tensor, partial_weight)
-    # in_features = 0 leaves no tile of grad_weight, and still a grad_bias to compute: one column of tiles at least.
-    tiles = triton.cdiv(out_features, config.block_n) * max(1, triton.cdiv(in_features, config.block_k))
+    # in_features = 0 leaves no tile of grad_weight, and still a grad_bias to compute:
+    # one column of tiles at least.
+    tiles = triton.cdiv(out_features, config.block_n) * max(
+        1, triton.cdiv(in_features, config.block_k)
+    )
     with launch.device_of(input):
         linear_backward_weight_kernel[(splits * batch * tiles,)](
             grad_output_rows.tensor,
@@ -277,7 +324,10 @@ def sum_splits(
     grad_bias: Tensor | None,
     offset_dtype: tl.dtype,
 ) -> None:
-    """Writes the sums of partial_weight (splits, ...) and partial_bias over their splits to grad_weight and grad_bias."""
+    """Writes the sums over the splits to grad_weight and grad_bias.
+
+    partial_weight and partial_bias are (splits, ...).
+    """
     bias_size = 0 if grad_bias is None else grad_bias.numel()
     grid = (triton.cdiv(grad_weight.numel(), SUM_BLOCK) + triton.cdiv(bias_size, SUM_BLOCK),)
     sum_splits_kernel[grid](

@@ -1,4 +1,7 @@
-"""Forward: output = input @ weight.T + bias, for any strides, with an optional batch of independent layers."""
+"""Forward: output = input @ weight.T + bias, for any strides.
+
+There may be a batch of independent layers.
+"""
 
 import triton
 import triton.language as tl
@@ -41,10 +44,13 @@ def linear_forward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """output[b, m, n] = sum_k input[b, m, k] * weight[b, n, k] + bias[b, n]; one program computes one BLOCK_M x BLOCK_N tile.
+    """output[b, m, n] = sum_k input[b, m, k] * weight[b, n, k] + bias[b, n].
 
-    input (B, M, K), weight (B, N, K) and bias (B, N) have any strides, 0 included; output (B, M, N) is contiguous.
-    STEPS_PER_SUM > 0 sums that many steps apart before they join the total (launch.steps_per_sum says when and why).
+    One program computes one BLOCK_M x BLOCK_N tile.
+
+    input (B, M, K), weight (B, N, K) and bias (B, N) have any strides, 0 included; output (B, M, N)
+    is contiguous. STEPS_PER_SUM > 0 sums that many steps apart before they join the total
+    (launch.steps_per_sum says when and why).
     """
     row_tiles = tl.cdiv(M, BLOCK_M)
     column_tiles = tl.cdiv(N, BLOCK_N)
@@ -60,8 +66,11 @@ def linear_forward_kernel(
 
     input_rows = locate_rows(offs_m, input_inner_size, stride_io, stride_im, NESTED_INPUT)
     input_ptrs = input_ptr + batch * stride_ib + input_rows[:, None] + offs_k[None, :] * stride_ik
-    weight_ptrs = weight_ptr + batch * stride_wb + offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk
-    # A scalar of the offsets' type, so that BLOCK_K * stride cannot overflow where offsets are 64 bits wide.
+    weight_ptrs = (
+        weight_ptr + batch * stride_wb + offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk
+    )
+    # A scalar of the offsets' type, so that BLOCK_K * stride cannot overflow
+    # where offsets are 64 bits wide.
     step_k = tl.full((), BLOCK_K, OFFSET_DTYPE)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
@@ -72,7 +81,9 @@ def linear_forward_kernel(
         weight_tile = tl.load(weight_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         input_tile = prepare_operand(input_tile, INPUT_PRECISION, UPCAST)
         weight_tile = prepare_operand(weight_tile, INPUT_PRECISION, UPCAST)
-        acc = tl.dot(input_tile, weight_tile, acc, input_precision=INPUT_PRECISION, out_dtype=ACC_DTYPE)
+        acc = tl.dot(
+            input_tile, weight_tile, acc, input_precision=INPUT_PRECISION, out_dtype=ACC_DTYPE
+        )
         if STEPS_PER_SUM > 0:
             if k % STEPS_PER_SUM == STEPS_PER_SUM - 1:
                 total += acc
@@ -87,19 +98,29 @@ def linear_forward_kernel(
         acc += bias.to(ACC_DTYPE)[None, :]
 
     output_ptrs = output_ptr + batch * M * N + offs_m[:, None] * N + offs_n[None, :]
-    tl.store(output_ptrs, acc.to(output_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    tl.store(
+        output_ptrs, acc.to(output_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :]
+    )
 
 
 def linear_forward(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, precision: str = "ieee", config: Config | None = None
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    precision: str = "ieee",
+    config: Config | None = None,
 ) -> Tensor:
     """Computes `input @ weight.mT + bias` in one launch.
 
-    Accumulates in float32 (float64 for float64) and adds the bias there, before the one rounding to the output dtype.
+    Accumulates in float32 (float64 for float64) and adds the bias there, before the one rounding to
+    the output dtype.
 
     Args:
-        input: (*, K), or (B, M, K) where weight is batched; float16, bfloat16, float32 or float64; any strides.
-        weight: (N, K), or (B, N, K) for B independent layers; dtype and device of input; any strides.
+        input: (*, K), or (B, M, K) where weight is batched; float16, bfloat16, float32 or float64;
+            any strides.
+        weight: (N, K), or (B, N, K) for B independent layers; dtype and device of input; any
+            strides.
         bias: None, (N,), or (B, N) where weight is batched; dtype and device of input.
         precision: how float32 products are formed: "ieee" or "tf32". Other dtypes ignore it.
         config: block sizes to use; None chooses by shape, dtype and device.
@@ -118,7 +139,17 @@ def linear_forward(
     target = launch.target_of(input.device)
     if config is None:
         aligned = launch.aligned(input_rows.tensor, weight)
-        config = choose("forward", batch, rows, out_features, in_features, input.dtype, precision, aligned, target)
+        config = choose(
+            "forward",
+            batch,
+            rows,
+            out_features,
+            in_features,
+            input.dtype,
+            precision,
+            aligned,
+            target,
+        )
     stride_wb, stride_wn, stride_wk = launch.batch_strides(weight, dims=3)
     stride_bb, stride_bn = (0, 0) if bias is None else launch.batch_strides(bias, dims=2)
     grid = (batch * triton.cdiv(rows, config.block_m) * triton.cdiv(out_features, config.block_n),)

@@ -1,4 +1,7 @@
-"""Index arithmetic that every kernel shares: which tile a program computes, and where a row lies in memory."""
+"""Index arithmetic that every kernel shares.
+
+Which tile a program computes, and where a row lies in memory.
+"""
 
 import triton
 import triton.language as tl
@@ -19,7 +22,10 @@ def locate_tile(pid, row_tiles, column_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def locate_rows(rows, inner_size, stride_outer, stride_inner, NESTED: tl.constexpr):
-    """Element offset of each row; NESTED rows lie on two strides, as the leading dimensions of a permuted tensor do."""
+    """Element offset of each row.
+
+    NESTED rows lie on two strides, as the leading dimensions of a permuted tensor do.
+    """
     if NESTED:
         return (rows // inner_size) * stride_outer + (rows % inner_size) * stride_inner
     else:

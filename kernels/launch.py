@@ -1,9 +1,12 @@
-"""What every launcher needs: how operands lie in memory, where outputs come from, and what the device is."""
+"""What every launcher needs.
+
+How operands lie in memory, where outputs come from, and what the device is.
+"""
 
 import contextlib
 import functools
 import math
-from typing import ContextManager, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,15 +16,18 @@ from torch import Tensor
 from .configs import INTERPRETER, Target
 from .indexing import locate_tile
 
-# Kernels interpret, or compile, for the life of the process: triton.jit decides when it decorates them.
+# Kernels interpret, or compile, for the life of the process:
+# triton.jit decides when it decorates them.
 INTERPRETING: bool = not isinstance(locate_tile, triton.runtime.JITFunction)
 
 LARGEST_INT32 = 2**31 - 1
 
 
 class Rows(NamedTuple):
-    """A tensor (*, F) seen as rows of features: row m of batch b starts at
-    `b * stride_batch + (m // inner_size) * stride_outer + (m % inner_size) * stride_inner` elements.
+    """A tensor (*, F) seen as rows of features.
+
+    Row m of batch b starts after this many elements:
+    `b * stride_batch + (m // inner_size) * stride_outer + (m % inner_size) * stride_inner`.
     """
 
     tensor: Tensor
@@ -38,10 +44,12 @@ class Rows(NamedTuple):
 
 
 def rows_of(tensor: Tensor, *, batched: bool = False) -> Rows:
-    """Describes the rows of `tensor` without a copy, where its leading dimensions lie on at most two strides.
+    """Describes the rows of `tensor`.
 
-    This is the one place that may copy an operand: leading dimensions on three or more strides, which takes a
-    permutation of a tensor of at least five dimensions or the like.
+    It makes no copy where the leading dimensions lie on at most two strides.
+
+    This is the one place that may copy an operand: leading dimensions on three or more strides,
+    which takes a permutation of a tensor of at least five dimensions or the like.
 
     Args:
         tensor: (*, F), or (B, M, F) if batched.
@@ -81,7 +89,9 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 
 
 def offset_dtype(*tensors: Tensor) -> tl.dtype:
-    """int64 where an element of one of `tensors` lies 2**31 or more elements from its first, else int32.
+    """int64 where offsets within one of `tensors` need it, else int32.
+
+    They do where an element lies 2**31 or more elements from the tensor's first.
 
     What counts is the extent in storage: a slice of few elements can reach far.
     """
@@ -89,7 +99,10 @@ def offset_dtype(*tensors: Tensor) -> tl.dtype:
         if tensor.is_contiguous():
             last = tensor.numel() - 1
         else:
-            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            last = sum(
+                (size - 1) * stride
+                for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+            )
         if last > LARGEST_INT32:
             return tl.int64
     return tl.int32
@@ -98,7 +111,8 @@ def offset_dtype(*tensors: Tensor) -> tl.dtype:
 def aligned(*tensors: Tensor) -> bool:
     """Whether Triton can prove that each of `tensors` may be read 16 bytes at a time.
 
-    It goes by what divides by 16: the address, every stride but the one that is 1, and the size along that one.
+    It goes by what divides by 16: the address, every stride but the one that is 1, and the size
+    along that one.
     """
     for tensor in tensors:
         if tensor.data_ptr() % 16:
@@ -126,11 +140,14 @@ def input_precision(dtype: torch.dtype, precision: str) -> str:
 
 
 def steps_per_sum(dtype: torch.dtype, precision: str, depth: int) -> int:
-    """Steps of `depth` products that are summed apart before they join the total; 0 for one running sum.
+    """Steps of `depth` products that are summed apart before they join the total.
 
-    In exact float32 the order of additions is most of the error: one running sum over K = 512 came out 2.7 times as
-    far from float64 as cuBLAS on an H100. Sums of 64 products, added up, are closer than cuBLAS. Where products are
-    rounded more coarsely than sums, the order does not matter.
+    0 stands for one running sum.
+
+    In exact float32 the order of additions is most of the error: one running sum over K = 512 came
+    out 2.7 times as far from float64 as cuBLAS on an H100. Sums of 64 products, added up, are
+    closer than cuBLAS. Where products are rounded more coarsely than sums, the order does not
+    matter.
     """
     return max(1, 64 // depth) if dtype == torch.float32 and precision == "ieee" else 0
 
@@ -140,7 +157,7 @@ def upcast(dtype: torch.dtype) -> bool:
     return INTERPRETING and dtype == torch.bfloat16
 
 
-def device_of(tensor: Tensor) -> ContextManager[object]:
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensor's."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
@@ -156,11 +173,14 @@ def target_of(device: torch.device) -> Target:
     if torch.version.hip:
         family = "gfx942"
     else:
-        # Consumer Blackwell (sm_120) has Ampere's matrix instructions, and like it no wgmma or tcgen05.
+        # Consumer Blackwell (sm_120) has Ampere's matrix instructions,
+        # and like it no wgmma or tcgen05.
         family = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
     return Target(
         family=family,
-        shared_memory=getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block),
+        shared_memory=getattr(
+            properties, "shared_memory_per_block_optin", properties.shared_memory_per_block
+        ),
         multiprocessors=properties.multi_processor_count,
         warp_size=properties.warp_size,
     )

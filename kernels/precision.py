@@ -1,4 +1,7 @@
-"""How products are formed: the operand types that matrix instructions take, and rounding to them."""
+"""How products are formed.
+
+The operand types that matrix instructions take, and rounding to them.
+"""
 
 import triton
 import triton.language as tl
@@ -8,8 +11,9 @@ import triton.language as tl
 def prepare_operand(tile, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """`tile` as `tl.dot` is to get it: as it is, but for two cases.
 
-    TF32 instructions read the upper 19 bits of a float32 and so truncate, which doubles the error of cuBLAS, which
-    rounds to nearest: round here. The interpreter (UPCAST) multiplies bfloat16's bit patterns: give it float32.
+    TF32 instructions read the upper 19 bits of a float32 and so truncate, which doubles the error
+    of cuBLAS, which rounds to nearest: round here. The interpreter (UPCAST) multiplies bfloat16's
+    bit patterns: give it float32.
     """
     if UPCAST:
         tile = tile.to(tl.float32)

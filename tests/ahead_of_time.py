@@ -1,6 +1,9 @@
-"""Compiles the kernels for GPUs that are not there, and reads what came of it: `python tests/ahead_of_time.py`.
+"""Compiles the kernels for GPUs that are not there, and reads what came of it.
 
-Runs without the interpreter (TRITON_INTERPRET unset): tests/test_compile.py starts it as a process of its own.
+Run it as `python tests/ahead_of_time.py`.
+
+Runs without the interpreter (TRITON_INTERPRET unset): tests/test_compile.py starts it as a process
+of its own.
 """
 
 import argparse
@@ -31,7 +34,12 @@ GPU_TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
+POINTER = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+}
 
 # Strides that are 1, by product and layout: Triton compiles a kernel anew for those.
 FORWARD_LAYOUTS = {
@@ -46,7 +54,8 @@ class Case:
     """One kernel, as one call would compile it."""
 
     target: str
-    product: str  # "output", "grad_input", "columns", "grad_weight", "grad_weight_partial" or "sum_splits"
+    # "output", "grad_input", "columns", "grad_weight", "grad_weight_partial" or "sum_splits"
+    product: str
     dtype: str
     precision: str
     config: Config | None
@@ -56,22 +65,46 @@ class Case:
     @property
     def label(self) -> str:
         config = self.config
-        blocks = f"{config.block_m}x{config.block_n}x{config.block_k} s{config.num_stages} w{config.num_warps}" if config else "-"
+        blocks = (
+            f"{config.block_m}x{config.block_n}x{config.block_k} "
+            f"s{config.num_stages} w{config.num_warps}"
+            if config
+            else "-"
+        )
         notes = ("" if self.aligned else " unaligned") + (" int64" if self.wide else "")
-        return f"{self.target:7} {self.product:12} {self.dtype:9} {self.precision:5} {blocks}{notes}"
+        return (
+            f"{self.target:7} {self.product:12} {self.dtype:9} {self.precision:5} {blocks}{notes}"
+        )
 
 
 def cases(targets: list[str]) -> list[Case]:
-    """Every shipped configuration, in every dtype, for every product, on `targets`; alignments and layouts in part."""
+    """Every shipped configuration, in every dtype, for every product, on `targets`.
+
+    Alignments and layouts are covered in part.
+    """
     found = []
     for target in targets:
-        for dtype, precision in [("bfloat16", "ieee"), ("float32", "tf32"), ("float32", "ieee"), ("float64", "ieee")]:
+        for dtype, precision in [
+            ("bfloat16", "ieee"),
+            ("float32", "tf32"),
+            ("float32", "ieee"),
+            ("float64", "ieee"),
+        ]:
             chosen = functools.partial(
-                legal_configs, dtype=getattr(torch, dtype), precision=precision, target=TARGETS[target]
+                legal_configs,
+                dtype=getattr(torch, dtype),
+                precision=precision,
+                target=TARGETS[target],
             )
-            forwards, weights = chosen("forward", aligned=True), chosen("backward_weight", aligned=True)
+            forwards, weights = (
+                chosen("forward", aligned=True),
+                chosen("backward_weight", aligned=True),
+            )
             for config in forwards:
-                found += [Case(target, product, dtype, precision, config) for product in ("output", "grad_input")]
+                found += [
+                    Case(target, product, dtype, precision, config)
+                    for product in ("output", "grad_input")
+                ]
             found += [Case(target, "grad_weight", dtype, precision, config) for config in weights]
             found += [Case(target, "columns", dtype, precision, forwards[0])]
             found += [Case(target, "grad_weight_partial", dtype, precision, weights[0])]
@@ -82,7 +115,8 @@ def cases(targets: list[str]) -> list[Case]:
                 found += [Case(target, "output", dtype, precision, config, aligned=False)]
             for config in chosen("backward_weight", aligned=False):
                 found += [Case(target, "grad_weight", dtype, precision, config, aligned=False)]
-        # float16 differs from bfloat16 in the type of the instructions alone: the largest tile stands for the rest.
+        # float16 differs from bfloat16 in the type of the instructions alone:
+        # the largest tile stands for the rest.
         for product, kernel in (("output", "forward"), ("grad_weight", "backward_weight")):
             largest = legal_configs(kernel, torch.float16, "ieee", True, TARGETS[target])[0]
             found += [Case(target, product, "float16", "ieee", largest)]
@@ -90,7 +124,10 @@ def cases(targets: list[str]) -> list[Case]:
 
 
 def compile_case(case: Case) -> Any:
-    """Compiles as Triton's own launcher would for these arguments; returns Triton's CompiledKernel."""
+    """Compiles as Triton's own launcher would for these arguments.
+
+    Returns Triton's CompiledKernel.
+    """
     dtype = getattr(torch, case.dtype)
     accumulator = "*fp64" if dtype == torch.float64 else "*fp32"
     constants: dict[str, Any] = {
@@ -110,7 +147,9 @@ def compile_case(case: Case) -> Any:
             "INPUT_PRECISION": case.precision,
             "UPCAST": False,
             "STEPS_PER_SUM": launch.steps_per_sum(
-                dtype, case.precision, config.block_m if case.product.startswith("grad_weight") else config.block_k
+                dtype,
+                case.precision,
+                config.block_m if case.product.startswith("grad_weight") else config.block_k,
             ),
             "NESTED_INPUT": False,
             "BLOCK_M": config.block_m,
@@ -121,12 +160,17 @@ def compile_case(case: Case) -> Any:
         options = config.compile_options(TARGETS[case.target])
         if case.product.startswith("grad_weight"):
             kernel = backward.linear_backward_weight_kernel
-            constants |= {"SUM_BY_DOT": dtype.itemsize == 2, "NESTED_GRAD_OUTPUT": False, "stride_gn": 1, "stride_ik": 1}
+            constants |= {
+                "SUM_BY_DOT": dtype.itemsize == 2,
+                "NESTED_GRAD_OUTPUT": False,
+                "stride_gn": 1,
+                "stride_ik": 1,
+            }
             if case.product == "grad_weight_partial":
                 pointers = {"grad_weight_ptr": accumulator, "grad_bias_ptr": accumulator}
         else:
             kernel = forward.linear_forward_kernel
-            constants |= {name: 1 for name in FORWARD_LAYOUTS[case.product]}
+            constants |= dict.fromkeys(FORWARD_LAYOUTS[case.product], 1)
             if case.product == "grad_input":
                 constants |= {"HAS_BIAS": False, "bias_ptr": None}
 
@@ -136,7 +180,13 @@ def compile_case(case: Case) -> Any:
             signature[name] = "constexpr"
             continue
         wide = case.wide and name.startswith("stride_")
-        signature[name] = pointers.get(name, POINTER[dtype]) if name.endswith("_ptr") else "i64" if wide else "i32"
+        signature[name] = (
+            pointers.get(name, POINTER[dtype])
+            if name.endswith("_ptr")
+            else "i64"
+            if wide
+            else "i32"
+        )
         if case.aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -148,11 +198,17 @@ def _nvidia_tool(name: str) -> str:
 
 
 def resources(case: Case) -> dict[str, Any]:
-    """Registers, spilled bytes, shared memory and matrix instructions of `case`, or the compiler's error."""
+    """Registers, spilled bytes, shared memory and matrix instructions of `case`.
+
+    Where it does not compile, the compiler's error.
+    """
     try:
         compiled = compile_case(case)
     except Exception as error:  # whatever the compiler raises is a result here
-        return asdict(case) | {"label": case.label, "error": f"{type(error).__name__}: {error}"[:2000]}
+        return asdict(case) | {
+            "label": case.label,
+            "error": f"{type(error).__name__}: {error}"[:2000],
+        }
     found = {"label": case.label, "shared": compiled.metadata.shared, "error": None}
     if case.target == "gfx942":
         text = compiled.asm["amdgcn"]
@@ -164,14 +220,24 @@ def resources(case: Case) -> dict[str, Any]:
             file.write(compiled.asm["cubin"])
             file.flush()
             usage = subprocess.run(
-                [_nvidia_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+                [_nvidia_tool("cuobjdump"), "-res-usage", file.name],
+                capture_output=True,
+                text=True,
+                check=True,
             ).stdout
         found["registers"] = int(re.search(r"REG:(\d+)", usage).group(1))
-        found["spilled"] = int(re.search(r"STACK:(\d+)", usage).group(1)) + int(re.search(r"LOCAL:(\d+)", usage).group(1))
+        found["spilled"] = int(re.search(r"STACK:(\d+)", usage).group(1)) + int(
+            re.search(r"LOCAL:(\d+)", usage).group(1)
+        )
         ptx = compiled.asm["ptx"]
-        pipelined = re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x\w+,[^>]*mutable>", compiled.asm["ttgir"])
+        pipelined = re.findall(
+            r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x\w+,[^>]*mutable>",
+            compiled.asm["ttgir"],
+        )
         found["buffers"] = sorted({int(count) for count in pipelined})
-        found["instructions"] = sorted(set(re.findall(r"(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*", ptx)))
+        found["instructions"] = sorted(
+            set(re.findall(r"(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*", ptx))
+        )
     return asdict(case) | found
 
 
@@ -180,11 +246,16 @@ def triton_version() -> tuple[int, ...]:
 
 
 def expected_instruction(case: Case) -> str | None:
-    """The matrix instruction that `case` has to contain on its target, as a prefix; None where plain cores do the work."""
+    """The matrix instruction that `case` has to contain on its target, as a prefix.
+
+    None where plain cores do the work.
+    """
     if case.product == "sum_splits":
         return None
     kind = arithmetic(getattr(torch, case.dtype), case.precision)
-    rows, _, _ = case.config.tile("backward_weight" if case.product.startswith("grad_weight") else "forward")
+    rows, _, _ = case.config.tile(
+        "backward_weight" if case.product.startswith("grad_weight") else "forward"
+    )
     if case.target == "gfx942":
         return "v_mfma"
     if kind == "float32":
@@ -207,14 +278,22 @@ def faults(case: Case, found: dict[str, Any]) -> list[str]:
     if found["spilled"]:
         wrong.append(f"spills {found['spilled']} bytes a thread")
     if found["shared"] > TARGETS[case.target].shared_memory:
-        wrong.append(f"needs {found['shared']} bytes of shared memory of {TARGETS[case.target].shared_memory}")
+        wrong.append(
+            f"needs {found['shared']} bytes of shared memory "
+            f"of {TARGETS[case.target].shared_memory}"
+        )
     expected = expected_instruction(case)
     if expected == "wgmma.mma_async" and case.precision == "ieee" and case.aligned:
-        # An asynchronous product still reads the last step's operands while the next ones are loaded.
+        # An asynchronous product still reads the last step's operands while
+        # the next ones are loaded.
         short = [count for count in found["buffers"] if count < case.config.num_stages]
         if short or not found["buffers"]:
-            wrong.append(f"has {found['buffers']} buffers for operands {case.config.num_stages} stages deep")
-    if expected and not any(instruction.startswith(expected) for instruction in found["instructions"]):
+            wrong.append(
+                f"has {found['buffers']} buffers for operands {case.config.num_stages} stages deep"
+            )
+    if expected and not any(
+        instruction.startswith(expected) for instruction in found["instructions"]
+    ):
         wrong.append(f"has no {expected} but {found['instructions']}")
     if expected is None and found["instructions"]:
         wrong.append(f"has {found['instructions']} where plain multiply-adds were asked for")
@@ -227,7 +306,9 @@ def _run(case: Case) -> tuple[Case, dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--targets", nargs="+", default=list(GPU_TARGETS), choices=list(GPU_TARGETS))
+    parser.add_argument(
+        "--targets", nargs="+", default=list(GPU_TARGETS), choices=list(GPU_TARGETS)
+    )
     parser.add_argument("--only", default="", help="compile the cases whose label contains this")
     parser.add_argument("--json", type=Path, help="also write the findings to this file")
     arguments = parser.parse_args()
@@ -236,7 +317,10 @@ def main() -> None:
 
     wanted = [case for case in cases(arguments.targets) if arguments.only in case.label]
     rows, failures = [], 0
-    print(f"{'target  product      dtype     prec. tile':64} {'registers':>9} {'spilled':>7} {'shared':>7}  matrix instructions")
+    print(
+        f"{'target  product      dtype     prec. tile':64} "
+        f"{'registers':>9} {'spilled':>7} {'shared':>7}  matrix instructions"
+    )
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         for case, found in pool.imap(_run, wanted, chunksize=4):
             wrong = faults(case, found)
@@ -245,9 +329,12 @@ def main() -> None:
             if found["error"]:
                 print(f"{case.label:64} {found['error']}")
             else:
-                kinds = ", ".join(sorted({".".join(name.split(".")[:2]) for name in found["instructions"]}))
+                kinds = ", ".join(
+                    sorted({".".join(name.split(".")[:2]) for name in found["instructions"]})
+                )
                 print(
-                    f"{case.label:64} {found['registers']:9} {found['spilled']:7} {found['shared']:7}  {kinds}"
+                    f"{case.label:64} "
+                    f"{found['registers']:9} {found['spilled']:7} {found['shared']:7}  {kinds}"
                     + "".join(f"  FAULT: {fault}" for fault in wrong),
                     flush=True,
                 )

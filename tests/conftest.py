@@ -1,4 +1,7 @@
-"""Fixtures: kernels run on the GPU where there is one, else in Triton's interpreter on CPU tensors."""
+"""Fixtures of the suite.
+
+Kernels run on the GPU where there is one, else in Triton's interpreter on CPU tensors.
+"""
 
 import math
 import os
@@ -12,14 +15,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anyone imports triton
 
-import fastlinear  # noqa: E402
-from fastlinear.kernels import launch  # noqa: E402
+import fastlinear
+from fastlinear.kernels import launch
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def pytest_report_header() -> str:
-    return f"kernels: {'interpreted on the CPU' if launch.INTERPRETING else torch.cuda.get_device_name()}"
+    where = "interpreted on the CPU" if launch.INTERPRETING else torch.cuda.get_device_name()
+    return f"kernels: {where}"
 
 
 def pytest_configure() -> None:
@@ -30,7 +34,10 @@ def pytest_configure() -> None:
 
 
 def _poison_unset_loads() -> None:
-    """Gives masked loads that set no `other` NaN where the interpreter gives 0: on a GPU the value is undefined."""
+    """Gives masked loads that set no `other` NaN where the interpreter gives 0.
+
+    On a GPU the value is undefined.
+    """
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
 
     load = InterpreterBuilder.create_masked_load
@@ -39,7 +46,11 @@ def _poison_unset_loads() -> None:
         if other is None:
             dtype = ptrs.get_element_ty()
             # bfloat16 is held as bit patterns, of which all ones is a NaN as well.
-            value = np.nan if np.issubdtype(_get_np_dtype(dtype), np.floating) else np.iinfo(_get_np_dtype(dtype)).max
+            value = (
+                np.nan
+                if np.issubdtype(_get_np_dtype(dtype), np.floating)
+                else np.iinfo(_get_np_dtype(dtype)).max
+            )
             other = TensorHandle(np.full_like(ptrs.data, value, dtype=_get_np_dtype(dtype)), dtype)
         return load(self, ptrs, mask, other, *arguments)
 
@@ -61,7 +72,9 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         buffer[guard : guard + size] = float("nan")
         buffers.append(buffer)
         # A tensor of its own rather than a view: autograd treats views differently.
-        return torch.empty(0, dtype=dtype, device=device).set_(buffer.untyped_storage(), guard, shape)
+        return torch.empty(0, dtype=dtype, device=device).set_(
+            buffer.untyped_storage(), guard, shape
+        )
 
     monkeypatch.setattr(launch, "allocate", allocate)
     yield
@@ -72,7 +85,10 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
-    """Fresh random inputs in every run; a failing test shows the seed, and FASTLINEAR_SEED repeats it."""
+    """Fresh random inputs in every run.
+
+    A failing test shows the seed, and FASTLINEAR_SEED repeats it.
+    """
     seed = int(os.environ.get("FASTLINEAR_SEED", random.SystemRandom().randrange(2**31)))
     torch.manual_seed(seed)
     request.node.add_report_section("setup", "seed", f"repeat with FASTLINEAR_SEED={seed}")

@@ -1,7 +1,10 @@
-"""Plants bugs in the kernels, one at a time, and checks that the suite notices: `python tests/mutation.py`.
+"""Plants bugs in the kernels, one at a time, and checks that the suite notices.
 
-Each mutant is a copy of the package with one line changed, tested in a process of its own by the tests that should
-notice. Exits with 1 where a mutant survives, or where a bug can no longer be planted because the line has changed.
+Run it as `python tests/mutation.py`.
+
+Each mutant is a copy of the package with one line changed, tested in a process of its own by the
+tests that should notice. Exits with 1 where a mutant survives, or where a bug can no longer be
+planted because the line has changed.
 """
 
 import argparse
@@ -16,7 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FORWARD, BACKWARD, GRADIENTS = ("tests/test_forward.py",), ("tests/test_backward.py",), ("tests/test_gradients.py",)
+FORWARD, BACKWARD, GRADIENTS = (
+    ("tests/test_forward.py",),
+    ("tests/test_backward.py",),
+    ("tests/test_gradients.py",),
+)
 
 
 @dataclass(frozen=True)
@@ -34,15 +41,15 @@ MUTANTS = [
     Mutant(
         "store mask dropped, forward",
         "kernels/forward.py",
-        "acc.to(output_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])",
-        "acc.to(output_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n >= 0)[None, :])",
+        "acc.to(output_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :]",
+        "acc.to(output_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n >= 0)[None, :]",
         FORWARD,
     ),
     Mutant(
         "store mask dropped, grad_weight",
         "kernels/backward.py",
-        "acc.to(grad_weight_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_k[None, :])",
-        "acc.to(grad_weight_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_k >= 0)[None, :])",
+        "mask=mask_n[:, None] & mask_k[None, :],",
+        "mask=mask_n[:, None] & (offs_k >= 0)[None, :],",
         BACKWARD,
     ),
     Mutant(
@@ -147,7 +154,8 @@ MUTANTS = [
         "existing output kept",
         "kernels/forward.py",
         "    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)\n    total",
-        "    acc = tl.load(output_ptr + tl.zeros((BLOCK_M, BLOCK_N), tl.int32)).to(ACC_DTYPE)\n    total",
+        "    acc = tl.load(output_ptr + tl.zeros((BLOCK_M, BLOCK_N), tl.int32)).to(ACC_DTYPE)\n"
+        "    total",
         FORWARD,
     ),
     Mutant(
@@ -190,25 +198,58 @@ def notices(mutant: Mutant) -> tuple[Mutant, bool, str]:
         shutil.copytree(ROOT / "kernels", package / "kernels")
         shutil.copytree(ROOT / "tests", Path(folder, "tests"))
         shutil.copy(ROOT / "pyproject.toml", folder)
-        changed = package / Path(mutant.file).relative_to("fastlinear" if "fastlinear/" in mutant.file else ".")
+        changed = package / Path(mutant.file).relative_to(
+            "fastlinear" if "fastlinear/" in mutant.file else "."
+        )
         text = changed.read_text()
         if text.count(mutant.old) != 1:
-            return mutant, False, f"cannot be planted: its line stands {text.count(mutant.old)} times in {mutant.file}"
+            return (
+                mutant,
+                False,
+                f"cannot be planted: its line stands {text.count(mutant.old)} times "
+                f"in {mutant.file}",
+            )
         changed.write_text(text.replace(mutant.old, mutant.new))
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests]
-        environment = os.environ | {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            *mutant.tests,
+        ]
+        environment = os.environ | {
+            "PYTHONPATH": folder,
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
         environment.pop("PYTEST_XDIST_WORKER", None)
         try:
-            result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=300)
+            result = subprocess.run(
+                command, cwd=folder, capture_output=True, text=True, env=environment, timeout=300
+            )
         except subprocess.TimeoutExpired:
             return mutant, True, "noticed: the tests hang"
     seconds = f"{time.monotonic() - started:.0f} s"
     if result.returncode == 1:
-        failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        return mutant, True, f"noticed in {seconds} by {failed[0].split(' - ')[0].split('::')[-1] if failed else '?'}"
+        failed = [
+            line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))
+        ]
+        return (
+            mutant,
+            True,
+            f"noticed in {seconds} "
+            f"by {failed[0].split(' - ')[0].split('::')[-1] if failed else '?'}",
+        )
     if result.returncode == 0:
         return mutant, False, f"SURVIVED {' '.join(mutant.tests)} ({seconds})"
-    return mutant, False, f"pytest exited with {result.returncode}: {(result.stdout + result.stderr)[-500:]}"
+    return (
+        mutant,
+        False,
+        f"pytest exited with {result.returncode}: {(result.stdout + result.stderr)[-500:]}",
+    )
 
 
 def main() -> None:

@@ -1,4 +1,8 @@
-"""The truth that kernels are compared with, the error they are allowed, and the operands they are given."""
+"""What kernels are tested with.
+
+That is the truth that they are compared with, the error they are allowed, and the operands they
+are given.
+"""
 
 from collections.abc import Sequence
 
@@ -30,7 +34,10 @@ SHAPES = {
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` in float64, for float64 operands in the CPU's extended precision, as a float64 tensor."""
+    """`a @ b` in float64, as a float64 tensor.
+
+    Float64 operands are multiplied in the CPU's extended precision.
+    """
     if a.dtype == torch.float64:
         wide = np.longdouble
         product = a.detach().cpu().numpy().astype(wide) @ b.detach().cpu().numpy().astype(wide)
@@ -45,12 +52,21 @@ def exact_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product + (bias.double() if weight.dim() == 2 else bias.double().unsqueeze(1))
 
 
-def exact_backward(grad_output: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def exact_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_input, grad_weight, grad_bias)."""
     if weight.dim() == 3:
-        return matmul(grad_output, weight), matmul(grad_output.mT, input), grad_output.double().sum(1)
+        return (
+            matmul(grad_output, weight),
+            matmul(grad_output.mT, input),
+            grad_output.double().sum(1),
+        )
     rows, features = grad_output.shape[:-1].numel(), grad_output.shape[-1]
-    grad_rows, input_rows = grad_output.reshape(rows, features), input.reshape(rows, input.shape[-1])
+    grad_rows, input_rows = (
+        grad_output.reshape(rows, features),
+        input.reshape(rows, input.shape[-1]),
+    )
     return matmul(grad_output, weight), matmul(grad_rows.mT, input_rows), grad_rows.double().sum(0)
 
 
@@ -62,10 +78,14 @@ def native_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return product if bias is None else torch.baddbmm(bias.unsqueeze(1), input, weight.mT)
 
 
-def native_backward(grad_output: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def native_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     input, weight = input.detach().requires_grad_(), weight.detach().requires_grad_()
     bias = weight.new_zeros(weight.shape[:-1], requires_grad=True)
-    return torch.autograd.grad(native_forward(input, weight, bias), (input, weight, bias), grad_output)
+    return torch.autograd.grad(
+        native_forward(input, weight, bias), (input, weight, bias), grad_output
+    )
 
 
 def rounding_step(dtype: torch.dtype) -> float:
@@ -75,19 +95,29 @@ def rounding_step(dtype: torch.dtype) -> float:
 
 
 def assert_as_exact(result: Tensor, native: Tensor, exact: Tensor, what: str = "result") -> None:
-    """Fails unless the largest error of `result` is at most twice that of `native`, plus one rounding step."""
-    assert result.shape == native.shape, f"{what} has shape {tuple(result.shape)}, PyTorch's {tuple(native.shape)}"
+    """Fails unless the largest error of `result` is within its budget.
+
+    The budget is twice the largest error of `native`, plus one rounding step.
+    """
+    assert result.shape == native.shape, (
+        f"{what} has shape {tuple(result.shape)}, PyTorch's {tuple(native.shape)}"
+    )
     assert result.dtype == native.dtype, f"{what} is {result.dtype}, PyTorch's {native.dtype}"
     if exact.numel() == 0:
         return
     error = (result.detach().double() - exact).abs().max().item()
     native_error = (native.detach().double() - exact).abs().max().item()
     budget = 2 * native_error + rounding_step(result.dtype) * exact.abs().max().item()
-    assert error <= budget, f"{what} is off by {error:.3g}, PyTorch by {native_error:.3g}; the budget is {budget:.3g}"
+    assert error <= budget, (
+        f"{what} is off by {error:.3g}, PyTorch by {native_error:.3g}; the budget is {budget:.3g}"
+    )
 
 
 def normal(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normal random numbers inside a buffer of NaN: a kernel that reads beside its operand is seen."""
+    """Normal random numbers inside a buffer of NaN.
+
+    A kernel that reads beside its operand is seen.
+    """
     size = int(np.prod(shape))
     buffer = torch.full((size + 128,), float("nan"), dtype=dtype, device=device)
     operand = buffer[64 : 64 + size].view(*shape)
@@ -95,9 +125,17 @@ def normal(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
 
 
 def fenced(tensor: Tensor) -> Tensor:
-    """`tensor` with NaN in every element of its storage that is not its own, strides as they are."""
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    """`tensor` with NaN in every element of its storage that is not its own.
+
+    Its strides stay as they are.
+    """
+    extent = 1 + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     buffer = torch.full((extent + 128,), float("nan"), dtype=tensor.dtype, device=tensor.device)
-    own = torch.arange(64, extent + 64, device=tensor.device).as_strided(tensor.shape, tensor.stride())
-    buffer[own.flatten()] = tensor.flatten()  # elements of stride 0 are written more than once, with one value
+    own = torch.arange(64, extent + 64, device=tensor.device).as_strided(
+        tensor.shape, tensor.stride()
+    )
+    # Elements of stride 0 are written more than once, with one value.
+    buffer[own.flatten()] = tensor.flatten()
     return buffer.as_strided(tensor.shape, tensor.stride(), 64)

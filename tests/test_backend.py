@@ -13,9 +13,17 @@ from fastlinear import backend
 
 
 def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FASTLINEAR_BACKEND")}
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("TRITON_INTERPRET", "FASTLINEAR_BACKEND")
+    }
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=variables | environment, timeout=120
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=variables | environment,
+        timeout=120,
     )
 
 
@@ -31,7 +39,9 @@ def test_use_backend_nests_and_restores() -> None:
 
 
 def test_use_backend_names_the_choices() -> None:
-    with pytest.raises(ValueError, match="backend must be one of 'auto', 'triton', 'torch', but is 'cuda'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of 'auto', 'triton', 'torch', but is 'cuda'"
+    ):
         fastlinear.use_backend("cuda")
 
 
@@ -39,7 +49,10 @@ def test_environment_sets_the_backend() -> None:
     code = "import fastlinear.backend; print(fastlinear.backend.current)"
     assert in_a_new_process(code, FASTLINEAR_BACKEND="torch").stdout.strip() == "torch"
     wrong = in_a_new_process(code, FASTLINEAR_BACKEND="cudnn")
-    assert "FASTLINEAR_BACKEND must be one of 'auto', 'triton', 'torch', but is 'cudnn'" in wrong.stderr
+    assert (
+        "FASTLINEAR_BACKEND must be one of 'auto', 'triton', 'torch', but is 'cudnn'"
+        in wrong.stderr
+    )
 
 
 @pytest.mark.parametrize("name", ["auto", "torch"])

@@ -1,4 +1,7 @@
-"""The backward kernels against float64: each gradient, split sums, shapes, dtypes, strides, configurations."""
+"""The backward kernels against float64.
+
+Each gradient, split sums, shapes, dtypes, strides, configurations.
+"""
 
 import pytest
 import torch
@@ -26,7 +29,13 @@ def check(
     )
     assert grad_bias is not None
     without_bias, no_bias = linear_backward_weight(
-        grad_output, input, False, batched=batched, precision=precision, config=config, splits=splits
+        grad_output,
+        input,
+        False,
+        batched=batched,
+        precision=precision,
+        config=config,
+        splits=splits,
     )
     assert no_bias is None
     torch.testing.assert_close(without_bias, grad_weight, rtol=0, atol=0)
@@ -34,7 +43,11 @@ def check(
     exact = exact_backward(grad_output, input, weight)
     native = native_backward(grad_output, input, weight)
     for name, *results in zip(
-        ("grad_input", "grad_weight", "grad_bias"), (grad_input, grad_weight, grad_bias), native, exact, strict=True
+        ("grad_input", "grad_weight", "grad_bias"),
+        (grad_input, grad_weight, grad_bias),
+        native,
+        exact,
+        strict=True,
     ):
         assert results[0].is_contiguous()
         assert_as_exact(*results, what=name)
@@ -42,7 +55,9 @@ def check(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_backward_matches_float64(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+def test_backward_matches_float64(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> None:
     m, n, k = shape
     check(*(normal(size, dtype, device) for size in ((m, n), (m, k), (n, k))))
 
@@ -51,14 +66,21 @@ def test_backward_matches_float64(shape: tuple[int, int, int], dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_backward_splits(splits: int, dtype: torch.dtype, device: torch.device) -> None:
     # 200 rows in 32s make 7 blocks: 3 splits are unequal, 7 hold a block each.
-    check(*(normal(size, dtype, device) for size in ((200, 33), (200, 40), (33, 40))), splits=splits)
+    check(
+        *(normal(size, dtype, device) for size in ((200, 33), (200, 40), (33, 40))), splits=splits
+    )
 
 
 def test_backward_split_sums_repeat_bit_for_bit(device: torch.device) -> None:
-    grad_output, input = normal((700, 20), torch.float32, device), normal((700, 20), torch.float32, device)
+    grad_output, input = (
+        normal((700, 20), torch.float32, device),
+        normal((700, 20), torch.float32, device),
+    )
     first = linear_backward_weight(grad_output, input, True, splits=5)
     for _ in range(3):
-        for again, before in zip(linear_backward_weight(grad_output, input, True, splits=5), first, strict=True):
+        for again, before in zip(
+            linear_backward_weight(grad_output, input, True, splits=5), first, strict=True
+        ):
             assert torch.equal(again, before)
 
 
@@ -71,7 +93,10 @@ STRIDED = {  # (grad_output, input), both of 60 rows, 20 and 30 features
         normal((20,), torch.float32, d).expand(60, 20),
         normal((60, 30), torch.float32, d),
     ),
-    "both transposed": lambda d: (normal((20, 60), torch.float32, d).t(), normal((30, 60), torch.float32, d).t()),
+    "both transposed": lambda d: (
+        normal((20, 60), torch.float32, d).t(),
+        normal((30, 60), torch.float32, d).t(),
+    ),
     "slices": lambda d: (
         normal((70, 50), torch.float32, d)[4:64, 7:27],
         normal((120, 60), torch.float32, d)[::2, ::2],
@@ -80,7 +105,10 @@ STRIDED = {  # (grad_output, input), both of 60 rows, 20 and 30 features
         normal((5, 4, 3, 20), torch.float32, d).transpose(0, 1).reshape(4, 5, 3, 20),
         normal((4, 3, 5, 30), torch.float32, d).transpose(1, 2),
     ),
-    "expanded input": lambda d: (normal((3, 20, 20), torch.float32, d), normal((20, 30), torch.float32, d).expand(3, 20, 30)),
+    "expanded input": lambda d: (
+        normal((3, 20, 20), torch.float32, d),
+        normal((20, 30), torch.float32, d).expand(3, 20, 30),
+    ),
     "permuted, copied": lambda d: (
         normal((3, 4, 5, 20), torch.float32, d).permute(2, 1, 0, 3),
         normal((5, 4, 3, 30), torch.float32, d),
@@ -115,14 +143,23 @@ def test_backward_batch_of_stride_zero(device: torch.device) -> None:
 def shipped_configs() -> list[tuple[str, str, Config]]:
     found = {}
     for target in TARGETS.values():
-        for dtype, precision in [("float16", "ieee"), ("float32", "ieee"), ("float32", "tf32"), ("float64", "ieee")]:
-            for config in legal_configs("backward_weight", getattr(torch, dtype), precision, True, target):
+        for dtype, precision in [
+            ("float16", "ieee"),
+            ("float32", "ieee"),
+            ("float32", "tf32"),
+            ("float64", "ieee"),
+        ]:
+            for config in legal_configs(
+                "backward_weight", getattr(torch, dtype), precision, True, target
+            ):
                 found[config.block_m, config.block_n, config.block_k, dtype, precision] = config
     return [(dtype, precision, config) for (*_, dtype, precision), config in found.items()]
 
 
 @pytest.mark.parametrize(("dtype", "precision", "config"), shipped_configs(), ids=str)
-def test_backward_weight_configuration(dtype: str, precision: str, config: Config, device: torch.device) -> None:
+def test_backward_weight_configuration(
+    dtype: str, precision: str, config: Config, device: torch.device
+) -> None:
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     if not launch.INTERPRETING and config not in legal_configs(
         "backward_weight", getattr(torch, dtype), precision, False, launch.target_of(device)

@@ -1,4 +1,7 @@
-"""Every kernel, configuration and dtype, compiled ahead of time for every GPU family with no GPU at hand."""
+"""Every kernel, configuration and dtype, compiled ahead of time for every GPU family.
+
+No GPU need be at hand.
+"""
 
 import json
 import os
@@ -13,7 +16,7 @@ SCRIPT = Path(__file__).with_name("ahead_of_time.py")
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_compiles_within_the_resources_of(target: str, tmp_path: Path) -> None:
-    """No spill, no more shared memory than there is, and the matrix instructions that are expected."""
+    """No spill, no more shared memory than there is, and the expected matrix instructions."""
     found = tmp_path / "found.json"
     # A process of its own: this one may have imported Triton as an interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

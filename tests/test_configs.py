@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from fastlinear.kernels import configs
-from fastlinear.kernels.configs import TARGETS, Config, choose, choose_splits, legal_configs, why_illegal
+from fastlinear.kernels.configs import (
+    TARGETS,
+    Config,
+    choose,
+    choose_splits,
+    legal_configs,
+    why_illegal,
+)
 
 SM_90 = TARGETS["sm_90"]
 LARGE = Config(128, 256, 64, num_warps=8, num_stages=3)
@@ -23,7 +30,9 @@ LARGE = Config(128, 256, 64, num_warps=8, num_stages=3)
 )
 def test_predicate_says_why(change: dict[str, int], reason: str) -> None:
     assert why_illegal("forward", LARGE, torch.bfloat16, "ieee", True, SM_90) is None
-    said = why_illegal("forward", dataclasses.replace(LARGE, **change), torch.bfloat16, "ieee", True, SM_90)
+    said = why_illegal(
+        "forward", dataclasses.replace(LARGE, **change), torch.bfloat16, "ieee", True, SM_90
+    )
     assert said is not None
     assert reason in said
 
@@ -34,14 +43,18 @@ def test_predicate_keeps_large_tiles_for_aligned_operands() -> None:
 
 def test_predicate_counts_the_target_s_shared_memory() -> None:
     small = dataclasses.replace(SM_90, shared_memory=99 * 1024)  # consumer GPUs
-    assert "shared memory" in str(why_illegal("forward", LARGE, torch.bfloat16, "ieee", True, small))
+    assert "shared memory" in str(
+        why_illegal("forward", LARGE, torch.bfloat16, "ieee", True, small)
+    )
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward_weight"])
 @pytest.mark.parametrize("shared_memory", [65_536, 101_376, 166_912])
 def test_some_configuration_is_always_legal(kernel: configs.Kernel, shared_memory: int) -> None:
     for target in TARGETS.values():
-        smaller = dataclasses.replace(target, shared_memory=min(shared_memory, target.shared_memory))
+        smaller = dataclasses.replace(
+            target, shared_memory=min(shared_memory, target.shared_memory)
+        )
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             for precision in ("ieee", "tf32"):
                 for aligned in (True, False):
@@ -55,7 +68,9 @@ def test_choice_fills_the_gpu() -> None:
     assert chosen(8192, 8192, 8192).block_m * chosen(8192, 8192, 8192).block_n >= 128 * 128
     assert chosen(16, 4096, 4096).block_m <= 32, "rows that are not there would be multiplied"
     few_tiles = chosen(512, 512, 4096)
-    assert few_tiles.block_m * few_tiles.block_n < 128 * 128, "large tiles would leave most multiprocessors idle"
+    assert few_tiles.block_m * few_tiles.block_n < 128 * 128, (
+        "large tiles would leave most multiprocessors idle"
+    )
 
 
 def test_splits_fill_idle_multiprocessors_and_no_more() -> None:
@@ -63,7 +78,9 @@ def test_splits_fill_idle_multiprocessors_and_no_more() -> None:
     assert choose_splits(config, 1, 65536, 128, 128, SM_90) == SM_90.multiprocessors
     assert choose_splits(config, 1, 65536, 4096, 4096, SM_90) == 1
     assert choose_splits(config, 1, 128, 128, 128, SM_90) == 1, "too few rows to share"
-    assert choose_splits(config, 1, 1024, 128, 128, SM_90) == 4, "each split takes four steps at least"
+    assert choose_splits(config, 1, 1024, 128, 128, SM_90) == 4, (
+        "each split takes four steps at least"
+    )
 
 
 def test_choosing_imports_no_triton_and_measures_nothing() -> None:

@@ -39,7 +39,9 @@ def test_a_gradient_predicts_what_a_nudge_does(device: torch.device) -> None:
     assert change == pytest.approx(weight.grad[1, 2].item(), rel=1e-4, abs=1e-6)
 
 
-def test_a_batch_s_gradient_is_the_average_of_its_datapoints_gradients(device: torch.device) -> None:
+def test_a_batch_s_gradient_is_the_average_of_its_datapoints_gradients(
+    device: torch.device,
+) -> None:
     layer = fastlinear.Linear(5, 3, dtype=torch.float64, device=device)
     inputs, targets = (torch.randn(16, size, dtype=torch.float64, device=device) for size in (5, 3))
 
@@ -52,7 +54,9 @@ def test_a_batch_s_gradient_is_the_average_of_its_datapoints_gradients(device: t
     torch.testing.assert_close(gradients(inputs, targets), averages)
 
 
-def test_datapoints_as_columns_need_no_copy(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+def test_datapoints_as_columns_need_no_copy(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
     columns = torch.randn(5, 16, device=device)  # one datapoint a column
     weight = torch.randn(3, 5, device=device)
     rows = columns.t().contiguous()
@@ -73,10 +77,14 @@ def test_datapoints_as_columns_need_no_copy(monkeypatch: pytest.MonkeyPatch, dev
     expected = fastlinear.linear(rows, weight)
     monkeypatch.setattr(forward.launch, "rows_of", spy_rows)
     monkeypatch.setattr(forward.launch, "allocate", spy_allocate)
-    before = torch.cuda.memory_stats(device)["allocation.all.allocated"] if device.type == "cuda" else 0
+    before = (
+        torch.cuda.memory_stats(device)["allocation.all.allocated"] if device.type == "cuda" else 0
+    )
     output = fastlinear.linear(columns.t(), weight)
     assert torch.equal(output, expected)
-    assert read == [columns.data_ptr()], "the kernel read something else than the tensor that was given"
+    assert read == [columns.data_ptr()], (
+        "the kernel read something else than the tensor that was given"
+    )
     assert allocated == [(16, 3)], "something besides the output was allocated"
     if device.type == "cuda":  # the interpreter itself copies operands to where it can reach them
         assert torch.cuda.memory_stats(device)["allocation.all.allocated"] - before == 1

@@ -11,16 +11,24 @@ from fastlinear.kernels.forward import linear_forward
 
 
 def check(
-    input: Tensor, weight: Tensor, bias: Tensor | None, config: Config | None = None, precision: str = "ieee"
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: Config | None = None,
+    precision: str = "ieee",
 ) -> None:
     output = linear_forward(input, weight, bias, config=config, precision=precision)
     assert output.is_contiguous()
-    assert_as_exact(output, native_forward(input, weight, bias), exact_forward(input, weight, bias), "output")
+    assert_as_exact(
+        output, native_forward(input, weight, bias), exact_forward(input, weight, bias), "output"
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_forward_matches_float64(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+def test_forward_matches_float64(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> None:
     m, n, k = shape
     check(*(normal(size, dtype, device) for size in ((m, k), (n, k), (n,))))
 
@@ -31,7 +39,8 @@ def test_forward_without_bias(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def test_forward_adds_bias_before_rounding(device: torch.device) -> None:
-    # 1 + 2**-9 rounds to 1 in bfloat16: were the product rounded first, the bias of -1 would leave 0.
+    # 1 + 2**-9 rounds to 1 in bfloat16: were the product rounded first,
+    # the bias of -1 would leave 0.
     input = torch.tensor([[1 + 2**-7, 2**-9]], dtype=torch.bfloat16, device=device)
     weight = torch.tensor([[1, 1]], dtype=torch.bfloat16, device=device)
     bias = torch.tensor([-1 - 2**-7], dtype=torch.bfloat16, device=device)
@@ -58,7 +67,11 @@ STRIDED_INPUTS = {
 
 @pytest.mark.parametrize("layout", STRIDED_INPUTS.values(), ids=STRIDED_INPUTS)
 def test_forward_takes_strided_input(layout, device: torch.device) -> None:  # type: ignore[no-untyped-def]
-    check(fenced(layout(device)), normal((35, 40), torch.float32, device), normal((35,), torch.float32, device))
+    check(
+        fenced(layout(device)),
+        normal((35, 40), torch.float32, device),
+        normal((35,), torch.float32, device),
+    )
 
 
 STRIDED_WEIGHTS = {
@@ -77,7 +90,11 @@ def test_forward_takes_strided_weight_and_bias(layout, device: torch.device) -> 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_batch_of_layers(dtype: torch.dtype, device: torch.device) -> None:
-    check(normal((3, 37, 20), dtype, device), normal((3, 41, 20), dtype, device), normal((3, 41), dtype, device))
+    check(
+        normal((3, 37, 20), dtype, device),
+        normal((3, 41, 20), dtype, device),
+        normal((3, 41), dtype, device),
+    )
 
 
 @pytest.mark.parametrize("shared", ["input", "weight", "bias"])
@@ -98,14 +115,19 @@ def test_forward_tf32_rounds_operands_to_nearest(device: torch.device) -> None:
 
     exact = rounded(input) @ rounded(weight).T
     torch.testing.assert_close(output.double(), exact, rtol=0, atol=1e-5)
-    assert (exact - exact_forward(input, weight, None)).abs().max() > 1e-4, "these inputs do not tell TF32 from float32"
+    assert (exact - exact_forward(input, weight, None)).abs().max() > 1e-4, (
+        "these inputs do not tell TF32 from float32"
+    )
 
 
-# Infinity times the zeros that pad a tile is a NaN in columns that are not stored; numpy warns of it.
+# Infinity times the zeros that pad a tile is a NaN in columns that are not stored;
+# numpy warns of it.
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_forward_passes_nan_and_infinity_on(value: float, precision: str, device: torch.device) -> None:
+def test_forward_passes_nan_and_infinity_on(
+    value: float, precision: str, device: torch.device
+) -> None:
     input = normal((40, 64), torch.float32, device)
     input[3, 5] = value
     weight = normal((30, 64), torch.float32, device).abs()
@@ -126,14 +148,21 @@ def shipped_configs() -> list[tuple[str, Config, str, str]]:
     """Every tile of every GPU, with the arithmetic it is for; those that read alike once."""
     found = {}
     for target in TARGETS.values():
-        for dtype, precision in [("float16", "ieee"), ("float32", "ieee"), ("float32", "tf32"), ("float64", "ieee")]:
+        for dtype, precision in [
+            ("float16", "ieee"),
+            ("float32", "ieee"),
+            ("float32", "tf32"),
+            ("float64", "ieee"),
+        ]:
             for config in legal_configs("forward", getattr(torch, dtype), precision, True, target):
                 found[config.block_m, config.block_n, config.block_k, dtype, precision] = config
     return [(dtype, precision, config) for (*_, dtype, precision), config in found.items()]
 
 
 @pytest.mark.parametrize(("dtype", "precision", "config"), shipped_configs(), ids=str)
-def test_forward_configuration(dtype: str, precision: str, config: Config, device: torch.device) -> None:
+def test_forward_configuration(
+    dtype: str, precision: str, config: Config, device: torch.device
+) -> None:
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     if not launch.INTERPRETING and config not in legal_configs(
         "forward", getattr(torch, dtype), precision, False, launch.target_of(device)
@@ -146,10 +175,16 @@ def test_forward_configuration(dtype: str, precision: str, config: Config, devic
 
 def test_forward_offsets_past_32_bits(device: torch.device) -> None:
     if device.type == "cpu":
-        pytest.skip("takes 4 GiB of memory to hold such a tensor; the flag itself is tested in test_launch")
+        pytest.skip(
+            "takes 4 GiB of memory to hold such a tensor; the flag itself is tested in test_launch"
+        )
     rows = 2**31 // 1024 + 200
     storage = torch.empty(rows, 1024, dtype=torch.float16, device=device)
     input, weight = storage[:, :16], normal((40, 16), torch.float16, device)
     input.normal_()
     output = linear_forward(input, weight)[-100:]
-    assert_as_exact(output, native_forward(input[-100:], weight, None), exact_forward(input[-100:], weight, None))
+    assert_as_exact(
+        output,
+        native_forward(input[-100:], weight, None),
+        exact_forward(input[-100:], weight, None),
+    )

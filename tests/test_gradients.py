@@ -1,4 +1,7 @@
-"""Derivatives of `fastlinear.linear` through the kernels: every order and mode, every mask, every stride."""
+"""Derivatives of `fastlinear.linear` through the kernels.
+
+Every order and mode, every mask, every stride.
+"""
 
 import itertools
 
@@ -25,7 +28,9 @@ def double(*shape: int, device: torch.device, requires_grad: bool = True) -> Ten
 @pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradcheck(leading: tuple[int, ...], bias: bool, device: torch.device) -> None:
-    operands = (double(*leading, 3, device=device), double(2, 3, device=device)) + bias * (double(2, device=device),)
+    operands = (double(*leading, 3, device=device), double(2, 3, device=device)) + bias * (
+        double(2, device=device),
+    )
     assert gradcheck(
         fastlinear.linear,
         operands,
@@ -38,7 +43,11 @@ def test_gradcheck(leading: tuple[int, ...], bias: bool, device: torch.device) -
 
 @pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
 def test_gradgradcheck(leading: tuple[int, ...], device: torch.device) -> None:
-    operands = (double(*leading, 3, device=device), double(2, 3, device=device), double(2, device=device))
+    operands = (
+        double(*leading, 3, device=device),
+        double(2, 3, device=device),
+        double(2, device=device),
+    )
     assert gradgradcheck(
         fastlinear.linear,
         operands,
@@ -49,7 +58,11 @@ def test_gradgradcheck(leading: tuple[int, ...], device: torch.device) -> None:
 
 
 def test_gradcheck_of_a_batch_of_layers(device: torch.device) -> None:
-    operands = (double(2, 2, 2, device=device), double(2, 1, 2, device=device), double(2, 1, device=device))
+    operands = (
+        double(2, 2, 2, device=device),
+        double(2, 1, 2, device=device),
+        double(2, 1, device=device),
+    )
     assert gradcheck(linear_op, operands, check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(linear_op, operands, check_fwd_over_rev=True, check_batched_grad=True)
 
@@ -60,7 +73,10 @@ MASKS = list(itertools.product([False, True], repeat=3))
 @pytest.mark.parametrize("mask", MASKS, ids=lambda mask: "".join("01"[needed] for needed in mask))
 def test_every_mask_of_requires_grad(mask: tuple[bool, bool, bool], device: torch.device) -> None:
     shapes = ((2, 20, 33), (40, 33), (40,))
-    ours = [normal(shape, torch.float32, device).requires_grad_(needed) for shape, needed in zip(shapes, mask, strict=True)]
+    ours = [
+        normal(shape, torch.float32, device).requires_grad_(needed)
+        for shape, needed in zip(shapes, mask, strict=True)
+    ]
     theirs = [operand.detach().clone().requires_grad_(operand.requires_grad) for operand in ours]
     output, reference = fastlinear.linear(*ours), F.linear(*theirs)
     assert output.requires_grad == reference.requires_grad
@@ -76,20 +92,28 @@ def test_every_mask_of_requires_grad(mask: tuple[bool, bool, bool], device: torc
             assert_as_exact(operand.grad, native.grad, truth.reshape(operand.shape))
 
 
-def test_only_wanted_gradients_are_computed(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+def test_only_wanted_gradients_are_computed(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
     from fastlinear.kernels import backward
 
     calls: list[str] = []
     for name in ("linear_backward_input", "linear_backward_weight"):
         launcher = getattr(backward, name)
         monkeypatch.setattr(
-            backward, name, lambda *a, _name=name, _launcher=launcher, **k: calls.append(_name) or _launcher(*a, **k)
+            backward,
+            name,
+            lambda *a, _name=name, _launcher=launcher, **k: (
+                calls.append(_name) or _launcher(*a, **k)
+            ),
         )
     for input_needs, weight_needs, bias_needs in MASKS[1:]:
         calls.clear()
         operands = [
             normal(shape, torch.float32, device).requires_grad_(needed)
-            for shape, needed in zip(((4, 5), (3, 5), (3,)), (input_needs, weight_needs, bias_needs), strict=True)
+            for shape, needed in zip(
+                ((4, 5), (3, 5), (3,)), (input_needs, weight_needs, bias_needs), strict=True
+            )
         ]
         fastlinear.linear(*operands).sum().backward()
         wanted = input_needs * ["linear_backward_input"] + weight_needs * ["linear_backward_weight"]
@@ -102,7 +126,9 @@ def saved_for(mask: tuple[bool, bool, bool], linear, device: torch.device) -> li
         normal(shape, torch.float32, device).requires_grad_(needed)
         for shape, needed in zip(((7, 5), (3, 5), (3,)), mask, strict=True)
     ]
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t
+    ):
         linear(*operands)
     return shapes
 
@@ -117,7 +143,9 @@ def test_saves_no_more_than_pytorch(mask: tuple[bool, bool, bool], device: torch
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained weight", "frozen weight"])
-def test_module_gradients(dtype: torch.dtype, training: bool, frozen: bool, device: torch.device) -> None:
+def test_module_gradients(
+    dtype: torch.dtype, training: bool, frozen: bool, device: torch.device
+) -> None:
     layer = fastlinear.Linear(33, 40, dtype=dtype, device=device).train(training)
     layer.weight.requires_grad_(not frozen)
     reference = torch.nn.Linear(33, 40, dtype=dtype, device=device).train(training)
@@ -142,7 +170,9 @@ REDUCTIONS = {
     "sum: stride 0": lambda y: y.sum(),
     "mean over rows": lambda y: y.mean(0).pow(2).sum(),
     "one element": lambda y: y[3, 4],
-    "transposed": lambda y: (y.t().contiguous() * torch.arange(y.numel(), device=y.device).view(y.shape[::-1])).sum(),
+    "transposed": lambda y: (
+        y.t().contiguous() * torch.arange(y.numel(), device=y.device).view(y.shape[::-1])
+    ).sum(),
     "every other column": lambda y: y[:, ::2].pow(2).sum(),
 }
 
@@ -181,7 +211,9 @@ def test_dual_tensors_pass_through_a_plain_backward(device: torch.device) -> Non
             assert result is not None, "the tangent was lost on the way"
             return result
 
-    torch.testing.assert_close(tangent_of_gradient(fastlinear.linear), tangent_of_gradient(F.linear))
+    torch.testing.assert_close(
+        tangent_of_gradient(fastlinear.linear), tangent_of_gradient(F.linear)
+    )
 
 
 FUNCTIONALS = {
@@ -189,14 +221,20 @@ FUNCTIONALS = {
     "jacrev": lambda f: torch.func.jacrev(f, argnums=(0, 1, 2)),
     "jacfwd": lambda f: torch.func.jacfwd(f, argnums=(0, 1, 2)),
     "hessian": lambda f: torch.func.hessian(f, argnums=(0, 1)),
-    "grad of grad": lambda f: torch.func.grad(lambda *a: torch.func.grad(f)(*a).pow(2).sum(), argnums=1),
-    "per-sample grad": lambda f: torch.func.vmap(torch.func.grad(f, argnums=(0, 1, 2)), in_dims=(0, None, None)),
+    "grad of grad": lambda f: torch.func.grad(
+        lambda *a: torch.func.grad(f)(*a).pow(2).sum(), argnums=1
+    ),
+    "per-sample grad": lambda f: torch.func.vmap(
+        torch.func.grad(f, argnums=(0, 1, 2)), in_dims=(0, None, None)
+    ),
 }
 
 
 @pytest.mark.parametrize("transform", FUNCTIONALS.values(), ids=FUNCTIONALS)
 def test_functional_transforms(transform, device: torch.device) -> None:  # type: ignore[no-untyped-def]
-    operands = [double(*shape, device=device, requires_grad=False) for shape in ((4, 5), (3, 5), (3,))]
+    operands = [
+        double(*shape, device=device, requires_grad=False) for shape in ((4, 5), (3, 5), (3,))
+    ]
     ours = transform(lambda *a: fastlinear.linear(*a).pow(3).sum())(*operands)
     theirs = transform(lambda *a: F.linear(*a).pow(3).sum())(*operands)
     torch.testing.assert_close(ours, theirs)
@@ -207,14 +245,20 @@ VMAPPED = [(0, None, None), (1, 0, None), (None, 0, 0), (None, None, 0), (1, 1, 
 
 @pytest.mark.parametrize("in_dims", VMAPPED, ids=str)
 @pytest.mark.parametrize("transform", ["values", "gradients"])
-def test_vmap_over_any_operand(in_dims: tuple[int | None, ...], transform: str, device: torch.device) -> None:
+def test_vmap_over_any_operand(
+    in_dims: tuple[int | None, ...], transform: str, device: torch.device
+) -> None:
     shapes = []
     for shape, dim in zip([(4, 5), (3, 5), (3,)], in_dims, strict=True):
         shapes.append(shape if dim is None else (*shape[:dim], 6, *shape[dim:]))
     operands = [double(*shape, device=device, requires_grad=False) for shape in shapes]
 
     def mapped(linear):  # type: ignore[no-untyped-def]
-        function = linear if transform == "values" else torch.func.grad(lambda *a: linear(*a).pow(2).sum(), (0, 1, 2))
+        function = (
+            linear
+            if transform == "values"
+            else torch.func.grad(lambda *a: linear(*a).pow(2).sum(), (0, 1, 2))
+        )
         return torch.func.vmap(function, in_dims=in_dims)(*operands)
 
     torch.testing.assert_close(mapped(fastlinear.linear), mapped(F.linear))
@@ -233,7 +277,11 @@ def test_vmap_twice(device: torch.device) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_opcheck(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     # The suite's guarded outputs start inside their storage, which fake tensors do not.
-    monkeypatch.setattr(launch, "allocate", lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device))
+    monkeypatch.setattr(
+        launch,
+        "allocate",
+        lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device),
+    )
 
     def operand(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
@@ -252,21 +300,27 @@ def test_opcheck(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_without_graph_breaks(backend: str, device: torch.device) -> None:
     operands = [double(*shape, device=device) for shape in ((4, 5), (3, 5), (3,))]
-    compiled = torch.compile(lambda *a: fastlinear.linear(*a).relu().sum(), fullgraph=True, backend=backend)
+    compiled = torch.compile(
+        lambda *a: fastlinear.linear(*a).relu().sum(), fullgraph=True, backend=backend
+    )
     ours = torch.autograd.grad(compiled(*operands), operands)
     theirs = torch.autograd.grad(F.linear(*operands).relu().sum(), operands)
     torch.testing.assert_close(ours, theirs)
 
 
 def test_autocast(device: torch.device) -> None:
-    operands = [normal(shape, torch.float32, device).requires_grad_() for shape in ((4, 5), (3, 5), (3,))]
+    operands = [
+        normal(shape, torch.float32, device).requires_grad_() for shape in ((4, 5), (3, 5), (3,))
+    ]
     with torch.autocast(device.type, dtype=torch.bfloat16):
         output, native = fastlinear.linear(*operands), F.linear(*operands)
         assert fastlinear.linear(*(operand.double() for operand in operands)).dtype == torch.float64
     assert output.dtype == native.dtype == torch.bfloat16
     torch.testing.assert_close(output, native, rtol=1.6e-2, atol=1e-2)
     output.float().sum().backward()
-    assert all(operand.grad is not None and operand.grad.dtype == torch.float32 for operand in operands)
+    assert all(
+        operand.grad is not None and operand.grad.dtype == torch.float32 for operand in operands
+    )
 
 
 def test_flop_counter_counts_every_product(device: torch.device) -> None:

@@ -46,7 +46,8 @@ def test_batched_rows_keep_their_batch_stride() -> None:
 @pytest.mark.parametrize(
     ("tensor", "dtype"),
     [
-        (on_no_memory(2**16, 2**15), tl.int32),  # 2**31 elements: the last one's offset is 2**31 - 1
+        # 2**31 elements: the last one's offset is 2**31 - 1.
+        (on_no_memory(2**16, 2**15), tl.int32),
         (on_no_memory(2**16, 2**15 + 1), tl.int64),
         (on_no_memory(2**21, 2**11)[:, :1], tl.int64),  # few elements that reach far
         (on_no_memory(1, 1).expand(2**20, 2**20), tl.int32),  # many that are one
