@@ -205,7 +205,8 @@ class Timer:
     """Median device time of calls, each after the L2 cache has been overwritten."""
 
     def __init__(self, milliseconds: float) -> None:
-        self.flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+        # Overwriting this takes a third of a millisecond, time for the host to launch what is timed.
+        self.flush = torch.empty(2**30, dtype=torch.int8, device="cuda")
         self.milliseconds = milliseconds
 
     def __call__(self, call: Callable[[], Any]) -> float:
@@ -276,54 +277,67 @@ def measure(record: Callable[[dict[str, Any]], None], dtypes: list[str], deadlin
             )
 
 
-def summary(rows: list[dict[str, Any]]) -> None:
-    """Ratio of PyTorch's time to the chosen configuration's and to the best one's.
+def table(results: dict[str, Any]) -> str:
+    """PyTorch's time over the chosen configuration's, as Markdown: above 1, the kernel is faster."""
+    timed = [row for row in results["rows"] if row["part"] == "time"]
+    ratios = {}
+    for row in timed:
+        key = (row["dtype"], row["product"], row["n"], row["k"])
+        ratio = statistics.mean(row["native_us"]) / row["kernel_us"][row["chosen"]]
+        ratios.setdefault(key, {})[row["m"]] = f"{ratio:.2f}"
+    environment = results["environment"]
+    lines = [
+        f"{environment['device']}, driver {environment['driver']}, torch {environment['torch']}, "
+        f"Triton {environment['triton']}, {results['date'][:10]}.",
+        "",
+        "| dtype | product | N x K | " + " | ".join(f"M = {m}" for m in ROWS) + " |",
+        "|---|---|---|" + "---|" * len(ROWS),
+    ]
+    for (dtype, product, n, k), by_rows in ratios.items():
+        cells = " | ".join(by_rows.get(m, "") for m in ROWS)
+        lines.append(f"| {dtype} | {product} | {n} x {k} | {cells} |")
+    return "\n".join(lines)
 
-    Above 1, the kernel is faster.
-    """
-    print(
-        f"\n{'dtype':9}{'product':12}{'N x K':>13}  "
-        + "".join(f"{'M=' + str(m):>13}" for m in ROWS)
-        + "   (chosen / best)"
-    )
-    timed = [row for row in rows if row["part"] == "time"]
-    for key in dict.fromkeys((row["dtype"], row["product"], row["n"], row["k"]) for row in timed):
-        cells = []
-        for m in ROWS:
-            match = [
-                row
-                for row in timed
-                if (row["dtype"], row["product"], row["n"], row["k"], row["m"]) == (*key, m)
-            ]
-            if match:
-                native = statistics.mean(match[0]["native_us"])
-                times = match[0]["kernel_us"]
-                cells.append(
-                    f"{native / times[match[0]['chosen']]:6.2f}/{native / min(times.values()):.2f}"
-                )
-            else:
-                cells.append("-")
-        print(
-            f"{key[0]:9}{key[1]:12}{key[2]:>6} x{key[3]:>5}  "
-            + "".join(f"{cell:>13}" for cell in cells)
-        )
+
+def summary(results: dict[str, Any]) -> str:
+    """How the errors compare with PyTorch's, and how close the choice comes to the best tile."""
+    checked = [row for row in results["rows"] if row["part"] == "numerics"]
+    timed = [row for row in results["rows"] if row["part"] == "time"]
+    faults = sum(row["fault"] for row in results["rows"] if "fault" in row)
+    lines = [f"{len(checked)} configurations checked against float64, {faults} faults"]
+    for dtype in dict.fromkeys(row["dtype"] for row in timed):
+        of_best = [
+            min(row["kernel_us"].values()) / row["kernel_us"][row["chosen"]]
+            for row in timed
+            if row["dtype"] == dtype
+        ]
+        mean = statistics.geometric_mean(of_best)
+        lines.append(f"{dtype}: the chosen tile runs at {mean:.2f} of the best one's speed")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for kernels.json")
+    parser.add_argument("--out", type=Path, help="folder for kernels.json")
+    parser.add_argument("--read", type=Path, help="measure nothing: print the table of this file")
     parser.add_argument(
         "--minutes", type=float, default=8, help="stop measuring after this many minutes"
     )
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32", "tf32"])
     parser.add_argument("--only", choices=["numerics", "time"])
     arguments = parser.parse_args()
+    if arguments.read:
+        results = json.loads(arguments.read.read_text())
+        print(table(results), summary(results), sep="\n\n")
+        return
+    if arguments.out is None:
+        parser.error("give --out FOLDER to measure, or --read FILE to see what was measured")
     if not torch.cuda.is_available():
         sys.exit("no GPU found: benchmarks.kernels measures kernels on one")
     torch.manual_seed(0)
     deadline = time.monotonic() + 60 * arguments.minutes
     arguments.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {
+    results = {
         "environment": environment(),
         "date": datetime.now(timezone.utc).isoformat(),
         "rows": [],
@@ -349,7 +363,7 @@ def main() -> None:
             measure(record, arguments.dtypes, deadline)
     finally:
         save()
-    summary(results["rows"])
+    print(table(results), summary(results), sep="\n\n")
 
 
 if __name__ == "__main__":

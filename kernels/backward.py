@@ -48,6 +48,7 @@ def linear_backward_weight_kernel(
     K,
     rows_per_split,
     batches,
+    zero,
     grad_output_inner_size,
     input_inner_size,
     stride_gb,
@@ -65,7 +66,7 @@ def linear_backward_weight_kernel(
     ACC_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
-    STEPS_PER_SUM: tl.constexpr,
+    SUM_STEPS_APART: tl.constexpr,
     SUM_BY_DOT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -100,7 +101,8 @@ def linear_backward_weight_kernel(
     grad_output_columns = grad_output_ptr + batch * stride_gb + offs_n[:, None] * stride_gn
     input_columns = input_ptr + batch * stride_ib + offs_k[None, :] * stride_ik
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC_DTYPE)
-    total = acc
+    # Not a constant, as in the forward kernel.
+    fresh = acc + zero
     # 16-bit tiles are summed as a product with ones, 16 columns of which are the narrowest that
     # matrix instructions take. It keeps grad_output in shared memory: where a tile of an
     # asynchronous product is read into registers too, Triton 3.6 to 3.9 give it a buffer too few,
@@ -129,20 +131,27 @@ def linear_backward_weight_kernel(
                 acc_bias += tl.sum(grad_output_tile, axis=1)
         grad_output_tile = prepare_operand(grad_output_tile, INPUT_PRECISION, UPCAST)
         input_tile = prepare_operand(input_tile, INPUT_PRECISION, UPCAST)
-        acc = tl.dot(
-            grad_output_tile, input_tile, acc, input_precision=INPUT_PRECISION, out_dtype=ACC_DTYPE
-        )
+        if SUM_STEPS_APART:
+            acc += tl.dot(
+                grad_output_tile,
+                input_tile,
+                fresh,
+                input_precision=INPUT_PRECISION,
+                out_dtype=ACC_DTYPE,
+            )
+        else:
+            acc = tl.dot(
+                grad_output_tile,
+                input_tile,
+                acc,
+                input_precision=INPUT_PRECISION,
+                out_dtype=ACC_DTYPE,
+            )
         if HAS_BIAS and SUM_BY_DOT:
             if tile_k == 0:
                 ones = tl.full((BLOCK_M, 16), 1.0, grad_output_tile.dtype)
                 acc_bias = tl.dot(grad_output_tile, ones, acc_bias)
-        if STEPS_PER_SUM > 0:
-            if (row - first_row) // BLOCK_M % STEPS_PER_SUM == STEPS_PER_SUM - 1:
-                total += acc
-                acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC_DTYPE)
 
-    if STEPS_PER_SUM > 0:
-        acc += total
     grad_weight_ptrs = grad_weight_ptr + part * N * K + offs_n[:, None] * K + offs_k[None, :]
     tl.store(
         grad_weight_ptrs,
@@ -287,6 +296,7 @@ def linear_backward_weight(
             in_features,
             rows_per_split,
             batch,
+            0.0,
             grad_output_rows.inner_size,
             input_rows.inner_size,
             grad_output_rows.stride_batch,
@@ -304,7 +314,7 @@ def linear_backward_weight(
             ACC_DTYPE=launch.accumulator_dtype(dtype),
             INPUT_PRECISION=launch.input_precision(dtype, precision),
             UPCAST=launch.upcast(dtype),
-            STEPS_PER_SUM=launch.steps_per_sum(dtype, precision, config.block_m),
+            SUM_STEPS_APART=launch.sum_steps_apart(dtype, precision),
             SUM_BY_DOT=dtype.itemsize == 2,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,

@@ -22,6 +22,7 @@ def linear_forward_kernel(
     M,
     N,
     K,
+    zero,
     input_inner_size,
     stride_ib,
     stride_io,
@@ -38,7 +39,7 @@ def linear_forward_kernel(
     ACC_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
-    STEPS_PER_SUM: tl.constexpr,
+    SUM_STEPS_APART: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -49,8 +50,8 @@ def linear_forward_kernel(
     One program computes one BLOCK_M x BLOCK_N tile.
 
     input (B, M, K), weight (B, N, K) and bias (B, N) have any strides, 0 included; output (B, M, N)
-    is contiguous. STEPS_PER_SUM > 0 sums that many steps apart before they join the total
-    (launch.steps_per_sum says when and why).
+    is contiguous. SUM_STEPS_APART sums each step from `zero`, before it joins the total
+    (launch.sum_steps_apart says when and why).
     """
     row_tiles = tl.cdiv(M, BLOCK_M)
     column_tiles = tl.cdiv(N, BLOCK_N)
@@ -74,25 +75,33 @@ def linear_forward_kernel(
     step_k = tl.full((), BLOCK_K, OFFSET_DTYPE)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
-    total = acc
+    # Were this a constant, Triton would fold the addition to acc below into the product.
+    fresh = acc + zero
     for k in range(0, tl.cdiv(K, BLOCK_K)):
         mask_k = offs_k < K - k * BLOCK_K
         input_tile = tl.load(input_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         weight_tile = tl.load(weight_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         input_tile = prepare_operand(input_tile, INPUT_PRECISION, UPCAST)
         weight_tile = prepare_operand(weight_tile, INPUT_PRECISION, UPCAST)
-        acc = tl.dot(
-            input_tile, weight_tile, acc, input_precision=INPUT_PRECISION, out_dtype=ACC_DTYPE
-        )
-        if STEPS_PER_SUM > 0:
-            if k % STEPS_PER_SUM == STEPS_PER_SUM - 1:
-                total += acc
-                acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
+        if SUM_STEPS_APART:
+            acc += tl.dot(
+                input_tile,
+                weight_tile,
+                fresh,
+                input_precision=INPUT_PRECISION,
+                out_dtype=ACC_DTYPE,
+            )
+        else:
+            acc = tl.dot(
+                input_tile,
+                weight_tile,
+                acc,
+                input_precision=INPUT_PRECISION,
+                out_dtype=ACC_DTYPE,
+            )
         input_ptrs += step_k * stride_ik
         weight_ptrs += step_k * stride_wk
 
-    if STEPS_PER_SUM > 0:
-        acc += total
     if HAS_BIAS:
         bias = tl.load(bias_ptr + batch * stride_bb + offs_n * stride_bn, mask=mask_n, other=0.0)
         acc += bias.to(ACC_DTYPE)[None, :]
@@ -162,6 +171,7 @@ def linear_forward(
             rows,
             out_features,
             in_features,
+            0.0,
             input_rows.inner_size,
             input_rows.stride_batch,
             input_rows.stride_outer,
@@ -178,7 +188,7 @@ def linear_forward(
             ACC_DTYPE=launch.accumulator_dtype(input.dtype),
             INPUT_PRECISION=launch.input_precision(input.dtype, precision),
             UPCAST=launch.upcast(input.dtype),
-            STEPS_PER_SUM=launch.steps_per_sum(input.dtype, precision, config.block_k),
+            SUM_STEPS_APART=launch.sum_steps_apart(input.dtype, precision),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,

@@ -146,11 +146,7 @@ def compile_case(case: Case) -> Any:
             "ACC_DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,
             "INPUT_PRECISION": case.precision,
             "UPCAST": False,
-            "STEPS_PER_SUM": launch.steps_per_sum(
-                dtype,
-                case.precision,
-                config.block_m if case.product.startswith("grad_weight") else config.block_k,
-            ),
+            "SUM_STEPS_APART": launch.sum_steps_apart(dtype, case.precision),
             "NESTED_INPUT": False,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
@@ -179,14 +175,13 @@ def compile_case(case: Case) -> Any:
         if name in constants:
             signature[name] = "constexpr"
             continue
-        wide = case.wide and name.startswith("stride_")
-        signature[name] = (
-            pointers.get(name, POINTER[dtype])
-            if name.endswith("_ptr")
-            else "i64"
-            if wide
-            else "i32"
-        )
+        if name == "zero":
+            signature[name] = "fp32"
+            continue
+        if name.endswith("_ptr"):
+            signature[name] = pointers.get(name, POINTER[dtype])
+        else:
+            signature[name] = "i64" if case.wide and name.startswith("stride_") else "i32"
         if case.aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -210,6 +205,8 @@ def resources(case: Case) -> dict[str, Any]:
             "error": f"{type(error).__name__}: {error}"[:2000],
         }
     found = {"label": case.label, "shared": compiled.metadata.shared, "error": None}
+    loop = compiled.asm["ttir"].partition("scf.for")[2].rpartition("scf.yield")[0]
+    found["sums_apart"] = bool(re.search(r"arith\.addf .*tensor<\d+x\d+xf\d+>", loop))
     if case.target == "gfx942":
         text = compiled.asm["amdgcn"]
         found["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))
@@ -282,6 +279,9 @@ def faults(case: Case, found: dict[str, Any]) -> list[str]:
             f"needs {found['shared']} bytes of shared memory "
             f"of {TARGETS[case.target].shared_memory}"
         )
+    wanted_apart = launch.sum_steps_apart(getattr(torch, case.dtype), case.precision)
+    if case.product != "sum_splits" and found["sums_apart"] != wanted_apart:
+        wrong.append("sums steps apart" if found["sums_apart"] else "has one running sum")
     expected = expected_instruction(case)
     if expected == "wgmma.mma_async" and case.precision == "ieee" and case.aligned:
         # An asynchronous product still reads the last step's operands while

@@ -6,6 +6,7 @@ Kernels run on the GPU where there is one, else in Triton's interpreter on CPU t
 import math
 import os
 import random
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -31,6 +32,12 @@ def pytest_configure() -> None:
         torch.set_num_threads(1)  # workers share the cores
     if launch.INTERPRETING:
         _poison_unset_loads()
+    if DEVICE.type == "cuda":
+        with warnings.catch_warnings():
+            # The first product in the thread of autograd warns that it makes cuBLAS's context.
+            warnings.simplefilter("ignore")
+            ones = torch.ones(16, 16, device=DEVICE, requires_grad=True)
+            (ones @ ones).sum().backward()
 
 
 def _poison_unset_loads() -> None:

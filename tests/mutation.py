@@ -153,16 +153,16 @@ MUTANTS = [
     Mutant(
         "existing output kept",
         "kernels/forward.py",
-        "    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)\n    total",
+        "    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)\n    #",
         "    acc = tl.load(output_ptr + tl.zeros((BLOCK_M, BLOCK_N), tl.int32)).to(ACC_DTYPE)\n"
-        "    total",
+        "    #",
         FORWARD,
     ),
     Mutant(
-        "sums formed apart are not added up",
+        "each step replaces the last",
         "kernels/forward.py",
-        "        acc += total\n",
-        "        acc += 0\n",
+        "            acc += tl.dot(",
+        "            acc = tl.dot(",
         FORWARD,
     ),
     Mutant(

@@ -63,16 +63,16 @@ def test_datapoints_as_columns_need_no_copy(
 
     read: list[int] = []
     allocated: list[tuple[int, ...]] = []
-    rows_of, allocate = launch.rows_of, launch.allocate
+    rows_of = launch.rows_of
 
     def spy_rows(tensor: Tensor, **options: bool) -> launch.Rows:
         result = rows_of(tensor, **options)
         read.append(result.tensor.data_ptr())
         return result
 
-    def spy_allocate(shape: tuple[int, ...], *options: object) -> Tensor:
+    def spy_allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         allocated.append(shape)
-        return allocate(shape, *options)
+        return torch.empty(shape, dtype=dtype, device=device)
 
     expected = fastlinear.linear(rows, weight)
     monkeypatch.setattr(forward.launch, "rows_of", spy_rows)

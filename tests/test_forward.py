@@ -111,7 +111,7 @@ def test_forward_tf32_rounds_operands_to_nearest(device: torch.device) -> None:
 
     def rounded(tensor: Tensor) -> Tensor:  # to 10 bits of mantissa
         mantissa, exponent = torch.frexp(tensor.double())
-        return torch.ldexp(torch.round(torch.ldexp(mantissa, torch.tensor(11))), exponent - 11)
+        return (mantissa * 2**11).round() / 2**11 * 2.0**exponent
 
     exact = rounded(input) @ rounded(weight).T
     torch.testing.assert_close(output.double(), exact, rtol=0, atol=1e-5)
