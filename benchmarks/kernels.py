@@ -45,6 +45,7 @@ CHECKED = [  # (M, N, K, aligned) with a reason each
     (4096, 48, 32, True),  # many rows, few tiles: the M reduction is split
 ]
 LAYERS = [(3072, 768), (4096, 4096), (14336, 4096), (1024, 8192)]  # (N, K)
+ROUNDS = 3
 ROWS = [1, 16, 64, 256, 1024, 4096, 16384]
 
 
@@ -202,36 +203,34 @@ def check_far_offsets(record: Callable[[dict[str, Any]], None]) -> int:
 
 
 class Timer:
-    """Median device time of calls, each after the L2 cache has been overwritten."""
+    """Median device time of a call in microseconds, with the L2 cache overwritten before each."""
 
-    def __init__(self, milliseconds: float) -> None:
-        # Overwriting this takes a third of a millisecond, time for the host to launch what is timed.
+    def __init__(self) -> None:
+        # Overwriting this takes a third of a millisecond, in which the host launches what is timed.
         self.flush = torch.empty(2**30, dtype=torch.int8, device="cuda")
-        self.milliseconds = milliseconds
 
     def __call__(self, call: Callable[[], Any]) -> float:
         call()
-        pairs = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            for _ in range(30)
-        ]
-        spent = 0.0
-        times: list[float] = []
-        while spent < self.milliseconds and len(times) < 200:
-            for start, end in pairs[: 5 if not times else 30]:
-                self.flush.zero_()
-                start.record()
-                call()
-                end.record()
-            torch.cuda.synchronize()
-            batch = [start.elapsed_time(end) for start, end in pairs[: 5 if not times else 30]]
-            times += batch
-            spent += sum(batch)
+        times = self.times(call, 3)
+        if max(times) < 5:
+            times = self.times(call, 15)
         return 1000 * statistics.median(times)
+
+    def times(self, call: Callable[[], Any], repeats: int) -> list[float]:
+        pairs = []
+        for _ in range(repeats):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.flush.zero_()
+            start.record()
+            call()
+            end.record()
+            pairs.append((start, end))
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in pairs]
 
 
 def measure(record: Callable[[dict[str, Any]], None], dtypes: list[str], deadline: float) -> None:
-    timer = Timer(milliseconds=5)
+    timer = Timer()
     for dtype, precision in ARITHMETICS:
         name = "tf32" if precision == "tf32" else str(dtype)[6:]
         if name not in dtypes:
@@ -252,7 +251,7 @@ def measure(record: Callable[[dict[str, Any]], None], dtypes: list[str], deadlin
                 chosen = choose(
                     kernel, 1, *dims, dtype, precision, aligned, launch.target_of(x.device)
                 )
-                row = {
+                row: dict[str, Any] = {
                     "part": "time",
                     "product": product,
                     "dtype": name,
@@ -261,29 +260,27 @@ def measure(record: Callable[[dict[str, Any]], None], dtypes: list[str], deadlin
                     "k": k,
                     "chosen": str(chosen),
                 }
-                row["native_us"] = [timer(native)]
-                row["kernel_us"] = {}
-                for config in configs(product, dtype, precision, aligned):
-                    row["kernel_us"][str(config)] = timer(
-                        kernel_call(product, x, w, b, g, precision, config)
-                    )
-                row["native_us"].append(timer(native))
+                calls = {
+                    str(config): kernel_call(product, x, w, b, g, precision, config)
+                    for config in configs(product, dtype, precision, aligned)
+                }
+                row["native_us"], row["kernel_us"] = [], {name: [] for name in calls}
+                for _ in range(ROUNDS):  # in turn, so that a slow moment of the machine is outvoted
+                    row["native_us"].append(timer(native))
+                    for config, call in calls.items():
+                        row["kernel_us"][config].append(timer(call))
                 record(row)
-            best = min(row["kernel_us"].values())
-            print(
-                f"{name} {m}x{n}x{k} grad_weight: native {row['native_us'][0]:.1f} us, "
-                f"chosen {row['kernel_us'][row['chosen']]:.1f}, best {best:.1f}",
-                flush=True,
-            )
+            print(f"timed: {name}, M = {m}, N = {n}, K = {k}", flush=True)
 
 
 def table(results: dict[str, Any]) -> str:
-    """PyTorch's time over the chosen configuration's, as Markdown: above 1, the kernel is faster."""
+    """PyTorch's time over the chosen tile's, as Markdown: above 1, the kernel is faster."""
     timed = [row for row in results["rows"] if row["part"] == "time"]
-    ratios = {}
+    ratios: dict[tuple[Any, ...], dict[int, str]] = {}
     for row in timed:
         key = (row["dtype"], row["product"], row["n"], row["k"])
-        ratio = statistics.mean(row["native_us"]) / row["kernel_us"][row["chosen"]]
+        chosen_us = statistics.median(row["kernel_us"][row["chosen"]])
+        ratio = statistics.median(row["native_us"]) / chosen_us
         ratios.setdefault(key, {})[row["m"]] = f"{ratio:.2f}"
     environment = results["environment"]
     lines = [
@@ -307,7 +304,8 @@ def summary(results: dict[str, Any]) -> str:
     lines = [f"{len(checked)} configurations checked against float64, {faults} faults"]
     for dtype in dict.fromkeys(row["dtype"] for row in timed):
         of_best = [
-            min(row["kernel_us"].values()) / row["kernel_us"][row["chosen"]]
+            min(map(statistics.median, row["kernel_us"].values()))
+            / statistics.median(row["kernel_us"][row["chosen"]])
             for row in timed
             if row["dtype"] == dtype
         ]

@@ -77,17 +77,14 @@ def test_datapoints_as_columns_need_no_copy(
     expected = fastlinear.linear(rows, weight)
     monkeypatch.setattr(forward.launch, "rows_of", spy_rows)
     monkeypatch.setattr(forward.launch, "allocate", spy_allocate)
-    before = (
-        torch.cuda.memory_stats(device)["allocation.all.allocated"] if device.type == "cuda" else 0
-    )
+    count = "allocation.all.allocated"
+    before = torch.cuda.memory_stats(device)[count] if device.type == "cuda" else 0
     output = fastlinear.linear(columns.t(), weight)
-    assert torch.equal(output, expected)
-    assert read == [columns.data_ptr()], (
-        "the kernel read something else than the tensor that was given"
-    )
-    assert allocated == [(16, 3)], "something besides the output was allocated"
     if device.type == "cuda":  # the interpreter itself copies operands to where it can reach them
-        assert torch.cuda.memory_stats(device)["allocation.all.allocated"] - before == 1
+        assert torch.cuda.memory_stats(device)[count] - before == 1
+    assert torch.equal(output, expected)
+    assert read == [columns.data_ptr()], "the kernel read something else than what was given"
+    assert allocated == [(16, 3)], "something besides the output was allocated"
 
 
 def test_two_layers_are_one_function_after_another(device: torch.device) -> None:
