@@ -326,6 +326,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.read:
         results = json.loads(arguments.read.read_text())
+        results["rows"] = [row for row in results["rows"] if row.get("dtype") in arguments.dtypes]
         print(table(results), summary(results), sep="\n\n")
         return
     if arguments.out is None:

@@ -142,9 +142,10 @@ def input_precision(dtype: torch.dtype, precision: str) -> str:
 def sum_steps_apart(dtype: torch.dtype, precision: str) -> bool:
     """Whether each step's products are summed apart before they join the total.
 
-    In exact float32 and float64 the order of additions is most of the error: with one running sum
-    over K, results on an H100 came out 2 to 4 times as far from the truth as cuBLAS's, which sums
-    in parts. Where products are rounded more coarsely than sums, the order does not matter.
+    In exact float32 and float64 the order of additions is most of the error. With one running sum
+    over K, results on an H100 came out up to 4.5 times as far from the truth as cuBLAS's, which
+    sums in parts (benchmarks/results/nvidia-h100-80gb-hbm3/tests-a2eab24.txt). Where products are
+    rounded more coarsely than sums, the order does not matter.
     """
     return dtype == torch.float64 or (dtype == torch.float32 and precision == "ieee")
 

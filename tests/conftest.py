@@ -32,6 +32,7 @@ def pytest_configure() -> None:
         torch.set_num_threads(1)  # workers share the cores
     if launch.INTERPRETING:
         _poison_unset_loads()
+        _sum_products_exactly()
     if DEVICE.type == "cuda":
         with warnings.catch_warnings():
             # The first product in the thread of autograd warns that it makes cuBLAS's context.
@@ -62,6 +63,22 @@ def _poison_unset_loads() -> None:
         return load(self, ptrs, mask, other, *arguments)
 
     InterpreterBuilder.create_masked_load = poisoned_load
+
+
+def _sum_products_exactly() -> None:
+    """Rounds each interpreted `tl.dot` once, whatever numpy's BLAS does.
+
+    The interpreter leaves the order of a product's additions to numpy, and so to the machine; its
+    error says nothing of the kernel's and would take part of the budget.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def exact_dot(self, a, b, acc, input_precision, max_num_imprecise_acc):  # type: ignore[no-untyped-def]
+        wide = np.longdouble if acc.data.dtype == np.float64 else np.float64
+        product = np.matmul(a.data.astype(wide), b.data.astype(wide)).astype(acc.data.dtype)
+        return TensorHandle(product + acc.data, acc.dtype.scalar)
+
+    InterpreterBuilder.create_dot = exact_dot
 
 
 @pytest.fixture(autouse=True)
