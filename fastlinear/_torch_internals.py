@@ -86,21 +86,26 @@ class _OnImport(importlib.abc.MetaPathFinder):
     """
 
     def __init__(self, name: str, callback: Callable[[], None]) -> None:
-        self.name, self.callback = name, callback
+        self.name, self.callback, self.searching = name, callback, False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != self.name:
+        if name != self.name or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.searching = True  # the search below asks this finder too
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.searching = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_call(module: ModuleType) -> None:
                 execute(module)
-                self.callback()
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                    self.callback()
 
             spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
         return spec

@@ -48,6 +48,7 @@ def _linear_fake(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _linear_backward_fake(
     grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool, batched: bool
 ) -> Gradients:
+    backend.check_backward_shapes(grad_output, input, weight, batched)
     layers = grad_output.shape[:1] if batched else ()
     out_features = grad_output.shape[-1]
     return (

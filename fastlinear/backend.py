@@ -47,10 +47,12 @@ class use_backend:
 
     def __init__(self, backend: str) -> None:
         self.backend = _checked(backend, "backend")
+        self.previous: list[str] = []  # a stack: one instance may be entered again within itself
 
     def __enter__(self) -> None:
         global current
-        self.previous, current = current, self.backend
+        self.previous.append(current)
+        current = self.backend
 
     def __exit__(
         self,
@@ -59,7 +61,7 @@ class use_backend:
         traceback: TracebackType | None,
     ) -> None:
         global current
-        current = self.previous
+        current = self.previous.pop()
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -124,6 +126,7 @@ def backward(
 
     A gradient that is not wanted is not computed, and comes back empty.
     """
+    check_backward_shapes(grad_output, input, weight, batched)
     _require_kernels(grad_output.device)
     from fastlinear.kernels.backward import linear_backward_input, linear_backward_weight
 
@@ -144,6 +147,30 @@ def backward(
         grad_output.new_empty(0) if grad_weight is None else grad_weight,
         grad_output.new_empty(0) if grad_bias is None else grad_bias,
     )
+
+
+def check_backward_shapes(
+    grad_output: Tensor, input: Tensor | None, weight: Tensor | None, batched: bool
+) -> None:
+    """Raises RuntimeError unless input has grad_output's leading shape, and weight its features.
+
+    The layer's own backward sees to it; this is for a direct call of the op.
+    """
+    dims = 3 if batched else 2
+    fits = (
+        grad_output.dim() >= 1
+        and (not batched or grad_output.dim() == 3)
+        and (input is None or input.shape[:-1] == grad_output.shape[:-1])
+        and (weight is None or (weight.dim() == dims and weight.shape[-2] == grad_output.shape[-1]))
+        and (weight is None or not batched or weight.shape[0] == grad_output.shape[0])
+    )
+    if not fits:
+        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (input, weight)]
+        raise RuntimeError(
+            "fastlinear::linear_backward takes grad_output (*, N), input (*, K), weight (N, K), or "
+            "(B, M, N), (B, M, K), (B, N, K) if batched, "
+            f"but grad_output is {tuple(grad_output.shape)}, input {shapes[0]}, weight {shapes[1]}"
+        )
 
 
 def sum_rows(grad_output: Tensor, batched: bool) -> Tensor:

@@ -49,13 +49,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _changes_meaning(tensor: Tensor) -> bool:
-    """Whether this subclass of Tensor means something else by its operations.
+    """Whether operations on this subclass of Tensor give something else than a plain tensor.
 
-    A quantized or nested tensor does.
+    Fake tensors and the like stand for plain ones, and switch __torch_function__ off.
     """
-    overrides = type(tensor).__torch_function__
-    plain = overrides in (Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
-    return not plain or is_traceable_wrapper_subclass(tensor)
+    stands_for_plain = type(tensor).__torch_function__ is torch._C._disabled_torch_function_impl
+    return not stands_for_plain or is_traceable_wrapper_subclass(tensor)
 
 
 def _why_not(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:

@@ -293,7 +293,8 @@ def choose(
 
     Time is waves of programs over the multiprocessors, times a step's arithmetic and operand
     traffic. It needs no measurement, and is a default rather than an optimum: on an H100 the
-    chosen tile runs at 0.99 of the best one's speed in bfloat16, 0.97 in float32 and 0.89 in TF32
+    chosen tile runs at 0.99 of the best one's speed in bfloat16, 0.97 in float32 and 0.89 in TF32,
+    as geometric means, and at 0.92, 0.63 and 0.47 at worst
     (benchmarks/results/nvidia-h100-80gb-hbm3/kernels.json).
     """
     rows, columns = (m, n) if kernel == "forward" else (n, k)

@@ -184,7 +184,7 @@ def linear_forward(
             stride_bn,
             HAS_BIAS=bias is not None,
             NESTED_INPUT=input_rows.nested,
-            OFFSET_DTYPE=launch.offset_dtype(input_rows.tensor, weight, output),
+            OFFSET_DTYPE=launch.offset_dtype(input_rows.tensor, weight, bias, output),
             ACC_DTYPE=launch.accumulator_dtype(input.dtype),
             INPUT_PRECISION=launch.input_precision(input.dtype, precision),
             UPCAST=launch.upcast(input.dtype),

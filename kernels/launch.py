@@ -62,17 +62,19 @@ def rows_of(tensor: Tensor, *, batched: bool = False) -> Rows:
     if len(shape) == 2:
         return Rows(tensor, shape[0], shape[0], 0, 0, strides[0], stride_feature)
 
+    size = math.prod(shape[:-1])
+    if size == 0:  # strides say nothing then
+        return Rows(tensor, 0, 0, 0, 0, 0, stride_feature)
     groups: list[tuple[int, int]] = []  # (size, stride), innermost first
-    for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
-        if size == 1:
+    for extent, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
+        if extent == 1:
             continue
         if groups and stride == groups[-1][0] * groups[-1][1]:
-            groups[-1] = (groups[-1][0] * size, groups[-1][1])
+            groups[-1] = (groups[-1][0] * extent, groups[-1][1])
         else:
-            groups.append((size, stride))
+            groups.append((extent, stride))
     if len(groups) > 2:
         return rows_of(tensor.contiguous())
-    size = math.prod(shape[:-1])
     inner_size, stride_inner = groups[0] if groups else (size, 0)
     stride_outer = groups[1][1] if len(groups) == 2 else 0
     return Rows(tensor, size, inner_size, 0, stride_outer, stride_inner, stride_feature)
@@ -88,7 +90,7 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def offset_dtype(*tensors: Tensor) -> tl.dtype:
+def offset_dtype(*tensors: Tensor | None) -> tl.dtype:
     """int64 where offsets within one of `tensors` need it, else int32.
 
     They do where an element lies 2**31 or more elements from the tensor's first.
@@ -96,6 +98,8 @@ def offset_dtype(*tensors: Tensor) -> tl.dtype:
     What counts is the extent in storage: a slice of few elements can reach far.
     """
     for tensor in tensors:
+        if tensor is None:
+            continue
         if tensor.is_contiguous():
             last = tensor.numel() - 1
         else:

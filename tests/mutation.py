@@ -173,6 +173,21 @@ MUTANTS = [
         FORWARD,
     ),
     Mutant(
+        "float64 operands rounded to float32",
+        "kernels/precision.py",
+        "    if UPCAST:\n        tile = tile.to(tl.float32)\n",
+        "    if UPCAST:\n        tile = tile.to(tl.float32)\n"
+        "    if tile.dtype == tl.float64:\n        tile = tile.to(tl.float32).to(tl.float64)\n",
+        FORWARD,
+    ),
+    Mutant(
+        "offsets of a far bias in 32 bits",
+        "kernels/forward.py",
+        "launch.offset_dtype(input_rows.tensor, weight, bias, output)",
+        "launch.offset_dtype(input_rows.tensor, weight, output)",
+        FORWARD,
+    ),
+    Mutant(
         "weight's gradient takes the saved weight",
         "fastlinear/autograd.py",
         "input if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None",

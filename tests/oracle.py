@@ -45,6 +45,12 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return a.detach().double() @ b.detach().double()
 
 
+def total(tensor: Tensor, dim: int) -> Tensor:
+    """`tensor.sum(dim)`, as exact as `matmul`: a product with ones."""
+    ones = torch.ones(1, tensor.shape[dim], dtype=tensor.dtype, device=tensor.device)
+    return matmul(ones, tensor).squeeze(dim)
+
+
 def exact_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     product = matmul(input, weight.mT)
     if bias is None:
@@ -60,14 +66,14 @@ def exact_backward(
         return (
             matmul(grad_output, weight),
             matmul(grad_output.mT, input),
-            grad_output.double().sum(1),
+            total(grad_output, 1),
         )
     rows, features = grad_output.shape[:-1].numel(), grad_output.shape[-1]
     grad_rows, input_rows = (
         grad_output.reshape(rows, features),
         input.reshape(rows, input.shape[-1]),
     )
-    return matmul(grad_output, weight), matmul(grad_rows.mT, input_rows), grad_rows.double().sum(0)
+    return matmul(grad_output, weight), matmul(grad_rows.mT, input_rows), total(grad_rows, 0)
 
 
 def native_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -121,7 +127,8 @@ def normal(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
     size = int(np.prod(shape))
     buffer = torch.full((size + 128,), float("nan"), dtype=dtype, device=device)
     operand = buffer[64 : 64 + size].view(*shape)
-    return operand.copy_(torch.randn(*shape, device=device))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return operand.copy_(torch.randn(*shape, dtype=wide, device=device))
 
 
 def fenced(tensor: Tensor) -> Tensor:

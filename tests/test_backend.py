@@ -33,6 +33,10 @@ def test_use_backend_nests_and_restores() -> None:
         with fastlinear.use_backend("torch"):
             assert backend.current == "torch"
         assert backend.current == "triton"
+    again = fastlinear.use_backend("triton")
+    with again, again:
+        assert backend.current == "triton"
+    assert backend.current == "auto"
     with pytest.raises(ZeroDivisionError), fastlinear.use_backend("triton"):
         raise ZeroDivisionError
     assert backend.current == "auto"
@@ -100,6 +104,8 @@ import fastlinear
 spent = time.perf_counter() - start
 import sys
 print(spent, "triton" in sys.modules, "kernels" in sys.modules)
+import importlib.util
+importlib.util.find_spec("torch.utils.flop_counter")  # asking for it is not importing it
 import torch.utils.flop_counter
 print(torch.ops.fastlinear.linear in torch.utils.flop_counter.flop_registry)
 """

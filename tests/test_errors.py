@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlinear
-from fastlinear.autograd import linear_op
+from fastlinear.autograd import linear_backward_op, linear_op
 
 
 def W(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -121,3 +121,7 @@ def test_the_op_called_directly_does_not_read_beside_its_operands(device: torch.
         linear_op(input, weight, None)
     with pytest.raises(RuntimeError, match=r"bias \(5,\)"):
         linear_op(input, torch.randn(4, 3, device=device), torch.randn(5, device=device))
+    with pytest.raises(RuntimeError, match=r"grad_output is \(32, 5\), input \(4, 3\)"):
+        linear_backward_op(
+            torch.randn(32, 5, device=device), torch.randn(4, 3, device=device), None, True, False
+        )

@@ -111,7 +111,8 @@ def test_forward_tf32_rounds_operands_to_nearest(device: torch.device) -> None:
 
     def rounded(tensor: Tensor) -> Tensor:  # to 10 bits of mantissa
         mantissa, exponent = torch.frexp(tensor.double())
-        return (mantissa * 2**11).round() / 2**11 * 2.0**exponent
+        # Ties away from zero, as the GPU's own conversion; torch.round takes them to even.
+        return (mantissa.abs() * 2**11 + 0.5).floor() / 2**11 * mantissa.sign() * 2.0**exponent
 
     exact = rounded(input) @ rounded(weight).T
     # 64 additions, each of which the tensor cores may truncate.
@@ -189,3 +190,18 @@ def test_forward_offsets_past_32_bits(device: torch.device) -> None:
         native_forward(input[-100:], weight, None),
         exact_forward(input[-100:], weight, None),
     )
+
+
+def test_forward_chooses_offsets_by_every_operand(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    asked: list[tuple[Tensor | None, ...]] = []
+    offset_dtype = launch.offset_dtype
+    monkeypatch.setattr(
+        launch, "offset_dtype", lambda *tensors: asked.append(tensors) or offset_dtype(*tensors)
+    )
+    operands = [normal(shape, torch.float32, device) for shape in ((4, 5), (3, 5), (3,))]
+    output = linear_forward(*operands)
+    assert {tensor.data_ptr() for tensor in asked[0] if tensor is not None} == {
+        tensor.data_ptr() for tensor in (*operands, output)
+    }

@@ -32,6 +32,10 @@ def test_rows_are_described_without_a_copy(tensor: torch.Tensor, expected: tuple
     assert found == expected
 
 
+def test_no_rows_need_no_copy_however_they_are_nested() -> None:
+    assert launch.rows_of(on_no_memory(2, 0, 2, 0, 3, 8)).size == 0
+
+
 def test_rows_on_three_strides_are_copied_once() -> None:
     rows = launch.rows_of(on_no_memory(2, 3, 4, 5).permute(2, 1, 0, 3))
     assert rows.tensor.is_contiguous()
@@ -55,7 +59,7 @@ def test_batched_rows_keep_their_batch_stride() -> None:
     ],
 )
 def test_offsets_are_as_wide_as_the_storage_needs(tensor: torch.Tensor, dtype: tl.dtype) -> None:
-    assert launch.offset_dtype(on_no_memory(3, 4), tensor) == dtype
+    assert launch.offset_dtype(on_no_memory(3, 4), None, tensor) == dtype
 
 
 def test_alignment_is_what_triton_can_prove(device: torch.device) -> None:
