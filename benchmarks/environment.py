@@ -8,6 +8,10 @@ from typing import Any
 import torch
 
 
+# What a measurement itself writes does not count.
+_CHANGES = "git status --porcelain --untracked-files=no -- . :!benchmarks/results".split()
+
+
 def _first_line(*command: str) -> str | None:
     try:
         return (
@@ -53,5 +57,5 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         # A copy of the tree without its history says which commit it is by FASTLINEAR_COMMIT.
         "commit": os.environ.get("FASTLINEAR_COMMIT") or _first_line("git", "rev-parse", "HEAD"),
-        "uncommitted": bool(_first_line("git", "status", "--porcelain", "--untracked-files=no")),
+        "uncommitted": bool(_first_line(*_CHANGES)),
     }
