@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-
-# What a measurement itself writes does not count.
-_CHANGES = "git status --porcelain --untracked-files=no -- . :!benchmarks/results".split()
+_CHANGES = ("git", "status", "--porcelain", "--untracked-files=no", "--", ".")
+_NOT_RESULTS = ":!benchmarks/results"  # what a measurement itself writes does not count
 
 
 def _first_line(*command: str) -> str | None:
@@ -57,5 +56,5 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         # A copy of the tree without its history says which commit it is by FASTLINEAR_COMMIT.
         "commit": os.environ.get("FASTLINEAR_COMMIT") or _first_line("git", "rev-parse", "HEAD"),
-        "uncommitted": bool(_first_line(*_CHANGES)),
+        "uncommitted": bool(_first_line(*_CHANGES, _NOT_RESULTS)),
     }
