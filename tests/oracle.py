@@ -100,10 +100,13 @@ def rounding_step(dtype: torch.dtype) -> float:
     return 2.0**-10 if tf32 else torch.finfo(dtype).eps
 
 
-def assert_as_exact(result: Tensor, native: Tensor, exact: Tensor, what: str = "result") -> None:
+def assert_as_exact(
+    result: Tensor, native: Tensor, exact: Tensor, what: str = "result", scale: float = 0.0
+) -> None:
     """Fails unless the largest error of `result` is within its budget.
 
-    The budget is twice the largest error of `native`, plus one rounding step.
+    The budget is twice the largest error of `native`, plus one rounding step at the size of the
+    largest result, or at `scale` where the sums on the way are larger than what they end in.
     """
     assert result.shape == native.shape, (
         f"{what} has shape {tuple(result.shape)}, PyTorch's {tuple(native.shape)}"
@@ -113,7 +116,7 @@ def assert_as_exact(result: Tensor, native: Tensor, exact: Tensor, what: str = "
         return
     error = (result.detach().double() - exact).abs().max().item()
     native_error = (native.detach().double() - exact).abs().max().item()
-    budget = 2 * native_error + rounding_step(result.dtype) * exact.abs().max().item()
+    budget = 2 * native_error + rounding_step(result.dtype) * max(scale, exact.abs().max().item())
     assert error <= budget, (
         f"{what} is off by {error:.3g}, PyTorch by {native_error:.3g}; the budget is {budget:.3g}"
     )

@@ -50,7 +50,12 @@ def check(
         strict=True,
     ):
         assert results[0].is_contiguous()
-        assert_as_exact(*results, what=name)
+        # One feature's sum may end near 0, and PyTorch's be exact by luck.
+        partial_sums = grad_output.double().flatten(0, -2).cumsum(0)
+        scale = (
+            partial_sums.abs().max().item() if name == "grad_bias" and grad_output.numel() else 0.0
+        )
+        assert_as_exact(*results, what=name, scale=scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
