@@ -1,9 +1,10 @@
 """A drop-in `nn.Linear` whose forward and backward are fused Triton kernels."""
 
 from fastlinear.backend import use_backend
+from fastlinear.convert import Report, convert, revert
 from fastlinear.functional import linear
 from fastlinear.modules import Linear
 
 __version__ = "0.1.0"
 
-__all__ = ["Linear", "__version__", "linear", "use_backend"]
+__all__ = ["Linear", "Report", "__version__", "convert", "linear", "revert", "use_backend"]

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
+from torch._jit_internal import is_scripting as is_scripting
 from torch.autograd import forward_ad
 from torch.autograd.function import Function, _SingleLevelFunction
 

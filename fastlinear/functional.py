@@ -1,5 +1,7 @@
 """The function behind the layer: `linear`, and what it can take."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,9 +11,33 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fastlinear import backend
 from fastlinear.autograd import linear_op
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda output: F.gelu(output, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "leaky_relu": F.leaky_relu,
+    "relu_squared": lambda output: F.relu(output).square(),
+}
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Computes `output = input @ weight.T + bias`, as `torch.nn.functional.linear` does.
+
+def check_activation(activation: object) -> None:
+    """Raises ValueError, naming the choices, unless `activation` is None or a name of one."""
+    if activation is not None and not (isinstance(activation, str) and activation in ACTIVATIONS):
+        raise ValueError(
+            f"activation must be None or one of {', '.join(map(repr, ACTIVATIONS))}, "
+            f"but is {activation!r}"
+        )
+
+
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """Computes `output = activation(input @ weight.T + bias)`.
+
+    Without an activation that is `torch.nn.functional.linear`.
 
     Which path computes it is `fastlinear.use_backend`'s to say. The kernels accumulate in float32
     (float64 for float64) and add the bias before the one rounding to the output's dtype; float32
@@ -23,16 +49,23 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             strides.
         weight: (out_features, in_features), in input's dtype and on its device.
         bias: None or (out_features,), in input's dtype and on its device.
+        activation: None, "relu", "gelu" (by erf), "gelu_tanh", "silu", "sigmoid", "tanh",
+            "leaky_relu" (slope 0.01) or "relu_squared": the torch function of that name, applied to
+            the output in a pass of its own.
 
     Returns:
         (*, out_features), contiguous, in input's dtype (under autocast, in autocast's).
 
     Raises:
+        ValueError: activation is none of these.
         Exception: whatever `torch.nn.functional.linear` raises for these arguments.
         TypeError: backend "triton" cannot take the arguments, though PyTorch can; the message says
             why.
         RuntimeError: backend "triton" cannot run on this machine; the message says what is missing.
     """
+    if activation is not None:
+        check_activation(activation)
+        return ACTIVATIONS[activation](linear(input, weight, bias))
     if backend.current != "triton":
         return F.linear(input, weight, bias)
 
