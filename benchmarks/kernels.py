@@ -247,7 +247,9 @@ def measure(record: Callable[[dict[str, Any]], None], dtypes: list[str], deadlin
                     return
                 kernel = "backward_weight" if product == "grad_weight" else "forward"
                 dims = (m, k, n) if product == "grad_input" else (m, n, k)
-                aligned = launch.aligned(x, w, g)
+                aligned = launch.aligned(
+                    *(launch.Operand(*launch.describe(one)) for one in (x, w, g))
+                )
                 chosen = choose(
                     kernel, 1, *dims, dtype, precision, aligned, launch.target_of(x.device)
                 )

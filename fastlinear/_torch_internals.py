@@ -4,6 +4,7 @@ What a torch upgrade may break stands here.
 """
 
 import contextlib
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -45,6 +46,28 @@ def below_autograd() -> contextlib.AbstractContextManager[object]:
 def excluding(key: DispatchKey) -> contextlib.AbstractContextManager[object]:
     """Dispatches ops past `key`."""
     return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key))
+
+
+def _bits(*keys: DispatchKey) -> int:
+    bits = 0
+    for key in keys:
+        bits |= torch._C.DispatchKeySet(key).raw_repr()
+    return bits
+
+
+# Whether below the Autograd key anything but the device's own kernel wants a call: lazy negation, a
+# subclass, a mode, a transform. Each of them has a key; `keys.raw_repr() & BEYOND_PLAIN` tells.
+BEYOND_PLAIN = ~_bits(
+    DispatchKey.CPU,
+    DispatchKey.CUDA,
+    DispatchKey.AutogradCPU,
+    DispatchKey.AutogradCUDA,
+    DispatchKey.ADInplaceOrView,
+)
+
+
+# `torch.backends.cuda.matmul.fp32_precision`, in a fifth of the time.
+float32_matmul_precision = functools.partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
 
 
 def transforming() -> bool:

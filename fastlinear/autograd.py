@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastlinear import _torch_internals as internals
 from fastlinear import backend
+from fastlinear.kernels.operands import DTYPES, check_backward_shapes, check_forward_shapes
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -40,7 +41,7 @@ for _device in ("CPU", "CUDA"):
 
 @torch.library.register_fake(linear_op, lib=_LIBRARY)
 def _linear_fake(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    backend.check_shapes(input, weight, bias)
+    check_forward_shapes(input.shape, weight.shape, None if bias is None else bias.shape)
     return input.new_empty((*input.shape[:-1], weight.shape[-2]))
 
 
@@ -48,7 +49,12 @@ def _linear_fake(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _linear_backward_fake(
     grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool, batched: bool
 ) -> Gradients:
-    backend.check_backward_shapes(grad_output, input, weight, batched)
+    check_backward_shapes(
+        grad_output.shape,
+        None if input is None else input.shape,
+        None if weight is None else weight.shape,
+        batched,
+    )
     layers = grad_output.shape[:1] if batched else ()
     out_features = grad_output.shape[-1]
     return (
@@ -62,7 +68,18 @@ class LinearFunction(internals.SingleLevelFunction):
     """Derivatives of the op, each in terms of the op."""
 
     @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, plain: bool
+    ) -> Tensor:
+        needed = ctx.needs_input_grad
+        # Each operand is kept for the other's gradient alone,
+        # so that what is not kept may change in place.
+        ctx.save_for_backward(input if needed[1] else None, weight if needed[0] else None)
+        ctx.batched = weight.dim() == 3
+        if internals.forward_ad_active():
+            ctx.save_for_forward(input, weight)
+        if plain:
+            return backend.forward(input, weight, bias)
         with internals.below_autograd():
             if internals.transforming():
                 with internals.next_level_differentiates():
@@ -70,26 +87,17 @@ class LinearFunction(internals.SingleLevelFunction):
             return linear_op(input, weight, bias)
 
     @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor
-    ) -> None:
-        input, weight, _ = inputs
-        # Each operand is kept for the other's gradient alone,
-        # so that what is not kept may change in place.
-        ctx.save_for_backward(
-            input if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
-        )
-        ctx.batched = weight.dim() == 3
-        if internals.forward_ad_active():
-            ctx.save_for_forward(input, weight)
-
-    @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
+        grad_input, grad_weight, grad_bias = gradients_of(
+            grad_output, input, weight, ctx.needs_input_grad[2], ctx.batched
+        )
         needed = ctx.needs_input_grad
-        gradients = gradients_of(grad_output, input, weight, needed[2], ctx.batched)
-        return tuple(
-            gradient if need else None for gradient, need in zip(gradients, needed, strict=True)
+        return (
+            grad_input if needed[0] else None,
+            grad_weight if needed[1] else None,
+            grad_bias if needed[2] else None,
+            None,
         )
 
     @staticmethod
@@ -98,6 +106,7 @@ class LinearFunction(internals.SingleLevelFunction):
         input_tangent: Tensor | None,
         weight_tangent: Tensor | None,
         bias_tangent: Tensor | None,
+        plain_tangent: None,
     ) -> Tensor | None:
         input, weight = ctx.saved_tensors
         tangent = None
@@ -139,31 +148,45 @@ def gradients_of(
     return grad_input, grad_weight, grad_bias
 
 
-def _linear_autograd(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+# The Autograd key's kernels. Where nothing between them and the device's kernel wants the call they
+# go there at once: a second pass through the dispatcher takes as long as F.linear's whole forward.
+
+
+def _linear_autograd(keys: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     differentiated = internals.forward_ad_active() or (
         torch.is_grad_enabled()
         and (
-            input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+            weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
         )
     )
+    plain = not keys.raw_repr() & internals.BEYOND_PLAIN
     if differentiated:
-        return internals.apply(LinearFunction, input, weight, bias)
+        return internals.apply(LinearFunction, input, weight, bias, plain)
+    if plain:
+        return backend.forward(input, weight, bias)
     with internals.below_autograd():
         return linear_op(input, weight, bias)
 
 
 def _linear_backward_autograd(
-    grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool, batched: bool
+    keys: Any,
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    bias: bool,
+    batched: bool,
 ) -> Gradients:
     operands = [tensor for tensor in (grad_output, input, weight) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
         return gradients_of(grad_output, input, weight, bias, batched)
+    if not keys.raw_repr() & internals.BEYOND_PLAIN:
+        return backend.backward(grad_output, input, weight, bias, batched)
     with internals.below_autograd():
         return linear_backward_op(grad_output, input, weight, bias, batched)
 
 
-_LIBRARY.impl("linear", _linear_autograd, "Autograd")
-_LIBRARY.impl("linear_backward", _linear_backward_autograd, "Autograd")
+_LIBRARY.impl("linear", _linear_autograd, "Autograd", with_keyset=True)
+_LIBRARY.impl("linear_backward", _linear_backward_autograd, "Autograd", with_keyset=True)
 
 
 def _to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
@@ -233,7 +256,7 @@ torch.library.register_vmap(linear_backward_op, _linear_backward_vmap, lib=_LIBR
 
 def _register_autocast(device_type: str, key: internals.DispatchKey) -> None:
     def cast(tensor: Tensor) -> Tensor:
-        if tensor.dtype not in backend.DTYPES:
+        if tensor.dtype not in DTYPES:
             return tensor
         return tensor.to(backend.dtype_under(torch.get_autocast_dtype(device_type), tensor.dtype))
 

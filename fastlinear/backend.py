@@ -5,13 +5,15 @@ Backends, what the kernels need of the machine, and the calls into the kernels.
 
 import functools
 import os
-from types import TracebackType
+from types import ModuleType, TracebackType
 
 import torch
 from torch import Tensor
 
+from fastlinear import _torch_internals as internals
+from fastlinear.kernels.operands import check_backward_shapes
+
 BACKENDS = ("auto", "triton", "torch")
-DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 def _checked(backend: str, source: str) -> str:
@@ -77,46 +79,33 @@ def dtype_under(autocast: torch.dtype | None, dtype: torch.dtype) -> torch.dtype
 
 
 @functools.cache
-def _require_kernels(device: torch.device) -> None:
-    """Raises RuntimeError, saying what is missing, where the kernels cannot run on `device`."""
+def _kernels() -> tuple[ModuleType, ModuleType]:
+    """The modules of the launchers, imported when a kernel is first needed.
+
+    Raises:
+        RuntimeError: Triton is not installed.
+    """
     try:
-        from fastlinear.kernels import launch
+        from fastlinear.kernels import backward, forward
     except ImportError as error:
         raise RuntimeError(
             f"backend 'triton' needs the package triton, 3.6 or newer ({error}); "
             "install it with `pip install 'fastlinear[triton]'`, or use backend 'auto'"
         ) from error
-    if launch.INTERPRETING:
-        return
-    if device.type != "cuda":
-        raise RuntimeError(
-            f"backend 'triton' takes tensors on a GPU, but these are on {device}; "
-            "to run the kernels in Triton's interpreter set TRITON_INTERPRET=1 before Python "
-            "starts, or use backend 'auto'"
-        )
-    capability = torch.cuda.get_device_capability(device)
-    if torch.version.cuda and capability < (8, 0):
-        raise RuntimeError(
-            "backend 'triton' takes NVIDIA GPUs of compute capability 8.0 or newer, "
-            f"but {device} has {capability[0]}.{capability[1]}; use backend 'auto'"
-        )
+    return forward, backward
 
 
-def _float32_precision() -> str:
-    """How torch's settings want float32 products formed.
+def float32_precision() -> str:
+    """How torch's settings want float32 products formed: "ieee" or "tf32".
 
     Unset counts as "highest", as it does for cuBLAS.
     """
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if internals.float32_matmul_precision() == "tf32" else "ieee"
 
 
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The op `linear` by the kernels; shapes as `check_shapes` takes them."""
-    check_shapes(input, weight, bias)
-    _require_kernels(input.device)
-    from fastlinear.kernels.forward import linear_forward
-
-    return linear_forward(input, weight, bias, precision=_float32_precision())
+    """The op `linear` by the kernels."""
+    return _kernels()[0].linear_forward(input, weight, bias, precision=float32_precision())
 
 
 def backward(
@@ -126,16 +115,18 @@ def backward(
 
     A gradient that is not wanted is not computed, and comes back empty.
     """
-    check_backward_shapes(grad_output, input, weight, batched)
-    _require_kernels(grad_output.device)
-    from fastlinear.kernels.backward import linear_backward_input, linear_backward_weight
-
-    precision = _float32_precision()
+    check_backward_shapes(
+        grad_output.shape,
+        None if input is None else input.shape,
+        None if weight is None else weight.shape,
+        batched,
+    )
+    launchers, precision = _kernels()[1], float32_precision()
     grad_input = grad_weight = grad_bias = None
     if weight is not None:
-        grad_input = linear_backward_input(grad_output, weight, precision=precision)
+        grad_input = launchers.linear_backward_input(grad_output, weight, precision=precision)
     if input is not None:
-        grad_weight, grad_bias = linear_backward_weight(
+        grad_weight, grad_bias = launchers.linear_backward_weight(
             grad_output, input, bias, batched=batched, precision=precision
         )
     elif bias:
@@ -149,30 +140,6 @@ def backward(
     )
 
 
-def check_backward_shapes(
-    grad_output: Tensor, input: Tensor | None, weight: Tensor | None, batched: bool
-) -> None:
-    """Raises RuntimeError unless input has grad_output's leading shape, and weight its features.
-
-    The layer's own backward sees to it; this is for a direct call of the op.
-    """
-    dims = 3 if batched else 2
-    fits = (
-        grad_output.dim() >= 1
-        and (not batched or grad_output.dim() == 3)
-        and (input is None or input.shape[:-1] == grad_output.shape[:-1])
-        and (weight is None or (weight.dim() == dims and weight.shape[-2] == grad_output.shape[-1]))
-        and (weight is None or not batched or weight.shape[0] == grad_output.shape[0])
-    )
-    if not fits:
-        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (input, weight)]
-        raise RuntimeError(
-            "fastlinear::linear_backward takes grad_output (*, N), input (*, K), weight (N, K), or "
-            "(B, M, N), (B, M, K), (B, N, K) if batched, "
-            f"but grad_output is {tuple(grad_output.shape)}, input {shapes[0]}, weight {shapes[1]}"
-        )
-
-
 def sum_rows(grad_output: Tensor, batched: bool) -> Tensor:
     """grad_bias by PyTorch: the sum over every dimension but features, and layers if batched."""
     if batched:
@@ -180,28 +147,3 @@ def sum_rows(grad_output: Tensor, batched: bool) -> Tensor:
     leading = tuple(range(grad_output.dim() - 1))
     # sum(()) would sum everything.
     return grad_output.sum(leading) if leading else grad_output.clone()
-
-
-def check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises RuntimeError unless shapes are those of one layer or of B layers.
-
-    One layer is (*, K), (N, K), (N,); B layers are (B, M, K), (B, N, K), (B, N).
-
-    `fastlinear.linear` sees to it before; a direct call of the op must not read out of bounds
-    either.
-    """
-    batched = weight.dim() == 3
-    fits = (
-        weight.dim() in (2, 3)
-        and input.dim() >= 1
-        and (not batched or (input.dim() == 3 and input.shape[0] == weight.shape[0]))
-        and input.shape[-1] == weight.shape[-1]
-        and (bias is None or bias.shape == weight.shape[:-1])
-    )
-    if not fits:
-        raise RuntimeError(
-            "fastlinear::linear takes input (*, K), weight (N, K), bias (N,), "
-            "or input (B, M, K), weight (B, N, K), bias (B, N), "
-            f"but input is {tuple(input.shape)}, weight {tuple(weight.shape)}, "
-            f"bias {None if bias is None else tuple(bias.shape)}"
-        )

@@ -10,6 +10,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastlinear import backend
 from fastlinear.autograd import linear_op
+from fastlinear.kernels.operands import DTYPES
+
+_PLAIN = frozenset({Tensor, Parameter})
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -69,6 +72,22 @@ def linear(
     if backend.current != "triton":
         return F.linear(input, weight, bias)
 
+    if (
+        type(input) is Tensor
+        and type(weight) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+        and weight.dim() == 2
+    ):
+        # Arguments are looked into where the op refuses them, so that good ones cost nothing.
+        try:
+            return linear_op(input, weight, bias)
+        except RuntimeError:
+            pass
+    return _by_the_kernels(input, weight, bias)
+
+
+def _by_the_kernels(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` by the kernels, or an error that says why not."""
     reason = _why_not(input, weight, bias)
     if reason is not None:
         # Raises PyTorch's own error where PyTorch cannot take the arguments either.
@@ -103,7 +122,7 @@ def _why_not(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
             return f"plain tensors, but {name} is a {type(tensor).__name__}"
         if tensor.layout != torch.strided:
             return f"strided tensors, but {name} has layout {tensor.layout}"
-        if tensor.dtype not in backend.DTYPES:
+        if tensor.dtype not in DTYPES:
             return f"float16, bfloat16, float32 and float64, but {name} is {tensor.dtype}"
         if tensor.device != input.device:
             return (

@@ -3,6 +3,9 @@
 grad_input is a forward through the transposed weight; grad_weight and grad_bias come from one pass.
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +15,7 @@ from . import launch
 from .configs import Config, choose, choose_splits
 from .forward import linear_forward
 from .indexing import locate_rows, locate_tile
+from .operands import check_backward_shapes, check_same_kind
 from .precision import prepare_operand
 
 # Elements of grad_weight that one program sums over the splits.
@@ -203,6 +207,119 @@ def sum_splits_kernel(
         tl.store(grad_bias_ptr + offs, acc.to(grad_bias_ptr.dtype.element_ty), mask=mask)
 
 
+class BackwardWeightLaunch(NamedTuple):
+    """What `linear_backward_weight` launches and returns, and where the parts of a sum go.
+
+    partial_weight, partial_bias: (splits, ...), None where there is one part, grad_weight itself.
+    """
+
+    config: Config
+    kernel: launch.Launch
+    grad_weight: launch.Operand
+    grad_bias: launch.Operand
+    partial_weight: launch.Operand | None
+    partial_bias: launch.Operand
+    copy_grad_output: bool
+    copy_input: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_backward_weight(
+    operands: tuple[launch.Fields, launch.Fields, None],
+    bias: bool,
+    batched: bool,
+    precision: str,
+    config: Config | None,
+    splits: int | None,
+) -> BackwardWeightLaunch:
+    """How `linear_backward_weight` goes about tensors like `describe(grad_output, input)`."""
+    grad_output, input = launch.Operand(*operands[0]), launch.Operand(*operands[1])
+    check_same_kind(grad_output=grad_output, input=input)
+    check_backward_shapes(grad_output.shape, input.shape, None, batched)
+
+    dtype = input.dtype
+    target = launch.target_of(input.device)
+    grad_output_rows = launch.rows_of(grad_output, batched=batched)
+    input_rows = launch.rows_of(input, batched=batched)
+    layers = input.shape[:1] if batched else ()
+    batch = input.shape[0] if batched else 1
+    rows, out_features, in_features = input_rows.size, grad_output.shape[-1], input.shape[-1]
+    if config is None:
+        aligned = launch.aligned(grad_output_rows.operand, input_rows.operand)
+        config = choose(
+            "backward_weight",
+            batch,
+            rows,
+            out_features,
+            in_features,
+            dtype,
+            precision,
+            aligned,
+            target,
+        )
+    if splits is None:
+        splits = choose_splits(config, batch, rows, out_features, in_features, target)
+    # Splits hold whole blocks, which can leave fewer of them than was asked for.
+    rows_per_split = config.block_m * triton.cdiv(rows, config.block_m * splits)
+    splits = max(1, triton.cdiv(rows, rows_per_split)) if rows else 1
+    partial_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    parts = input._replace(dtype=partial_dtype)
+    partial_weight = parts.contiguous(splits, *layers, out_features, in_features)
+    # in_features = 0 leaves no tile of grad_weight, and still a grad_bias to compute:
+    # one column of tiles at least.
+    tiles = triton.cdiv(out_features, config.block_n) * max(
+        1, triton.cdiv(in_features, config.block_k)
+    )
+    return BackwardWeightLaunch(
+        config,
+        launch.Launch(
+            grid=(splits * batch * tiles,),
+            scalars=(
+                rows,
+                out_features,
+                in_features,
+                rows_per_split,
+                batch,
+                0.0,
+                grad_output_rows.inner_size,
+                input_rows.inner_size,
+                grad_output_rows.stride_batch,
+                grad_output_rows.stride_outer,
+                grad_output_rows.stride_inner,
+                grad_output_rows.stride_feature,
+                input_rows.stride_batch,
+                input_rows.stride_outer,
+                input_rows.stride_inner,
+                input_rows.stride_feature,
+            ),
+            constants={
+                "HAS_BIAS": bias,
+                "NESTED_GRAD_OUTPUT": grad_output_rows.nested,
+                "NESTED_INPUT": input_rows.nested,
+                "OFFSET_DTYPE": launch.offset_dtype(
+                    grad_output_rows.operand, input_rows.operand, partial_weight
+                ),
+                "ACC_DTYPE": launch.accumulator_dtype(dtype),
+                "INPUT_PRECISION": launch.input_precision(dtype, precision),
+                "UPCAST": launch.upcast(dtype),
+                "SUM_STEPS_APART": launch.sum_steps_apart(dtype, precision),
+                "SUM_BY_DOT": dtype.itemsize == 2,
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "BLOCK_K": config.block_k,
+                "GROUP": config.group,
+                **config.compile_options(target),
+            },
+        ),
+        grad_weight=input.contiguous(*layers, out_features, in_features),
+        grad_bias=input.contiguous(*layers, out_features),
+        partial_weight=None if splits == 1 else partial_weight,
+        partial_bias=parts.contiguous(splits, *layers, out_features),
+        copy_grad_output=grad_output_rows.copied,
+        copy_input=input_rows.copied,
+    )
+
+
 def linear_backward_weight(
     grad_output: Tensor,
     input: Tensor,
@@ -236,94 +353,39 @@ def linear_backward_weight(
     Returns:
         grad_weight (N, K) or (B, N, K), and grad_bias (N,) or (B, N), or None; contiguous, in
             input's dtype.
-    """
-    grad_output_rows = launch.rows_of(grad_output, batched=batched)
-    input_rows = launch.rows_of(input, batched=batched)
-    batch_shape = input.shape[:1] if batched else ()
-    batch = input.shape[0] if batched else 1
-    rows, out_features, in_features = input_rows.size, grad_output.shape[-1], input.shape[-1]
 
-    dtype, device = input.dtype, input.device
-    grad_weight = launch.allocate((*batch_shape, out_features, in_features), dtype, device)
-    grad_bias = launch.allocate((*batch_shape, out_features), dtype, device) if bias else None
-    if batch * out_features == 0:
+    Raises:
+        RuntimeError: shapes, dtypes or devices are none of these, or the kernels cannot run on the
+            device.
+    """
+    plan = plan_backward_weight(
+        launch.describe(grad_output, input),
+        bias,
+        batched,
+        precision,
+        config,
+        splits,
+    )
+    if plan.copy_grad_output:
+        grad_output = grad_output.contiguous()
+    if plan.copy_input:
+        input = input.contiguous()
+    grad_weight = launch.allocate(input, plan.grad_weight)
+    grad_bias = launch.allocate(input, plan.grad_bias) if bias else None
+    if plan.kernel.grid == (0,):
+        return grad_weight, grad_bias
+    if plan.partial_weight is None:
+        pointers = (grad_output, input, grad_weight, grad_bias)
+        launch.run(linear_backward_weight_kernel, plan.kernel, pointers)
         return grad_weight, grad_bias
 
-    target = launch.target_of(device)
-    if config is None:
-        aligned = launch.aligned(grad_output_rows.tensor, input_rows.tensor)
-        config = choose(
-            "backward_weight",
-            batch,
-            rows,
-            out_features,
-            in_features,
-            dtype,
-            precision,
-            aligned,
-            target,
-        )
-    if splits is None:
-        splits = choose_splits(config, batch, rows, out_features, in_features, target)
-    # Splits hold whole blocks, which can leave fewer of them than was asked for.
-    rows_per_split = config.block_m * triton.cdiv(rows, config.block_m * splits)
-    splits = max(1, triton.cdiv(rows, rows_per_split)) if rows else 1
-
-    if splits == 1:
-        partial_weight, partial_bias = grad_weight, grad_bias
-    else:
-        partial_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        partial_weight = launch.allocate((splits, *grad_weight.shape), partial_dtype, device)
-        partial_bias = (
-            None
-            if grad_bias is None
-            else launch.allocate((splits, *grad_bias.shape), partial_dtype, device)
-        )
-    offset_dtype = launch.offset_dtype(grad_output_rows.tensor, input_rows.tensor, partial_weight)
-    # in_features = 0 leaves no tile of grad_weight, and still a grad_bias to compute:
-    # one column of tiles at least.
-    tiles = triton.cdiv(out_features, config.block_n) * max(
-        1, triton.cdiv(in_features, config.block_k)
+    partial_weight = launch.allocate(input, plan.partial_weight)
+    partial_bias = launch.allocate(input, plan.partial_bias) if bias else None
+    pointers = (grad_output, input, partial_weight, partial_bias)
+    launch.run(linear_backward_weight_kernel, plan.kernel, pointers)
+    sum_splits(
+        partial_weight, partial_bias, grad_weight, grad_bias, plan.kernel.constants["OFFSET_DTYPE"]
     )
-    with launch.device_of(input):
-        linear_backward_weight_kernel[(splits * batch * tiles,)](
-            grad_output_rows.tensor,
-            input_rows.tensor,
-            partial_weight,
-            partial_bias,
-            rows,
-            out_features,
-            in_features,
-            rows_per_split,
-            batch,
-            0.0,
-            grad_output_rows.inner_size,
-            input_rows.inner_size,
-            grad_output_rows.stride_batch,
-            grad_output_rows.stride_outer,
-            grad_output_rows.stride_inner,
-            grad_output_rows.stride_feature,
-            input_rows.stride_batch,
-            input_rows.stride_outer,
-            input_rows.stride_inner,
-            input_rows.stride_feature,
-            HAS_BIAS=bias,
-            NESTED_GRAD_OUTPUT=grad_output_rows.nested,
-            NESTED_INPUT=input_rows.nested,
-            OFFSET_DTYPE=offset_dtype,
-            ACC_DTYPE=launch.accumulator_dtype(dtype),
-            INPUT_PRECISION=launch.input_precision(dtype, precision),
-            UPCAST=launch.upcast(dtype),
-            SUM_STEPS_APART=launch.sum_steps_apart(dtype, precision),
-            SUM_BY_DOT=dtype.itemsize == 2,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP=config.group,
-            **config.compile_options(target),
-        )
-        if splits > 1:
-            sum_splits(partial_weight, partial_bias, grad_weight, grad_bias, offset_dtype)
     return grad_weight, grad_bias
 
 
@@ -340,15 +402,11 @@ def sum_splits(
     """
     bias_size = 0 if grad_bias is None else grad_bias.numel()
     grid = (triton.cdiv(grad_weight.numel(), SUM_BLOCK) + triton.cdiv(bias_size, SUM_BLOCK),)
-    sum_splits_kernel[grid](
-        partial_weight,
-        partial_bias,
-        grad_weight,
-        grad_bias,
-        partial_weight.shape[0],
-        grad_weight.numel(),
-        bias_size,
-        HAS_BIAS=grad_bias is not None,
-        OFFSET_DTYPE=offset_dtype,
-        BLOCK=SUM_BLOCK,
-    )
+    constants = {
+        "HAS_BIAS": grad_bias is not None,
+        "OFFSET_DTYPE": offset_dtype,
+        "BLOCK": SUM_BLOCK,
+    }
+    scalars = (partial_weight.shape[0], grad_weight.numel(), bias_size)
+    pointers = (partial_weight, partial_bias, grad_weight, grad_bias)
+    launch.run(sum_splits_kernel, launch.Launch(grid, scalars, constants), pointers)

@@ -3,6 +3,9 @@
 There may be a batch of independent layers.
 """
 
+import functools
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -10,6 +13,7 @@ from torch import Tensor
 from . import launch
 from .configs import Config, choose
 from .indexing import locate_rows, locate_tile
+from .operands import check_forward_shapes, check_same_kind
 from .precision import prepare_operand
 
 
@@ -112,6 +116,95 @@ def linear_forward_kernel(
     )
 
 
+class ForwardLaunch(NamedTuple):
+    """What `linear_forward` launches, what it returns, and whether input is copied first."""
+
+    config: Config
+    kernel: launch.Launch
+    output: launch.Operand
+    copy_input: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_forward(
+    operands: tuple[launch.Fields, launch.Fields, launch.Fields | None],
+    precision: str,
+    config: Config | None,
+) -> ForwardLaunch:
+    """How `linear_forward` goes about tensors like these: `launch.describe(input, weight, bias)`.
+
+    Cached, because it takes longer than all the rest of a call.
+    """
+    input, weight = launch.Operand(*operands[0]), launch.Operand(*operands[1])
+    bias = None if operands[2] is None else launch.Operand(*operands[2])
+    check_same_kind(input=input, weight=weight, bias=bias)
+    check_forward_shapes(input.shape, weight.shape, None if bias is None else bias.shape)
+
+    target = launch.target_of(input.device)
+    batched = len(weight.shape) == 3
+    batch = weight.shape[0] if batched else 1
+    out_features, in_features = weight.shape[-2:]
+    rows = launch.rows_of(input, batched=batched)
+    output = input.contiguous(*input.shape[:-1], out_features)
+    if config is None:
+        aligned = launch.aligned(rows.operand, weight)
+        config = choose(
+            "forward",
+            batch,
+            rows.size,
+            out_features,
+            in_features,
+            input.dtype,
+            precision,
+            aligned,
+            target,
+        )
+    stride_wb, stride_wn, stride_wk = launch.batch_strides(weight, dims=3)
+    stride_bb, stride_bn = (0, 0) if bias is None else launch.batch_strides(bias, dims=2)
+    row_tiles, column_tiles = (
+        triton.cdiv(rows.size, config.block_m),
+        triton.cdiv(out_features, config.block_n),
+    )
+    return ForwardLaunch(
+        config,
+        launch.Launch(
+            grid=(batch * row_tiles * column_tiles,),
+            scalars=(
+                rows.size,
+                out_features,
+                in_features,
+                0.0,
+                rows.inner_size,
+                rows.stride_batch,
+                rows.stride_outer,
+                rows.stride_inner,
+                rows.stride_feature,
+                stride_wb,
+                stride_wn,
+                stride_wk,
+                stride_bb,
+                stride_bn,
+            ),
+            constants={
+                "HAS_BIAS": bias is not None,
+                "NESTED_INPUT": rows.nested,
+                "OFFSET_DTYPE": launch.offset_dtype(rows.operand, weight, bias, output),
+                "ACC_DTYPE": launch.accumulator_dtype(input.dtype),
+                "INPUT_PRECISION": launch.input_precision(input.dtype, precision),
+                "UPCAST": launch.upcast(input.dtype),
+                "SUM_STEPS_APART": launch.sum_steps_apart(input.dtype, precision),
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "BLOCK_K": config.block_k,
+                "GROUP": config.group,
+                **config.compile_options(target),
+            },
+        ),
+        output,
+        rows.copied,
+    )
+
+
 def linear_forward(
     input: Tensor,
     weight: Tensor,
@@ -136,63 +229,15 @@ def linear_forward(
 
     Returns:
         (*, N) or (B, M, N), contiguous, in input's dtype.
-    """
-    batch = weight.shape[0] if weight.dim() == 3 else 1
-    out_features, in_features = weight.shape[-2:]
-    input_rows = launch.rows_of(input, batched=weight.dim() == 3)
-    rows = input_rows.size
-    output = launch.allocate((*input.shape[:-1], out_features), input.dtype, input.device)
-    if output.numel() == 0:
-        return output
 
-    target = launch.target_of(input.device)
-    if config is None:
-        aligned = launch.aligned(input_rows.tensor, weight)
-        config = choose(
-            "forward",
-            batch,
-            rows,
-            out_features,
-            in_features,
-            input.dtype,
-            precision,
-            aligned,
-            target,
-        )
-    stride_wb, stride_wn, stride_wk = launch.batch_strides(weight, dims=3)
-    stride_bb, stride_bn = (0, 0) if bias is None else launch.batch_strides(bias, dims=2)
-    grid = (batch * triton.cdiv(rows, config.block_m) * triton.cdiv(out_features, config.block_n),)
-    with launch.device_of(input):
-        linear_forward_kernel[grid](
-            input_rows.tensor,
-            weight,
-            bias,
-            output,
-            rows,
-            out_features,
-            in_features,
-            0.0,
-            input_rows.inner_size,
-            input_rows.stride_batch,
-            input_rows.stride_outer,
-            input_rows.stride_inner,
-            input_rows.stride_feature,
-            stride_wb,
-            stride_wn,
-            stride_wk,
-            stride_bb,
-            stride_bn,
-            HAS_BIAS=bias is not None,
-            NESTED_INPUT=input_rows.nested,
-            OFFSET_DTYPE=launch.offset_dtype(input_rows.tensor, weight, bias, output),
-            ACC_DTYPE=launch.accumulator_dtype(input.dtype),
-            INPUT_PRECISION=launch.input_precision(input.dtype, precision),
-            UPCAST=launch.upcast(input.dtype),
-            SUM_STEPS_APART=launch.sum_steps_apart(input.dtype, precision),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP=config.group,
-            **config.compile_options(target),
-        )
+    Raises:
+        RuntimeError: shapes, dtypes or devices are none of these, or the kernels cannot run on the
+            device.
+    """
+    plan = plan_forward(launch.describe(input, weight, bias), precision, config)
+    if plan.copy_input:
+        input = input.contiguous()
+    output = launch.allocate(input, plan.output)
+    if plan.kernel.grid != (0,):
+        launch.run(linear_forward_kernel, plan.kernel, (input, weight, bias, output))
     return output

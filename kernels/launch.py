@@ -3,10 +3,9 @@
 How operands lie in memory, where outputs come from, and what the device is.
 """
 
-import contextlib
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,6 +22,90 @@ INTERPRETING: bool = not isinstance(locate_tile, triton.runtime.JITFunction)
 LARGEST_INT32 = 2**31 - 1
 
 
+class Operand(NamedTuple):
+    """What a launch depends on of a tensor, besides its values."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    aligned: bool  # its address divides by 16
+
+    def contiguous(self, *shape: int) -> "Operand":
+        """A contiguous tensor like this one, of the given shape."""
+        strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+        return self._replace(shape=shape, strides=strides, aligned=True)
+
+    @property
+    def last_offset(self) -> int:
+        """Elements from the tensor's first to its farthest: a slice of few can reach far."""
+        if 0 in self.shape:
+            return 0
+        return sum(
+            (size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)
+        )
+
+
+Fields = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device, bool]
+
+
+def describe(
+    first: Tensor, second: Tensor, third: Tensor | None = None
+) -> tuple[Fields, Fields, Fields | None]:
+    """The fields of the Operand of each tensor, as plain tuples, which are made in half the time.
+
+    Of all the launcher's Python this is what takes longest: hence no call for each either.
+    """
+    return (
+        (
+            first.shape,
+            first.stride(),
+            first.dtype,
+            first.device,
+            first.data_ptr() % 16 == 0,
+        ),
+        (
+            second.shape,
+            second.stride(),
+            second.dtype,
+            second.device,
+            second.data_ptr() % 16 == 0,
+        ),
+        third
+        if third is None
+        else (
+            third.shape,
+            third.stride(),
+            third.dtype,
+            third.device,
+            third.data_ptr() % 16 == 0,
+        ),
+    )
+
+
+class Launch(NamedTuple):
+    """All of a kernel's launch but its pointers.
+
+    grid: as Triton takes it; (0,) where there is nothing to compute.
+    scalars: the kernel's sizes and strides, in its order.
+    constants: its constexprs, and Triton's options.
+    """
+
+    grid: tuple[int]
+    scalars: tuple[float, ...]
+    constants: dict[str, Any]
+
+
+def run(kernel: Any, launch: Launch, pointers: tuple[Tensor | None, ...]) -> None:
+    """Launches `kernel` on the device of its operands, which the first of `pointers` is on."""
+    first: Any = pointers[0]
+    if first.is_cuda and first.device.index != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
+            kernel[launch.grid](*pointers, *launch.scalars, **launch.constants)
+    else:
+        kernel[launch.grid](*pointers, *launch.scalars, **launch.constants)
+
+
 class Rows(NamedTuple):
     """A tensor (*, F) seen as rows of features.
 
@@ -30,41 +113,42 @@ class Rows(NamedTuple):
     `b * stride_batch + (m // inner_size) * stride_outer + (m % inner_size) * stride_inner`.
     """
 
-    tensor: Tensor
+    operand: Operand
     size: int
     inner_size: int
     stride_batch: int
     stride_outer: int
     stride_inner: int
     stride_feature: int
+    copied: bool = False  # it describes a contiguous copy, which is to be made
 
     @property
     def nested(self) -> bool:
         return self.inner_size != self.size
 
 
-def rows_of(tensor: Tensor, *, batched: bool = False) -> Rows:
-    """Describes the rows of `tensor`.
+def rows_of(operand: Operand, *, batched: bool = False) -> Rows:
+    """Describes the rows of a tensor.
 
-    It makes no copy where the leading dimensions lie on at most two strides.
+    It asks for no copy where the leading dimensions lie on at most two strides.
 
-    This is the one place that may copy an operand: leading dimensions on three or more strides,
-    which takes a permutation of a tensor of at least five dimensions or the like.
+    This is the one place that may ask for a copy of an operand: leading dimensions on three or more
+    strides, which takes a permutation of a tensor of at least four dimensions or the like.
 
     Args:
-        tensor: (*, F), or (B, M, F) if batched.
+        operand: (*, F), or (B, M, F) if batched.
         batched: whether the first dimension counts independent layers instead of rows.
     """
-    shape, strides = tensor.shape, tensor.stride()
+    shape, strides = operand.shape, operand.strides
     stride_feature = strides[-1] if shape else 1
     if batched:
-        return Rows(tensor, shape[1], shape[1], strides[0], 0, strides[1], stride_feature)
+        return Rows(operand, shape[1], shape[1], strides[0], 0, strides[1], stride_feature)
     if len(shape) == 2:
-        return Rows(tensor, shape[0], shape[0], 0, 0, strides[0], stride_feature)
+        return Rows(operand, shape[0], shape[0], 0, 0, strides[0], stride_feature)
 
     size = math.prod(shape[:-1])
     if size == 0:  # strides say nothing then
-        return Rows(tensor, 0, 0, 0, 0, 0, stride_feature)
+        return Rows(operand, 0, 0, 0, 0, 0, stride_feature)
     groups: list[tuple[int, int]] = []  # (size, stride), innermost first
     for extent, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
         if extent == 1:
@@ -74,55 +158,45 @@ def rows_of(tensor: Tensor, *, batched: bool = False) -> Rows:
         else:
             groups.append((extent, stride))
     if len(groups) > 2:
-        return rows_of(tensor.contiguous())
+        return rows_of(operand.contiguous(*shape))._replace(copied=True)
     inner_size, stride_inner = groups[0] if groups else (size, 0)
     stride_outer = groups[1][1] if len(groups) == 2 else 0
-    return Rows(tensor, size, inner_size, 0, stride_outer, stride_inner, stride_feature)
+    return Rows(operand, size, inner_size, 0, stride_outer, stride_inner, stride_feature)
 
 
-def batch_strides(tensor: Tensor, dims: int) -> tuple[int, ...]:
-    """Strides of `tensor` with a batch dimension of stride 0 in front where it has none."""
-    return tensor.stride() if tensor.dim() == dims else (0, *tensor.stride())
+def batch_strides(operand: Operand, dims: int) -> tuple[int, ...]:
+    """Strides of a tensor with a batch dimension of stride 0 in front where it has none."""
+    return operand.strides if len(operand.shape) == dims else (0, *operand.strides)
 
 
-def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory for an output or a workspace; the tests put NaN in it."""
-    return torch.empty(shape, dtype=dtype, device=device)
+def allocate(like: Tensor, output: Operand) -> Tensor:
+    """Uninitialised memory for `output`, on `like`'s device; the tests put NaN in it.
+
+    `new_empty`, which works strides out by itself, takes a third longer.
+    """
+    return like.new_empty_strided(output.shape, output.strides, dtype=output.dtype)
 
 
-def offset_dtype(*tensors: Tensor | None) -> tl.dtype:
-    """int64 where offsets within one of `tensors` need it, else int32.
+def offset_dtype(*operands: Operand | None) -> tl.dtype:
+    """int64 where offsets within one of `operands` need it, else int32.
 
     They do where an element lies 2**31 or more elements from the tensor's first.
-
-    What counts is the extent in storage: a slice of few elements can reach far.
     """
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if tensor.is_contiguous():
-            last = tensor.numel() - 1
-        else:
-            last = sum(
-                (size - 1) * stride
-                for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-            )
-        if last > LARGEST_INT32:
-            return tl.int64
-    return tl.int32
+    far = any(operand is not None and operand.last_offset > LARGEST_INT32 for operand in operands)
+    return tl.int64 if far else tl.int32
 
 
-def aligned(*tensors: Tensor) -> bool:
-    """Whether Triton can prove that each of `tensors` may be read 16 bytes at a time.
+def aligned(*operands: Operand) -> bool:
+    """Whether Triton can prove that each of `operands` may be read 16 bytes at a time.
 
     It goes by what divides by 16: the address, every stride but the one that is 1, and the size
     along that one.
     """
-    for tensor in tensors:
-        if tensor.data_ptr() % 16:
+    for operand in operands:
+        if not operand.aligned:
             return False
         unit = False
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        for size, stride in zip(operand.shape, operand.strides, strict=True):
             if stride == 1 and not unit:
                 unit = True
                 if size % 16:
@@ -159,18 +233,27 @@ def upcast(dtype: torch.dtype) -> bool:
     return INTERPRETING and dtype == torch.bfloat16
 
 
-def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
-
-
 @functools.lru_cache
 def target_of(device: torch.device) -> Target:
-    """What configurations have to fit on `device`."""
+    """What configurations have to fit on `device`.
+
+    Raises:
+        RuntimeError: the kernels cannot run on it; the message says what is missing.
+    """
     if INTERPRETING:
         return INTERPRETER
+    if device.type != "cuda":
+        raise RuntimeError(
+            f"backend 'triton' takes tensors on a GPU, but these are on {device}; "
+            "to run the kernels in Triton's interpreter set TRITON_INTERPRET=1 before Python "
+            "starts, or use backend 'auto'"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.cuda and capability < (8, 0):
+        raise RuntimeError(
+            "backend 'triton' takes NVIDIA GPUs of compute capability 8.0 or newer, "
+            f"but {device} has {capability[0]}.{capability[1]}; use backend 'auto'"
+        )
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         family = "gfx942"

@@ -90,7 +90,8 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     guard, untouched = 1024, -77.0
     buffers: list[torch.Tensor] = []
 
-    def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def allocate(like: torch.Tensor, output: launch.Operand) -> torch.Tensor:
+        shape, dtype, device = output.shape, output.dtype, like.device
         size = math.prod(shape)
         buffer = torch.full((size + 2 * guard,), untouched, dtype=dtype, device=device)
         buffer[guard : guard + size] = float("nan")

@@ -183,15 +183,15 @@ MUTANTS = [
     Mutant(
         "offsets of a far bias in 32 bits",
         "kernels/forward.py",
-        "launch.offset_dtype(input_rows.tensor, weight, bias, output)",
-        "launch.offset_dtype(input_rows.tensor, weight, output)",
+        "launch.offset_dtype(rows.operand, weight, bias, output)",
+        "launch.offset_dtype(rows.operand, weight, output)",
         FORWARD,
     ),
     Mutant(
         "weight's gradient takes the saved weight",
         "fastlinear/autograd.py",
-        "input if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None",
-        "input if ctx.needs_input_grad[0] else None, weight if ctx.needs_input_grad[1] else None",
+        "input if needed[1] else None, weight if needed[0] else None",
+        "input if needed[0] else None, weight if needed[1] else None",
         GRADIENTS,
     ),
     Mutant(

@@ -115,16 +115,16 @@ print(torch.ops.fastlinear.linear in torch.utils.flop_counter.flop_registry)
 
 
 def test_float32_follows_torch_s_settings() -> None:
-    assert backend._float32_precision() == "ieee"
+    assert backend.float32_precision() == "ieee"
     torch.set_float32_matmul_precision("high")
-    assert backend._float32_precision() == "tf32"
+    assert backend.float32_precision() == "tf32"
     torch.set_float32_matmul_precision("highest")
-    assert backend._float32_precision() == "ieee"
+    assert backend.float32_precision() == "ieee"
     matmul = torch.backends.cuda.matmul
     previous = matmul.fp32_precision
     try:
         matmul.fp32_precision = "tf32"
-        assert backend._float32_precision() == "tf32"
+        assert backend.float32_precision() == "tf32"
     finally:
         matmul.fp32_precision = previous
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import fastlinear
-from fastlinear.kernels import forward, launch
+from fastlinear.kernels import launch
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -61,29 +61,30 @@ def test_datapoints_as_columns_need_no_copy(
     weight = torch.randn(3, 5, device=device)
     rows = columns.t().contiguous()
 
-    read: list[int] = []
+    read: list[int | None] = []
     allocated: list[tuple[int, ...]] = []
-    rows_of = launch.rows_of
+    run = launch.run
 
-    def spy_rows(tensor: Tensor, **options: bool) -> launch.Rows:
-        result = rows_of(tensor, **options)
-        read.append(result.tensor.data_ptr())
-        return result
+    def spy_run(kernel: object, plan: launch.Launch, pointers: tuple[Tensor | None, ...]) -> None:
+        read.extend(None if tensor is None else tensor.data_ptr() for tensor in pointers[:3])
+        run(kernel, plan, pointers)
 
-    def spy_allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        allocated.append(shape)
-        return torch.empty(shape, dtype=dtype, device=device)
+    def spy_allocate(like: Tensor, output: launch.Operand) -> Tensor:
+        allocated.append(output.shape)
+        return like.new_empty(output.shape)
 
     expected = fastlinear.linear(rows, weight)
-    monkeypatch.setattr(forward.launch, "rows_of", spy_rows)
-    monkeypatch.setattr(forward.launch, "allocate", spy_allocate)
+    monkeypatch.setattr(launch, "run", spy_run)
+    monkeypatch.setattr(launch, "allocate", spy_allocate)
     count = "allocation.all.allocated"
     before = torch.cuda.memory_stats(device)[count] if device.type == "cuda" else 0
     output = fastlinear.linear(columns.t(), weight)
     if device.type == "cuda":  # the interpreter itself copies operands to where it can reach them
         assert torch.cuda.memory_stats(device)[count] - before == 1
     assert torch.equal(output, expected)
-    assert read == [columns.data_ptr()], "the kernel read something else than what was given"
+    assert read == [columns.data_ptr(), weight.data_ptr(), None], (
+        "it reads something else than what was given"
+    )
     assert allocated == [(16, 3)], "something besides the output was allocated"
 
 

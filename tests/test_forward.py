@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+import triton.language as tl
 from oracle import DTYPES, SHAPES, assert_as_exact, exact_forward, fenced, native_forward, normal
 from torch import Tensor
 
 from fastlinear.kernels import launch
 from fastlinear.kernels.configs import TARGETS, Config, legal_configs
-from fastlinear.kernels.forward import linear_forward
+from fastlinear.kernels.forward import linear_forward, plan_forward
 
 
 def check(
@@ -192,16 +193,46 @@ def test_forward_offsets_past_32_bits(device: torch.device) -> None:
     )
 
 
+FAR = 2**31  # as the stride of the last of two rows
+
+FAR_OPERANDS = {
+    "none": ((5, 1), (5, 1), (1,), tl.int32),
+    "input": ((FAR, 1), (5, 1), (1,), tl.int64),
+    "weight": ((5, 1), (FAR, 1), (1,), tl.int64),
+    "bias": ((5, 1), (5, 1), (FAR,), tl.int64),
+}
+
+
+@pytest.mark.parametrize(
+    ("stride_input", "stride_weight", "stride_bias", "expected"),
+    FAR_OPERANDS.values(),
+    ids=FAR_OPERANDS,
+)
 def test_forward_chooses_offsets_by_every_operand(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device
+    stride_input: tuple[int, ...],
+    stride_weight: tuple[int, ...],
+    stride_bias: tuple[int, ...],
+    expected: tl.dtype,
+    device: torch.device,
 ) -> None:
-    asked: list[tuple[Tensor | None, ...]] = []
-    offset_dtype = launch.offset_dtype
-    monkeypatch.setattr(
-        launch, "offset_dtype", lambda *tensors: asked.append(tensors) or offset_dtype(*tensors)
+    def fields(shape: tuple[int, ...], strides: tuple[int, ...]) -> launch.Operand:
+        return launch.Operand(shape, strides, torch.float32, device, True)
+
+    plan = plan_forward(
+        (
+            fields((2, 5), stride_input),
+            fields((2, 5), stride_weight),
+            fields((2,), stride_bias),
+        ),
+        "ieee",
+        None,
     )
-    operands = [normal(shape, torch.float32, device) for shape in ((4, 5), (3, 5), (3,))]
-    output = linear_forward(*operands)
-    assert {tensor.data_ptr() for tensor in asked[0] if tensor is not None} == {
-        tensor.data_ptr() for tensor in (*operands, output)
-    }
+    assert plan.kernel.constants["OFFSET_DTYPE"] == expected
+
+
+def test_forward_chooses_offsets_by_the_output(device: torch.device) -> None:
+    def fields(*shape: int) -> launch.Operand:
+        return launch.Operand(shape, (0,) * len(shape), torch.float32, device, True)
+
+    plan = plan_forward((fields(2**16, 1), fields(2**16, 1), None), "ieee", None)
+    assert plan.kernel.constants["OFFSET_DTYPE"] == tl.int64

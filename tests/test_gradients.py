@@ -280,7 +280,7 @@ def test_opcheck(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     monkeypatch.setattr(
         launch,
         "allocate",
-        lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device),
+        lambda like, output: like.new_empty(output.shape, dtype=output.dtype),
     )
 
     def operand(*shape: int) -> Tensor:

@@ -11,6 +11,10 @@ def on_no_memory(*shape: int) -> torch.Tensor:
     return torch.empty(shape, device="meta")
 
 
+def operand(tensor: torch.Tensor) -> launch.Operand:
+    return launch.Operand(*launch.describe(tensor, tensor)[0])
+
+
 ROWS = {  # tensor, and (size, inner_size, stride_outer, stride_inner, stride_feature)
     "matrix": (on_no_memory(6, 5), (6, 6, 0, 5, 1)),
     "columns": (on_no_memory(5, 6).t(), (6, 6, 0, 1, 6)),
@@ -26,24 +30,25 @@ ROWS = {  # tensor, and (size, inner_size, stride_outer, stride_inner, stride_fe
 
 @pytest.mark.parametrize(("tensor", "expected"), ROWS.values(), ids=ROWS)
 def test_rows_are_described_without_a_copy(tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
-    rows = launch.rows_of(tensor)
-    assert rows.tensor is tensor
+    rows = launch.rows_of(operand(tensor))
+    assert not rows.copied
     found = (rows.size, rows.inner_size, rows.stride_outer, rows.stride_inner, rows.stride_feature)
     assert found == expected
 
 
 def test_no_rows_need_no_copy_however_they_are_nested() -> None:
-    assert launch.rows_of(on_no_memory(2, 0, 2, 0, 3, 8)).size == 0
+    assert launch.rows_of(operand(on_no_memory(2, 0, 2, 0, 3, 8))).size == 0
 
 
 def test_rows_on_three_strides_are_copied_once() -> None:
-    rows = launch.rows_of(on_no_memory(2, 3, 4, 5).permute(2, 1, 0, 3))
-    assert rows.tensor.is_contiguous()
+    rows = launch.rows_of(operand(on_no_memory(2, 3, 4, 5).permute(2, 1, 0, 3)))
+    assert rows.copied
+    assert rows.operand.strides == (30, 10, 5, 1)
     assert not rows.nested
 
 
 def test_batched_rows_keep_their_batch_stride() -> None:
-    rows = launch.rows_of(on_no_memory(4, 5).expand(3, 4, 5), batched=True)
+    rows = launch.rows_of(operand(on_no_memory(4, 5).expand(3, 4, 5)), batched=True)
     assert (rows.stride_batch, rows.size, rows.stride_inner, rows.nested) == (0, 4, 5, False)
 
 
@@ -59,13 +64,16 @@ def test_batched_rows_keep_their_batch_stride() -> None:
     ],
 )
 def test_offsets_are_as_wide_as_the_storage_needs(tensor: torch.Tensor, dtype: tl.dtype) -> None:
-    assert launch.offset_dtype(on_no_memory(3, 4), None, tensor) == dtype
+    assert launch.offset_dtype(operand(on_no_memory(3, 4)), None, operand(tensor)) == dtype
 
 
 def test_alignment_is_what_triton_can_prove(device: torch.device) -> None:
+    def aligned(*tensors: torch.Tensor) -> bool:
+        return launch.aligned(*map(operand, tensors))
+
     matrix = torch.empty(64, 64, device=device)
-    assert launch.aligned(matrix, matrix.t(), matrix[16:, 16:])
-    assert not launch.aligned(matrix[:, 1:])  # the address
-    assert not launch.aligned(matrix[:, ::2])  # no stride of 1
-    assert not launch.aligned(torch.empty(64, 40, device=device)[:, :32])  # the row stride
-    assert not launch.aligned(torch.empty(64, 80, device=device)[:, :40])  # the row's size
+    assert aligned(matrix, matrix.t(), matrix[16:, 16:])
+    assert not aligned(matrix[:, 1:])  # the address
+    assert not aligned(matrix[:, ::2])  # no stride of 1
+    assert not aligned(torch.empty(64, 40, device=device)[:, :32])  # the row stride
+    assert not aligned(torch.empty(64, 80, device=device)[:, :40])  # the row's size
