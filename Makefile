@@ -7,7 +7,7 @@ SUPPORTED = import sys; version = sys.version_info[:2]; (3, 10) <= version <= (3
 	"name another one, as in: make PYTHON=python3.12 test")
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-oldest lint mutation compile demo clean
+.PHONY: help test test-oldest lint mutation compile demo host-time clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,9 @@ compile: .venv/installed ## compile the kernels for GPUs that need not be there
 
 demo: .venv/installed ## train a classifier with the layer and with nn.Linear, for several batch sizes
 	.venv/bin/python -m benchmarks.train $(ARGS)
+
+host-time: .venv/installed ## measure the microseconds that a call takes besides its kernels
+	.venv/bin/python -m benchmarks.host_time $(ARGS)
 
 clean: ## remove the environments, caches and build products
 	rm -rf .venv .venv-oldest build dist fastlinear.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -6,6 +6,7 @@ Backends, what the kernels need of the machine, and the calls into the kernels.
 import functools
 import os
 from types import ModuleType, TracebackType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,8 +79,15 @@ def dtype_under(autocast: torch.dtype | None, dtype: torch.dtype) -> torch.dtype
     return dtype if autocast is None or dtype == torch.float64 else autocast
 
 
+class Launchers(NamedTuple):
+    """The kernels' modules."""
+
+    forward: ModuleType
+    backward: ModuleType
+
+
 @functools.cache
-def _kernels() -> tuple[ModuleType, ModuleType]:
+def launchers() -> Launchers:
     """The modules of the launchers, imported when a kernel is first needed.
 
     Raises:
@@ -92,7 +100,7 @@ def _kernels() -> tuple[ModuleType, ModuleType]:
             f"backend 'triton' needs the package triton, 3.6 or newer ({error}); "
             "install it with `pip install 'fastlinear[triton]'`, or use backend 'auto'"
         ) from error
-    return forward, backward
+    return Launchers(forward, backward)
 
 
 def float32_precision() -> str:
@@ -105,7 +113,7 @@ def float32_precision() -> str:
 
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The op `linear` by the kernels."""
-    return _kernels()[0].linear_forward(input, weight, bias, precision=float32_precision())
+    return launchers().forward.linear_forward(input, weight, bias, precision=float32_precision())
 
 
 def backward(
@@ -121,12 +129,12 @@ def backward(
         None if weight is None else weight.shape,
         batched,
     )
-    launchers, precision = _kernels()[1], float32_precision()
+    kernels, precision = launchers().backward, float32_precision()
     grad_input = grad_weight = grad_bias = None
     if weight is not None:
-        grad_input = launchers.linear_backward_input(grad_output, weight, precision=precision)
+        grad_input = kernels.linear_backward_input(grad_output, weight, precision=precision)
     if input is not None:
-        grad_weight, grad_bias = launchers.linear_backward_weight(
+        grad_weight, grad_bias = kernels.linear_backward_weight(
             grad_output, input, bias, batched=batched, precision=precision
         )
     elif bias:

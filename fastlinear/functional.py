@@ -88,7 +88,7 @@ def linear(
 
 def _by_the_kernels(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` by the kernels, or an error that says why not."""
-    reason = _why_not(input, weight, bias)
+    reason = why_not(input, weight, bias)
     if reason is not None:
         # Raises PyTorch's own error where PyTorch cannot take the arguments either.
         F.linear(input, weight, bias)
@@ -109,7 +109,7 @@ def _changes_meaning(tensor: Tensor) -> bool:
     return not stands_for_plain or is_traceable_wrapper_subclass(tensor)
 
 
-def _why_not(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+def why_not(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     """What the kernels would take and what came instead, in words.
 
     None where they can take the arguments.

@@ -1,0 +1,131 @@
+"""Microseconds of host time a call: what Python and PyTorch take besides the kernels.
+
+Run it as `python -m benchmarks.host_time`. A tiny layer is called many times, with `F.linear`,
+`nn.Linear`, and fastlinear with each backend. For "triton" the launches themselves are left out
+(`fastlinear.kernels.launch.run` does nothing), so that it needs no GPU; what is left is everything
+between the user's call and Triton's.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # launchers take CPU tensors only then; nothing is run
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import fastlinear
+from benchmarks.environment import environment
+from fastlinear.kernels import launch
+
+ROWS, FEATURES = 4, 16
+MODES = ("no grad", "grad", "forward + backward")
+COLUMNS = ("call", "backend", *MODES)
+
+
+def microseconds(function: Callable[[], object], calls: int) -> float:
+    """The time of one call, as the mean of `calls` in a row."""
+    started = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return 1e6 * (time.perf_counter() - started) / calls
+
+
+def cases(device: torch.device) -> list[tuple[str, str, Callable[[Tensor], Tensor]]]:
+    """(what is called, backend, a function of the input)."""
+    theirs = nn.Linear(FEATURES, FEATURES, device=device)
+    ours = fastlinear.Linear(FEATURES, FEATURES, device=device)
+    weight, bias = theirs.weight, theirs.bias
+    functions: list[tuple[str, str, Callable[[Tensor], Tensor]]] = [
+        ("F.linear", "", lambda input: F.linear(input, weight, bias)),
+        ("nn.Linear", "", theirs),
+    ]
+    for backend in ("auto", "torch", "triton"):
+        functions += [
+            ("fastlinear.linear", backend, lambda input: fastlinear.linear(input, weight, bias)),
+            ("fastlinear.Linear", backend, ours),
+        ]
+    return functions
+
+
+def measure(rounds: int, calls: int) -> list[dict[str, Any]]:
+    """Medians over `rounds`, in which all cases take turns, with the spread in the same units.
+
+    Taking turns puts whatever else the machine does on every case alike.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    input = torch.randn(ROWS, FEATURES, device=device)
+    grad_output = torch.randn(ROWS, FEATURES, device=device)
+    functions = cases(device)
+    times: dict[tuple[int, str], list[float]] = {}
+    for count in tqdm(range(rounds + 1), unit="round", leave=False):
+        for index, (_, backend, function) in enumerate(functions):
+            runs: dict[str, Callable[[], object]] = {
+                "no grad": lambda function=function: function(input),
+                "grad": lambda function=function: function(input),
+                "forward + backward": lambda function=function: function(input).backward(
+                    grad_output
+                ),
+            }
+            with fastlinear.use_backend(backend or "auto"):
+                for mode, run in runs.items():
+                    with torch.set_grad_enabled(mode != "no grad"):
+                        spent = microseconds(run, calls)
+                    if count:  # the first round warms up
+                        times.setdefault((index, mode), []).append(spent)
+    return [
+        {
+            "call": call,
+            "backend": backend,
+            **{mode: round(statistics.median(times[index, mode]), 2) for mode in MODES},
+            "fastest": {mode: round(min(times[index, mode]), 2) for mode in MODES},
+        }
+        for index, (call, backend, _) in enumerate(functions)
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """`rows` as a Markdown table."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS)]
+    lines += [
+        tuple(str(row[column]) if row[column] != "" else "-" for column in COLUMNS) for row in rows
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--rounds", type=int, default=21, help="rounds of all cases (default 21)")
+    parser.add_argument("--calls", type=int, default=2000, help="calls a round (default 2000)")
+    arguments = parser.parse_args()
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    run, launch.run = launch.run, lambda *launched: None
+    try:
+        rows = measure(arguments.rounds, arguments.calls)
+    finally:
+        launch.run = run
+    print(f"microseconds a call, median; {ROWS} x {FEATURES} input, {FEATURES} outputs")
+    print(table(rows))
+    if arguments.json is not None:
+        result = {"date": date.today().isoformat(), "environment": environment(), "rows": rows}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""`explain` and `python -m fastlinear info`: what they say is what happens."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastlinear
+from fastlinear.kernels import launch
+
+INPUTS: dict[str, Callable[[torch.device], Tensor]] = {
+    "one row": lambda device: torch.randn(1, 40, device=device),
+    "vector": lambda device: torch.randn(40, device=device),
+    "split sums": lambda device: torch.randn(2, 300, 40, device=device),
+    "transposed": lambda device: torch.randn(40, 33, device=device).t(),
+    "copied rows": lambda device: torch.randn(2, 3, 4, 40, device=device).permute(2, 1, 0, 3),
+}
+CASES = {  # input, what needs a gradient, autocast
+    **{name: (name, "both", False) for name in INPUTS},
+    "input's gradient": ("one row", "input", False),
+    "weight's gradient": ("one row", "weight", False),
+    "no gradient": ("one row", "none", False),
+    "autocast": ("transposed", "both", True),
+}
+
+
+@pytest.mark.parametrize(("name", "needs", "autocast"), CASES.values(), ids=CASES)
+@pytest.mark.usefixtures("triton_backend")
+def test_explained_launches_are_those_that_happen(
+    name: str, needs: str, autocast: bool, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    layer = fastlinear.Linear(40, 70, device=device)
+    layer.requires_grad_(needs in ("weight", "both"))
+    input = INPUTS[name](device).requires_grad_(needs in ("input", "both"))
+    launched: list[tuple[str, tuple[int, ...]]] = []
+    run = launch.run
+
+    def spy(kernel, plan: launch.Launch, pointers: tuple[Tensor | None, ...]) -> None:  # type: ignore[no-untyped-def]
+        if kernel.__name__ != "sum_splits_kernel":
+            blocks = tuple(plan.constants[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+            launched.append((kernel.__name__, blocks))
+        run(kernel, plan, pointers)
+
+    monkeypatch.setattr(launch, "run", spy)
+    context = torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext()
+    with context:
+        said = fastlinear.explain(layer, input)
+        assert launched == []
+        output = layer(input)
+        if output.requires_grad:
+            output.backward(torch.randn_like(output))
+    assert said.path == "fastlinear.kernels"
+    assert said.dtype == str(output.dtype).removeprefix("torch.")
+    assert launched == [
+        (product.kernel, (product.config.block_m, product.config.block_n, product.config.block_k))
+        for product in said.products
+        if product.config is not None
+    ]
+    assert [product.name for product in said.products] == (
+        ["output"]
+        + ["grad_input"] * (needs in ("input", "both"))
+        + ["grad_weight"] * (needs in ("weight", "both"))
+    )
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_explained_work_is_counted(device: torch.device) -> None:
+    layer = fastlinear.Linear(40, 70, device=device, dtype=torch.float64)
+    input = torch.randn(4, 25, 40, device=device, dtype=torch.float64, requires_grad=True)
+    output, grad_input, grad_weight = fastlinear.explain(layer, input).products
+    assert {output.operations, grad_input.operations, grad_weight.operations} == {2 * 100 * 40 * 70}
+    assert output.bytes == 8 * (100 * 40 + 70 * 40 + 70 + 100 * 70)
+    assert grad_input.bytes == 8 * (100 * 70 + 70 * 40 + 100 * 40)
+    assert grad_weight.bytes == 8 * (100 * 70 + 100 * 40 + 70 * 40 + 70)
+    with torch.no_grad():
+        assert len(fastlinear.explain(layer, input).products) == 1
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_explained_splits_are_those_of_the_launch(device: torch.device) -> None:
+    layer = fastlinear.Linear(10, 20, device=device)
+    *_, grad_weight = fastlinear.explain(layer, torch.randn(100_000, 10, device=device)).products
+    assert grad_weight.splits > 1
+    assert f"{grad_weight.splits} splits" in str(
+        fastlinear.explain(layer, torch.randn(100_000, 10, device=device))
+    )
+
+
+def test_explained_path_follows_the_backend(device: torch.device) -> None:
+    layer, input = fastlinear.Linear(3, 4, device=device), torch.randn(2, 3, device=device)
+    said = fastlinear.explain(layer, input)
+    assert (said.backend, said.path) == ("auto", "torch.nn.functional.linear")
+    assert "no measurement" in said.reason
+    with fastlinear.use_backend("torch"):
+        assert fastlinear.explain(layer, input).path == "torch.nn.functional.linear"
+    with fastlinear.use_backend("triton"):
+        assert fastlinear.explain(layer, input).path == "fastlinear.kernels"
+        said = fastlinear.explain(nn.Linear(3, 4, device=device), input)
+        assert said.path == "torch.nn.functional.linear"
+        assert "fastlinear.convert" in said.reason
+
+
+def test_explained_refusals_are_what_the_call_raises(device: torch.device) -> None:
+    layer, input = (
+        fastlinear.Linear(3, 4, bias=False, device=device),
+        torch.randn(2, 3, device=device),
+    )
+    layer.weight = nn.Parameter(layer.weight.detach().to_sparse())
+    assert "weight has layout torch.sparse_coo" in fastlinear.explain(layer, input).reason
+    with fastlinear.use_backend("triton"):
+        said = fastlinear.explain(layer, input)
+        with pytest.raises(TypeError, match=r"weight has layout torch\.sparse_coo"):
+            layer(input)
+    assert said.path is None
+    assert said.products == ()
+    assert "raises TypeError" in said.reason
+    assert "no path" in str(said)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_explain_raises_what_the_layer_raises(backend: str, device: torch.device) -> None:
+    layer = fastlinear.Linear(3, 4, device=device)
+    for input in (torch.ones(2, 5, device=device), torch.ones(2, 3, device=device).double()):
+        with fastlinear.use_backend(backend):
+            with pytest.raises(RuntimeError) as raised:
+                layer(input)
+            with pytest.raises(RuntimeError) as explained:
+                fastlinear.explain(layer, input)
+        assert str(explained.value) == str(raised.value)
+
+
+def test_explain_names_what_it_takes() -> None:
+    with pytest.raises(TypeError, match=r"takes an nn.Linear, but layer is ReLU"):
+        fastlinear.explain(nn.ReLU(), torch.ones(2))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"takes a Tensor, but input is list"):
+        fastlinear.explain(fastlinear.Linear(3, 4), [1.0])  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_explanation_reads_as_text_and_as_json(device: torch.device) -> None:
+    layer = fastlinear.Linear(40, 70, device=device, activation="relu")
+    said = fastlinear.explain(layer, torch.randn(5, 40, device=device))
+    assert json.loads(json.dumps(said.as_dict()))["products"][0]["config"]["block_m"] > 0
+    text = str(said)
+    for part in ("(5, 40)", "(70, 40)", "linear_forward_kernel", "28 kop", "relu", "torch 2."):
+        assert part in text
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]], ids=["text", "json"])
+def test_info_says_what_runs_here(arguments: list[str]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "fastlinear", "info", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.stderr == ""
+    found = result.stdout
+    if arguments:
+        assert json.loads(found)["versions"]["torch"] == torch.__version__
+    assert torch.__version__ in found
+    assert fastlinear.__version__ in found
+    assert ("interpreter" if launch.INTERPRETING else torch.cuda.get_device_name()) in found
+
+
+def test_info_without_triton_says_what_to_install() -> None:
+    code = "import sys; sys.modules['triton'] = None; from fastlinear.__main__ import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "info"], capture_output=True, text=True, timeout=120
+    )
+    assert "pip install 'fastlinear[triton]'" in result.stdout
