@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_host_time_writes_what_it_prints(tmp_path: Path) -> None:
     written = tmp_path / "host-time.json"
-    command = "-m benchmarks.host_time --rounds 1 --calls 3 --json".split()
+    command = ["-m", "benchmarks.host_time", "--rounds", "1", "--calls", "3", "--json"]
     result = subprocess.run(
         [sys.executable, *command, str(written)],
         capture_output=True,
