@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FORWARD, BACKWARD, GRADIENTS = (
+FORWARD, BACKWARD, GRADIENTS, DISPATCH = (
     ("tests/test_forward.py",),
     ("tests/test_backward.py",),
     ("tests/test_gradients.py",),
+    ("tests/test_dispatch.py",),
 )
 
 
@@ -200,6 +201,27 @@ MUTANTS = [
         "    if not (torch.is_grad_enabled() or internals.forward_ad_active()):\n",
         "    if True:\n",
         GRADIENTS,
+    ),
+    Mutant(
+        "to the kernel past whoever else wants the call",
+        "fastlinear/autograd.py",
+        "plain = not keys.raw_repr() & internals.BEYOND_PLAIN",
+        "plain = True",
+        DISPATCH,
+    ),
+    Mutant(
+        "backward to the kernel past whoever else wants the call",
+        "fastlinear/autograd.py",
+        "    if not keys.raw_repr() & internals.BEYOND_PLAIN:",
+        "    if True:",
+        DISPATCH,
+    ),
+    Mutant(
+        "one plan for aligned and unaligned operands",
+        "kernels/launch.py",
+        "            first.data_ptr() % 16 == 0,",
+        "            True,",
+        DISPATCH,
     ),
 ]
 
