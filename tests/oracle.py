@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlinear.kernels.configs import TARGETS, Config, Kernel, legal_configs
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 # (M, N, K): shapes for kernels whose interpreted blocks are 32 x 32 x 32, with the reason for each.
@@ -31,6 +33,21 @@ SHAPES = {
     "no input features": (5, 7, 0),
     "nothing at all": (0, 0, 0),
 }
+
+
+def shipped_configs(kernel: Kernel) -> list[tuple[str, str, Config]]:
+    """(dtype, precision, config) of every tile of every GPU; those that read alike once."""
+    found = {}
+    for target in TARGETS.values():
+        for dtype, precision in [
+            ("float16", "ieee"),
+            ("float32", "ieee"),
+            ("float32", "tf32"),
+            ("float64", "ieee"),
+        ]:
+            for config in legal_configs(kernel, getattr(torch, dtype), precision, True, target):
+                found[config.block_m, config.block_n, config.block_k, dtype, precision] = config
+    return [(dtype, precision, config) for (*_, dtype, precision), config in found.items()]
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -5,12 +5,21 @@ Each gradient, split sums, shapes, dtypes, strides, configurations.
 
 import pytest
 import torch
-from oracle import DTYPES, SHAPES, assert_as_exact, exact_backward, fenced, native_backward, normal
+from oracle import (
+    DTYPES,
+    SHAPES,
+    assert_as_exact,
+    exact_backward,
+    fenced,
+    native_backward,
+    normal,
+    shipped_configs,
+)
 from torch import Tensor
 
 from fastlinear.kernels import launch
 from fastlinear.kernels.backward import linear_backward_input, linear_backward_weight
-from fastlinear.kernels.configs import TARGETS, Config, legal_configs
+from fastlinear.kernels.configs import Config, legal_configs
 
 
 def check(
@@ -145,23 +154,9 @@ def test_backward_batch_of_stride_zero(device: torch.device) -> None:
     check(grad_output, input, normal((3, 41, 20), torch.float32, device))
 
 
-def shipped_configs() -> list[tuple[str, str, Config]]:
-    found = {}
-    for target in TARGETS.values():
-        for dtype, precision in [
-            ("float16", "ieee"),
-            ("float32", "ieee"),
-            ("float32", "tf32"),
-            ("float64", "ieee"),
-        ]:
-            for config in legal_configs(
-                "backward_weight", getattr(torch, dtype), precision, True, target
-            ):
-                found[config.block_m, config.block_n, config.block_k, dtype, precision] = config
-    return [(dtype, precision, config) for (*_, dtype, precision), config in found.items()]
-
-
-@pytest.mark.parametrize(("dtype", "precision", "config"), shipped_configs(), ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "precision", "config"), shipped_configs("backward_weight"), ids=str
+)
 def test_backward_weight_configuration(
     dtype: str, precision: str, config: Config, device: torch.device
 ) -> None:

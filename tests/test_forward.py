@@ -3,11 +3,20 @@
 import pytest
 import torch
 import triton.language as tl
-from oracle import DTYPES, SHAPES, assert_as_exact, exact_forward, fenced, native_forward, normal
+from oracle import (
+    DTYPES,
+    SHAPES,
+    assert_as_exact,
+    exact_forward,
+    fenced,
+    native_forward,
+    normal,
+    shipped_configs,
+)
 from torch import Tensor
 
 from fastlinear.kernels import launch
-from fastlinear.kernels.configs import TARGETS, Config, legal_configs
+from fastlinear.kernels.configs import Config, legal_configs
 from fastlinear.kernels.forward import linear_forward, plan_forward
 
 
@@ -147,22 +156,7 @@ def test_forward_passes_a_nan_of_full_mantissa_on_in_tf32(device: torch.device) 
     assert linear_forward(input, input, precision="tf32")[1].isnan().all()
 
 
-def shipped_configs() -> list[tuple[str, Config, str, str]]:
-    """Every tile of every GPU, with the arithmetic it is for; those that read alike once."""
-    found = {}
-    for target in TARGETS.values():
-        for dtype, precision in [
-            ("float16", "ieee"),
-            ("float32", "ieee"),
-            ("float32", "tf32"),
-            ("float64", "ieee"),
-        ]:
-            for config in legal_configs("forward", getattr(torch, dtype), precision, True, target):
-                found[config.block_m, config.block_n, config.block_k, dtype, precision] = config
-    return [(dtype, precision, config) for (*_, dtype, precision), config in found.items()]
-
-
-@pytest.mark.parametrize(("dtype", "precision", "config"), shipped_configs(), ids=str)
+@pytest.mark.parametrize(("dtype", "precision", "config"), shipped_configs("forward"), ids=str)
 def test_forward_configuration(
     dtype: str, precision: str, config: Config, device: torch.device
 ) -> None:
