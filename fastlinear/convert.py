@@ -70,11 +70,14 @@ def convert(
 def revert(model: nn.Module) -> Report:
     """Undoes `convert`: every layer that it converted is again what it was, in place.
 
+    A layer is left alone where something has given it another class or forward since.
+
     Args:
         model: a module that `convert` was called on, a copy of one, or a part of one.
 
     Returns:
-        A Report whose `converted` are the layers that are `nn.Linear` again.
+        A Report whose `converted` are the layers that are `nn.Linear` again, and whose `skipped`
+        are the other layers of fastlinear, each with the reason.
 
     Raises:
         TypeError: model is not an `nn.Module`.
@@ -82,10 +85,14 @@ def revert(model: nn.Module) -> Report:
     layers, skipped = [], []
     for name, layer in _linear_layers(model, "revert"):
         kind = parametrize.type_before_parametrizations(layer)
-        if _MARK in vars(layer) and kind is Linear:
-            layers.append((name, layer))
-        elif _MARK in vars(layer):
-            skipped.append((name, f"has become a {kind.__name__} since it was converted"))
+        if _MARK in vars(layer):
+            if kind is not Linear:
+                skipped.append((name, f"has become a {kind.__name__} since it was converted"))
+            elif "forward" in vars(layer):
+                # What replaced it may end in Linear's own, which an nn.Linear cannot run.
+                skipped.append((name, "its forward was replaced since it was converted"))
+            else:
+                layers.append((name, layer))
         elif isinstance(layer, Linear):
             skipped.append((name, "was made as fastlinear.Linear, not converted"))
     for _, layer in layers:
