@@ -7,10 +7,10 @@ SUPPORTED = import sys; version = sys.version_info[:2]; (3, 10) <= version <= (3
 	"name another one, as in: make PYTHON=python3.12 test")
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-oldest lint mutation compile demo host-time clean
+.PHONY: help test test-oldest test-ecosystem lint mutation compile demo host-time clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 	@echo 'PYTHON=python3.12 picks the interpreter; ARGS="..." is passed on, as in: make test ARGS="-k bias -x"'
 
 test: .venv/installed ## run the tests on the pinned torch and Triton
@@ -18,6 +18,9 @@ test: .venv/installed ## run the tests on the pinned torch and Triton
 
 test-oldest: .venv-oldest/installed ## run the tests on the oldest supported torch and Triton (5 GB to install)
 	.venv-oldest/bin/pytest -n auto $(ARGS)
+
+test-ecosystem: .venv-ecosystem/installed ## run the tests with other libraries: transformers, PEFT, torchao, torch.nn.utils
+	.venv-ecosystem/bin/pytest -n auto tests/ecosystem $(ARGS)
 
 lint: .venv/installed ## ruff check, ruff format --check, mypy
 	.venv/bin/ruff check .
@@ -37,14 +40,15 @@ host-time: .venv/installed ## measure the microseconds that a call takes besides
 	.venv/bin/python -m benchmarks.host_time $(ARGS)
 
 clean: ## remove the environments, caches and build products
-	rm -rf .venv .venv-oldest build dist fastlinear.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-ecosystem build dist fastlinear.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment: the pinned packages, and this checkout in editable mode. `unfinished` lies in it while it is being
 # made; one that was interrupted is made anew.
 .venv/installed: requirements.txt setup.py pyproject.toml
 .venv-oldest/installed: requirements-oldest.txt setup.py pyproject.toml
-.venv/installed .venv-oldest/installed:
+.venv-ecosystem/installed: requirements-ecosystem.txt requirements.txt setup.py pyproject.toml
+.venv/installed .venv-oldest/installed .venv-ecosystem/installed:
 	@$(PYTHON) -c '$(SUPPORTED)'
 	@if test -e $(@D)/unfinished; then rm -rf $(@D); fi
 	@mkdir -p $(@D) && touch $(@D)/unfinished
