@@ -135,6 +135,13 @@ def triton_backend() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=["auto", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both ways to compute the layer, PyTorch's and the kernels'."""
+    with fastlinear.use_backend(request.param):
+        yield request.param
+
+
 @pytest.fixture
 def device() -> torch.device:
     return DEVICE
