@@ -71,7 +71,6 @@ def linear(
         return ACTIVATIONS[activation](linear(input, weight, bias))
     if backend.current != "triton":
         return F.linear(input, weight, bias)
-
     if (
         type(input) is Tensor
         and type(weight) in _PLAIN

@@ -818,6 +818,10 @@ def scripted(layer: nn.Linear) -> nn.Module:
     return torch.jit.script(layer)
 
 
+def traced(layer: nn.Linear) -> nn.Module:
+    return torch.jit.trace(layer, x(layer))
+
+
 def saved_and_loaded(module: Any) -> nn.Module:
     file = io.BytesIO()
     torch.jit.save(module, file)
@@ -829,6 +833,9 @@ SCRIPTS: dict[str, Deed] = {
     "script": scripted,
     "script, within a model": lambda layer: torch.jit.script(nn.Sequential(layer, nn.ReLU())),
     "script, saved and loaded": lambda layer: saved_and_loaded(scripted(layer)),
+    "trace": traced,
+    "trace, frozen": lambda layer: torch.jit.freeze(torch.jit.trace(layer.eval(), x(layer))),
+    "trace, saved and loaded": lambda layer: saved_and_loaded(traced(layer)),
 }
 
 
