@@ -76,8 +76,14 @@ def transforming() -> bool:
 
 
 def forward_ad_active() -> bool:
-    """Whether tensors may carry tangents."""
-    return forward_ad._current_level >= 0
+    """Whether tensors may carry tangents.
+
+    Compiled code enters a level past Python's count of them, within a transform of torch.func.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Jvp
 
 
 @contextlib.contextmanager

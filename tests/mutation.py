@@ -223,6 +223,13 @@ MUTANTS = [
         "            True,",
         DISPATCH,
     ),
+    Mutant(
+        "compiled forward mode loses tangents",
+        "fastlinear/_torch_internals.py",
+        "interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Jvp",
+        "False",
+        ("tests/test_transforms.py::test_compiled_transform",),
+    ),
 ]
 
 

@@ -359,6 +359,9 @@ COMPILED_TRANSFORMS = {
         torch.func.grad(lambda *operands: f(*operands).sum()), in_dims=(None, 0)
     ),
     "jacrev": torch.func.jacrev,
+    "jacfwd": torch.func.jacfwd,
+    "jvp": lambda f: lambda *operands: torch.func.jvp(f, operands, operands),
+    "hessian": torch.func.hessian,
 }
 
 
