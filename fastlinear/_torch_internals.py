@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
+from torch._C._dynamo import eval_frame as _eval_frame
 from torch._jit_internal import is_scripting as is_scripting
 from torch.autograd import forward_ad
 from torch.autograd.function import Function, _SingleLevelFunction
@@ -41,6 +42,19 @@ def below_autograd() -> contextlib.AbstractContextManager[object]:
     They go to the next level of torch.func or to the device's kernel.
     """
     return torch._C._AutoDispatchBelowAutograd()
+
+
+def hide_from_dynamo(function: Callable[..., Any]) -> None:
+    """Makes Dynamo run `function`, and what it calls, as it stands.
+
+    Where a compiled function falls back to eager, as it does under a transform of torch.func,
+    Dynamo compiles what that calls, and would take a kernel's launcher for a function of tensors.
+    torch.compiler.disable would do as well, but it imports Dynamo, and takes time in each call.
+    """
+    skip = _eval_frame._FrameExecStrategy(
+        _eval_frame._FrameAction.SKIP, _eval_frame._FrameAction.SKIP
+    )
+    _eval_frame.set_code_exec_strategy(function.__code__, skip)
 
 
 def excluding(key: DispatchKey) -> contextlib.AbstractContextManager[object]:

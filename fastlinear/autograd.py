@@ -264,11 +264,24 @@ def _register_autocast(device_type: str, key: internals.DispatchKey) -> None:
         with internals.excluding(key):
             return linear_op(cast(input), cast(weight), None if bias is None else cast(bias))
 
+    internals.hide_from_dynamo(linear_autocast)
     _LIBRARY.impl("linear", linear_autocast, key.name)
 
 
 _register_autocast("cpu", internals.DispatchKey.AutocastCPU)
 _register_autocast("cuda", internals.DispatchKey.AutocastCUDA)
+
+
+for _entry in (
+    backend.forward,
+    backend.backward,
+    LinearFunction.backward,
+    _linear_autograd,
+    _linear_backward_autograd,
+    _linear_vmap,
+    _linear_backward_vmap,
+):
+    internals.hide_from_dynamo(_entry)
 
 
 def _register_flop_formulas() -> None:

@@ -230,6 +230,13 @@ MUTANTS = [
         "False",
         ("tests/test_transforms.py::test_compiled_transform",),
     ),
+    Mutant(
+        "Dynamo compiles what is below the op",
+        "fastlinear/_torch_internals.py",
+        "_eval_frame.set_code_exec_strategy(function.__code__, skip)",
+        "del skip",
+        ("tests/test_transforms.py::test_transform_of_a_compiled_function",),
+    ),
 ]
 
 

@@ -374,6 +374,17 @@ def test_compiled_transform(transform: Function, dynamo: Any, device: torch.devi
     torch.testing.assert_close(compiled(weight, input), transform(shifted(F.linear))(weight, input))
 
 
+@pytest.mark.parametrize("name", ["grad", "per-sample grad", "jacrev", "jvp"])
+def test_transform_of_a_compiled_function(name: str, dynamo: Any, device: torch.device) -> None:
+    """Dynamo falls back to eager there, and must leave what is below the op alone."""
+    transform = COMPILED_TRANSFORMS[name]
+    input, weight, _ = operands(device, requires_grad=False)
+    compiled = torch.compile(shifted(fastlinear.linear), backend="aot_eager")
+    torch.testing.assert_close(
+        transform(compiled)(weight, input), transform(shifted(F.linear))(weight, input)
+    )
+
+
 # torch.export
 
 # pickle makes a leaf of the tree that torch.export writes, in the way that torch has deprecated.
