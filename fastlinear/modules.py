@@ -2,11 +2,16 @@
 
 from typing import Any
 
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlinear import _torch_internals as internals
 from fastlinear.functional import check_activation, linear
+
+# torch.fx.symbolic_trace writes a layer down as one call of `linear`: its arguments then are no
+# tensors that a path could be chosen for.
+torch.fx.wrap("linear")
 
 
 class Linear(nn.Linear):

@@ -5,6 +5,7 @@ counting and capturing. The reference is PyTorch's linear layer under the same t
 """
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -467,6 +468,27 @@ def test_make_fx_traces_the_ops(mode: str, dynamo: Any, device: torch.device) ->
     if mode == "symbolic":
         input = normal((7, 3), torch.float64, device).requires_grad_()
     torch.testing.assert_close(graph(input, weight, bias), gradients(F.linear)(input, weight, bias))
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_symbolic_trace_has_one_call_a_layer(
+    activation: str | None, kernels_ran: Function, device: torch.device
+) -> None:
+    ours, theirs = twins(device)
+    ours[0].activation = activation
+    traced = torch.fx.symbolic_trace(ours)
+    assert targets(traced.graph).count(fastlinear.linear) == 2
+    if activation is not None:
+        theirs.insert(1, nn.SiLU())
+    input = normal((4, 3), torch.float64, device)
+    for graph in (traced, pickle.loads(pickle.dumps(traced)), copy.deepcopy(traced)):
+        torch.testing.assert_close(
+            loss_and_gradients(graph, input), loss_and_gradients(theirs, input)
+        )
+        assert kernels_ran()
+    with fastlinear.use_backend("torch"):
+        torch.testing.assert_close(traced(input), theirs(input))
+    assert not kernels_ran()
 
 
 # torch.func
