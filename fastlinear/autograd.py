@@ -17,7 +17,12 @@ from torch import Tensor
 
 from fastlinear import _torch_internals as internals
 from fastlinear import backend
-from fastlinear.kernels.operands import DTYPES, check_backward_shapes, check_forward_shapes
+from fastlinear.kernels.operands import (
+    DTYPES,
+    check_backward_shapes,
+    check_forward_shapes,
+    check_same_kind,
+)
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -41,6 +46,7 @@ for _device in ("CPU", "CUDA"):
 
 @torch.library.register_fake(linear_op, lib=_LIBRARY)
 def _linear_fake(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    check_same_kind(input=input, weight=weight, bias=bias)
     check_forward_shapes(input.shape, weight.shape, None if bias is None else bias.shape)
     return input.new_empty((*input.shape[:-1], weight.shape[-2]))
 
@@ -49,6 +55,7 @@ def _linear_fake(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _linear_backward_fake(
     grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool, batched: bool
 ) -> Gradients:
+    check_same_kind(grad_output=grad_output, input=input, weight=weight)
     check_backward_shapes(
         grad_output.shape,
         None if input is None else input.shape,

@@ -98,12 +98,13 @@ with fastlinear.use_backend("triton"):
 def test_import_brings_no_triton_and_costs_little() -> None:
     code = """
 import time
+start = time.process_time()
 import torch
-start = time.perf_counter()
+between = time.process_time()
 import fastlinear
-spent = time.perf_counter() - start
+share = (time.process_time() - between) / (between - start)
 import sys
-print(spent, "triton" in sys.modules, "kernels" in sys.modules)
+print(share, "triton" in sys.modules, "kernels" in sys.modules)
 import importlib.util
 importlib.util.find_spec("torch.utils.flop_counter")  # asking for it is not importing it
 import torch.utils.flop_counter
@@ -111,7 +112,8 @@ print(torch.ops.fastlinear.linear in torch.utils.flop_counter.flop_registry)
 """
     results = [in_a_new_process(code).stdout.split() for _ in range(3)]
     assert all(result[1:] == ["False", "False", "True"] for result in results)
-    assert min(float(result[0]) for result in results) < 0.05, f"seconds to import: {results}"
+    # As a share of torch's own import, which a slow or busy machine slows as much.
+    assert min(float(result[0]) for result in results) < 0.04, f"shares of torch's: {results}"
 
 
 def test_float32_follows_torch_s_settings() -> None:

@@ -68,7 +68,7 @@ def plain_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         launch,
         "allocate",
-        lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device),
+        lambda like, output: like.new_empty(output.shape, dtype=output.dtype),
     )
 
 
@@ -78,9 +78,9 @@ def kernels_ran(monkeypatch: pytest.MonkeyPatch) -> Function:
     outputs: list[tuple[int, ...]] = []
     allocate = launch.allocate
 
-    def recording(shape: tuple[int, ...], *arguments: Any) -> Tensor:
-        outputs.append(shape)
-        return allocate(shape, *arguments)
+    def recording(like: Tensor, output: launch.Operand) -> Tensor:
+        outputs.append(output.shape)
+        return allocate(like, output)
 
     def since_last_asked() -> bool:
         ran = bool(outputs)
