@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function, _SingleLevelFunction
 
 DispatchKey = torch._C.DispatchKey
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
 
 
 class SingleLevelFunction(_SingleLevelFunction):
@@ -96,7 +97,7 @@ def forward_ad_active() -> bool:
     """
     if forward_ad._current_level >= 0:
         return True
-    interpreter = torch._C._functorch.peek_interpreter_stack()
+    interpreter = _innermost_transform()
     return interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Jvp
 
 

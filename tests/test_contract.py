@@ -452,9 +452,7 @@ ERRORS: dict[str, Deed] = {
     "load an unknown name": lambda layer: loaded(
         layer, weight=torch.ones(3, 5), bias=torch.ones(3), activation=torch.ones(1)
     ),
-    "load another size": lambda layer: loaded(
-        layer, weight=torch.ones(3, 6), bias=torch.ones(3)
-    ),
+    "load another size": lambda layer: loaded(layer, weight=torch.ones(3, 6), bias=torch.ones(3)),
     "to a device from meta": lambda layer: layer.to("meta").to("cpu"),
     "backward of no scalar": lambda layer: layer(x(layer)).backward(),
     "backward of another shape": lambda layer: layer(x(layer)).backward(x(layer)),
@@ -469,7 +467,7 @@ ERRORS: dict[str, Deed] = {
     "output as an array": lambda layer: layer(x(layer)).numpy(),
     "output copied": lambda layer: copy.deepcopy(layer(x(layer))),
     "weight changed under autograd": lambda layer: layer.weight.add_(1),
-}  # fmt: skip
+}
 
 
 # What nn.Linear raises for its bias alone.
