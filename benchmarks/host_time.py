@@ -95,6 +95,17 @@ def measure(rounds: int, calls: int) -> list[dict[str, Any]]:
     ]
 
 
+def measure_without_launches(rounds: int, calls: int) -> list[dict[str, Any]]:
+    """`measure`, with everything done but the launches, in one thread."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    run, launch.run = launch.run, lambda *launched: None
+    try:
+        return measure(rounds, calls)
+    finally:
+        launch.run = run
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """`rows` as a Markdown table."""
     lines = [COLUMNS, ("---",) * len(COLUMNS)]
@@ -109,21 +120,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--read", type=Path, help="print such a file instead of measuring")
     parser.add_argument("--rounds", type=int, default=21, help="rounds of all cases (default 21)")
     parser.add_argument("--calls", type=int, default=2000, help="calls a round (default 2000)")
     arguments = parser.parse_args()
 
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    run, launch.run = launch.run, lambda *launched: None
-    try:
-        rows = measure(arguments.rounds, arguments.calls)
-    finally:
-        launch.run = run
-    print(f"microseconds a call, median; {ROWS} x {FEATURES} input, {FEATURES} outputs")
-    print(table(rows))
+    result = json.loads(arguments.read.read_text()) if arguments.read else None
+    if result is None:
+        result = {"date": date.today().isoformat(), "environment": environment()}
+        result["rows"] = measure_without_launches(arguments.rounds, arguments.calls)
+    print(f"Microseconds a call, median; input {ROWS} x {FEATURES}, {FEATURES} outputs.")
+    found = result["environment"]
+    print(f"{found['device']}, torch {found['torch']}, {result['date']}.\n")
+    print(table(result["rows"]))
     if arguments.json is not None:
-        result = {"date": date.today().isoformat(), "environment": environment(), "rows": rows}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
