@@ -127,8 +127,8 @@ def main() -> None:
 
     result = json.loads(arguments.read.read_text()) if arguments.read else None
     if result is None:
-        result = {"date": date.today().isoformat(), "environment": environment()}
-        result["rows"] = measure_without_launches(arguments.rounds, arguments.calls)
+        rows = measure_without_launches(arguments.rounds, arguments.calls)
+        result = {"date": date.today().isoformat(), "environment": environment(), "rows": rows}
     print(f"Microseconds a call, median; input {ROWS} x {FEATURES}, {FEATURES} outputs.")
     found = result["environment"]
     print(f"{found['device']}, torch {found['torch']}, {result['date']}.\n")
