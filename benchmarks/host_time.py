@@ -3,7 +3,7 @@
 Run it as `python -m benchmarks.host_time`. A tiny layer is called many times, with `F.linear`,
 `nn.Linear`, and fastlinear with each backend. For "triton" the launches themselves are left out
 (`fastlinear.kernels.launch.run` does nothing), so that it needs no GPU; what is left is everything
-between the user's call and Triton's.
+between the user's call and the launch. The input needs no gradient, as a first layer's.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def cases(device: torch.device) -> list[tuple[str, str, Callable[[Tensor], Tenso
 
 
 def measure(rounds: int, calls: int) -> list[dict[str, Any]]:
-    """Medians over `rounds`, in which all cases take turns, with the spread in the same units.
+    """Medians and minima over `rounds`, in which all cases take turns.
 
     Taking turns puts whatever else the machine does on every case alike.
     """
@@ -115,21 +115,37 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, but is {text}")
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--read", type=Path, help="print such a file instead of measuring")
-    parser.add_argument("--rounds", type=int, default=21, help="rounds of all cases (default 21)")
-    parser.add_argument("--calls", type=int, default=2000, help="calls a round (default 2000)")
+    parser.add_argument(
+        "--rounds", type=_positive, default=21, help="rounds of all cases (default 21)"
+    )
+    parser.add_argument(
+        "--calls", type=_positive, default=2000, help="calls a round (default 2000)"
+    )
     arguments = parser.parse_args()
 
     result = json.loads(arguments.read.read_text()) if arguments.read else None
     if result is None:
         rows = measure_without_launches(arguments.rounds, arguments.calls)
-        result = {"date": date.today().isoformat(), "environment": environment(), "rows": rows}
-    print(f"Microseconds a call, median; input {ROWS} x {FEATURES}, {FEATURES} outputs.")
+        result = {
+            "date": date.today().isoformat(),
+            "environment": environment(),
+            "shape": f"input {ROWS} x {FEATURES}, {FEATURES} outputs",
+            "rows": rows,
+        }
+    print(f"Microseconds a call, median; {result['shape']}.")
     found = result["environment"]
     print(f"{found['device']}, torch {found['torch']}, {result['date']}.\n")
     print(table(result["rows"]))

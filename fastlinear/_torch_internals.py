@@ -85,9 +85,8 @@ BEYOND_PLAIN = ~_bits(
 float32_matmul_precision = functools.partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
 
 
-def transforming() -> bool:
-    """Whether a transform of torch.func is active."""
-    return bool(torch._C._are_functorch_transforms_active())
+# Whether a transform of torch.func is active.
+transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
 def forward_ad_active() -> bool:

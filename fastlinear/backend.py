@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlinear import _torch_internals as internals
-from fastlinear.kernels.operands import check_backward_shapes
+from fastlinear.kernels.operands import DTYPES, check_backward_shapes
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -35,8 +35,10 @@ class use_backend:
 
     FASTLINEAR_BACKEND sets it from outside.
 
-    The setting is the process's, like PyTorch's own precision settings. A call's backward takes the
-    path of its forward.
+    The setting is the process's, like PyTorch's own precision settings: threads that enter and
+    leave at different times change it for each other. A call's backward takes the path of its
+    forward. What `torch.utils.checkpoint` computes again in backward is a call of its own, and
+    takes the setting in force then.
 
     Args:
         backend: "auto" takes whatever is known to be fastest: `torch.nn.functional.linear`, until a
@@ -75,8 +77,9 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 def dtype_under(autocast: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
-    """What autocast makes of `dtype`: PyTorch's lets float64 be."""
-    return dtype if autocast is None or dtype == torch.float64 else autocast
+    """What autocast makes of `dtype`: float64, and what is no float, it lets be."""
+    cast = autocast is not None and dtype in DTYPES and dtype != torch.float64
+    return autocast if cast and autocast is not None else dtype
 
 
 class Launchers(NamedTuple):
@@ -95,7 +98,7 @@ def launchers() -> Launchers:
     """
     try:
         from fastlinear.kernels import backward, forward
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise RuntimeError(
             f"backend 'triton' needs the package triton, 3.6 or newer ({error}); "
             "install it with `pip install 'fastlinear[triton]'`, or use backend 'auto'"

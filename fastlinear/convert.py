@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 from fastlinear.modules import Linear
 
 # Set on a converted layer, so that `revert` leaves alone the layers that were made as Linear.
-_MARK = "_converted"
+_MARK = "_fastlinear_converted"
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def convert(
 
     Raises:
         TypeError: model is not an `nn.Module`.
+        Exception: whatever filter raises; then nothing has been converted.
     """
     layers, skipped = [], []
     for name, layer in _linear_layers(model, "convert"):
@@ -82,7 +83,8 @@ def revert(model: nn.Module) -> Report:
     Raises:
         TypeError: model is not an `nn.Module`.
     """
-    layers, skipped = [], []
+    layers: list[tuple[str, Linear]] = []
+    skipped: list[tuple[str, str]] = []
     for name, layer in _linear_layers(model, "revert"):
         kind = parametrize.type_before_parametrizations(layer)
         if _MARK in vars(layer):
@@ -91,6 +93,8 @@ def revert(model: nn.Module) -> Report:
             elif "forward" in vars(layer):
                 # What replaced it may end in Linear's own, which an nn.Linear cannot run.
                 skipped.append((name, "its forward was replaced since it was converted"))
+            elif layer.activation is not None:
+                skipped.append((name, "has got an activation since it was converted"))
             else:
                 layers.append((name, layer))
         elif isinstance(layer, Linear):
@@ -118,6 +122,8 @@ def _why_not(layer: nn.Linear) -> str | None:
         return f"is a {kind.__name__}, not exactly nn.Linear"
     if "forward" in vars(layer):
         return "its forward is replaced on the instance, and would not be fastlinear's"
+    if hasattr(layer, "activation"):
+        return "has an attribute of its own called activation, which fastlinear.Linear would apply"
     return None
 
 

@@ -24,9 +24,10 @@ KERNELS = "fastlinear.kernels"
 class Product:
     """One of the matrix products of a layer, as `explain` expects it.
 
-    name: what it computes: "output", "grad_input" or "grad_weight".
-    kernel: the Triton kernel's name, or None on PyTorch's path.
-    config: its blocks, warps and stages, or None on PyTorch's path.
+    name: what it computes: "output", "grad_input", "grad_weight" (with grad_bias) or, where that
+        alone is wanted, "grad_bias", a sum.
+    kernel: the Triton kernel's name, or None where PyTorch computes it.
+    config: its blocks, warps and stages, or None where PyTorch computes it.
     splits: programs that share a sum, whose parts a second launch adds.
     operations: multiplications and additions of the product itself.
     bytes: what has to move if every operand is read once and every result written once.
@@ -89,61 +90,80 @@ def explain(layer: nn.Linear, input: Tensor) -> Explanation:
     """Says what `layer(input)` would do here and now, by the settings in force.
 
     It launches no kernel. Operands that the kernels do not take go through PyTorch once, to see
-    whether it takes them.
+    whether it takes them. Backward is explained for a contiguous gradient of the output.
 
     Args:
         layer: a `fastlinear.Linear`, or an `nn.Linear` to compare with.
-        input: (*, in_features); only its shape, strides, dtype and device matter.
+        input: (*, in_features), as the layer would get it; its values do not matter.
 
     Returns:
         An Explanation, to print or to take apart with `as_dict()`.
 
     Raises:
         TypeError: layer is not an `nn.Linear`, or input not a Tensor.
-        RuntimeError: what PyTorch raises for an input of that shape or dtype.
+        Exception: whatever PyTorch raises for an input of that shape or dtype.
     """
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"explain() takes an nn.Linear, but layer is {type(layer).__name__}")
     if not isinstance(input, Tensor):
         raise TypeError(f"explain() takes a Tensor, but input is {type(input).__name__}")
-    weight, bias = layer.weight, layer.bias
-    autocast = backend.autocast_dtype(input.device.type)
+    weight, bias = _parameters(layer)
     unsupported = why_not(input, weight, bias)
     if unsupported is not None:
         with torch.no_grad():
             F.linear(input, weight, bias)  # raises where PyTorch does not take them either
 
-    path: str | None
-    refusal = None if unsupported is None else f"the kernels take {unsupported}"
-    dtype = backend.dtype_under(autocast, input.dtype)
-    # What PyTorch does with operands that the kernels do not take is its own business.
-    products = () if unsupported else _products(input, layer, dtype, planned=False)
-    if not isinstance(layer, Linear):
-        path, reason = PYTORCH, "the layer is no fastlinear.Linear (see fastlinear.convert)"
-    elif backend.current == "torch":
-        path, reason = PYTORCH, "this backend has no other"
-    elif backend.current == "auto":
-        path, reason = PYTORCH, refusal or "no measurement says that a kernel is faster here"
-    elif refusal is not None:
-        path, reason = None, f"it raises TypeError: {refusal}"
-    else:
+    dtype = backend.dtype_under(backend.autocast_dtype(input.device.type), input.dtype)
+    path, reason, planned = _path(layer, input, unsupported)
+    products: tuple[Product, ...] = ()
+    if path is not None and unsupported is None:  # the rest is PyTorch's own business
         try:
-            products = _products(input, layer, dtype, planned=True)
-            path, reason = KERNELS, "this backend has no other"
+            plans = _plans(input, weight, bias, dtype) if planned else {}
+            products = _products(input, weight, bias, dtype, plans)
         except RuntimeError as error:
-            path, reason, products = None, f"it raises RuntimeError: {error}", ()
+            path, reason = None, f"it raises RuntimeError: {error}"
     return Explanation(
         backend=backend.current,
         path=path,
         reason=reason,
         device=_device_name(input.device),
         dtype=str(dtype).removeprefix("torch."),
-        input_shape=tuple(input.shape),
+        input_shape=() if input.is_nested else tuple(input.shape),
         weight_shape=tuple(weight.shape),
-        activation=getattr(layer, "activation", None),
+        activation=layer.activation if isinstance(layer, Linear) else None,
         products=products,
         versions=versions(),
     )
+
+
+def _parameters(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """weight and bias, once, and in eval mode: a parametrization may count its evaluations."""
+    training = {module: module.training for module in layer.modules()}
+    try:
+        layer.eval()
+        return layer.weight, layer.bias
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
+
+
+def _path(layer: nn.Linear, input: Tensor, unsupported: str | None) -> tuple[str | None, str, bool]:
+    """(path, reason, whether kernels are launched)."""
+    if "forward" in vars(layer) or type(layer).forward not in (nn.Linear.forward, Linear.forward):
+        return None, "the layer has a forward of its own, which is not known here", False
+    if not isinstance(layer, Linear):
+        return PYTORCH, "the layer is no fastlinear.Linear (see fastlinear.convert)", False
+    if backend.current == "torch":
+        return PYTORCH, "this backend has no other", False
+    if backend.current == "auto":
+        if unsupported is not None:
+            return PYTORCH, f"the kernels take {unsupported}", False
+        return PYTORCH, "no measurement says that a kernel is faster here", False
+    if unsupported is not None:
+        return None, f"it raises TypeError: the kernels take {unsupported}", False
+    if input.is_meta:
+        return KERNELS, "but on meta tensors there is nothing to launch", False
+    return KERNELS, "this backend has no other", True
 
 
 def versions() -> dict[str, str | None]:
@@ -190,65 +210,79 @@ def _device_name(device: torch.device) -> str:
     )
 
 
+Plan = tuple[str, Config, int]  # kernel, configuration, splits
+
+
 def _products(
-    input: Tensor, layer: nn.Linear, dtype: torch.dtype, *, planned: bool
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    plans: dict[str, Plan],
 ) -> tuple[Product, ...]:
-    """The products of a call on `input`, with the kernels' plans for them if `planned`."""
+    """The products of a call on `input`, with the kernels' plans, where there are any."""
     rows = math.prod(input.shape[:-1])
-    n, k = layer.weight.shape
-    bias = 0 if layer.bias is None else n
-    operations = 2 * rows * n * k
-    moved = {
-        "output": rows * k + n * k + bias + rows * n,
-        "grad_input": rows * n + n * k + rows * k,
-        "grad_weight": rows * n + rows * k + n * k + bias,
-    }
-    wanted = {"output": True}
-    if torch.is_grad_enabled():
-        wanted |= {"grad_input": input.requires_grad, "grad_weight": layer.weight.requires_grad}
-    plans = _plans(input, layer, dtype) if planned else {}
+    n, k = weight.shape
+    product = 2 * rows * n * k
+    recording = torch.is_grad_enabled()
+    bias_wanted = recording and bias is not None and bias.requires_grad
+    found = [("output", product, rows * k + n * k + (bias is not None) * n + rows * n)]
+    if recording and input.requires_grad:
+        found.append(("grad_input", product, rows * n + n * k + rows * k))
+    if recording and weight.requires_grad:
+        found.append(("grad_weight", product, rows * n + rows * k + n * k + bias_wanted * n))
+    elif bias_wanted:
+        found.append(("grad_bias", rows * n, rows * n + n))  # a sum of PyTorch's
     products = []
-    for name in (name for name in wanted if wanted[name]):
-        kernel, config, splits = plans[name]() if planned else (None, None, 1)
-        products.append(
-            Product(name, kernel, config, splits, operations, moved[name] * dtype.itemsize)
-        )
+    for name, operations, elements in found:
+        kernel, config, splits = plans.get(name, (None, None, 1))
+        moved = elements * dtype.itemsize
+        products.append(Product(name, kernel, config, splits, operations, moved))
     return tuple(products)
 
 
-def _plans(input: Tensor, layer: nn.Linear, dtype: torch.dtype) -> dict[str, Any]:
-    """By product, a function that gives (kernel, config, splits) as the launchers would."""
-    launchers, precision = backend.launchers(), backend.float32_precision()
-    launch = launchers.forward.launch
-    weight, bias = layer.weight, layer.bias
-    # Under autocast operands are cast, which keeps their strides.
-    x, w, b = (
-        fields and launch.Operand(*fields)._replace(dtype=dtype)
-        for fields in launch.describe(input, weight, bias)
+def _plans(
+    input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> dict[str, Plan]:
+    """What the launchers would choose, by product."""
+    kernels, precision = backend.launchers(), backend.float32_precision()
+    launch = kernels.forward.launch
+
+    def operand(tensor: Tensor) -> Any:
+        """As the op would get it: under autocast a copy, which lies as torch likes it."""
+        if tensor.dtype != dtype:
+            like = torch.empty_like(tensor, dtype=dtype, device="meta")
+            return launch.Operand(like.shape, like.stride(), dtype, tensor.device, True)
+        return launch.Operand(*launch.describe(tensor, tensor)[0])
+
+    operands = [operand(input), operand(weight), None]
+    if bias is not None:
+        rows = operand(bias)
+        # One element stands for every feature.
+        one = rows._replace(shape=weight.shape[:1], strides=(0,))
+        operands[2] = one if bias.numel() == 1 else rows
+    grad_output = operands[0].contiguous(*input.shape[:-1], weight.shape[0])
+    transposed = operands[1]._replace(shape=weight.shape[::-1], strides=operands[1].strides[::-1])
+
+    output = kernels.forward.plan_forward(tuple(operands), precision, None)
+    grad_input = kernels.forward.plan_forward((grad_output, transposed, None), precision, None)
+    grad_weight = kernels.backward.plan_backward_weight(
+        (grad_output, operands[0], None),
+        bias is not None and bias.requires_grad,
+        False,
+        precision,
+        None,
+        None,
     )
-    grad_output = x.contiguous(*input.shape[:-1], weight.shape[0])
-    turned = w._replace(shape=w.shape[::-1], strides=w.strides[::-1])
-
-    def forward(*operands: Any) -> tuple[str, Config, int]:
-        plan = launchers.forward.plan_forward(operands, precision, None)
-        return "linear_forward_kernel", plan.config, 1
-
-    def backward_weight() -> tuple[str, Config, int]:
-        plan = launchers.backward.plan_backward_weight(
-            (grad_output, x, None),
-            bias is not None and bias.requires_grad,
-            False,
-            precision,
-            None,
-            None,
-        )
-        splits = 1 if plan.partial_weight is None else plan.partial_weight.shape[0]
-        return "linear_backward_weight_kernel", plan.config, splits
-
+    partial = grad_weight.partial_weight
     return {
-        "output": lambda: forward(x, w, b),
-        "grad_input": lambda: forward(grad_output, turned, None),
-        "grad_weight": backward_weight,
+        "output": ("linear_forward_kernel", output.config, 1),
+        "grad_input": ("linear_forward_kernel", grad_input.config, 1),
+        "grad_weight": (
+            "linear_backward_weight_kernel",
+            grad_weight.config,
+            1 if partial is None else partial.shape[0],
+        ),
     }
 
 
@@ -272,6 +306,6 @@ def _launch_in_words(product: Product) -> str:
 def _scaled(number: int) -> str:
     """`number` in a column, with the prefix that leaves one to three digits before the point."""
     scaled, prefixes = float(number), " kMGTP"
-    while scaled >= 1000 and len(prefixes) > 1:
+    while scaled >= 999.95 and len(prefixes) > 1:
         scaled, prefixes = scaled / 1000, prefixes[1:]
     return f"{scaled:6.4g} {prefixes[0].strip()}"

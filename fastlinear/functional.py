@@ -5,9 +5,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastlinear import _torch_internals as internals
 from fastlinear import backend
 from fastlinear.autograd import linear_op
 from fastlinear.kernels.operands import DTYPES
@@ -76,12 +78,18 @@ def linear(
         and type(weight) in _PLAIN
         and (bias is None or type(bias) in _PLAIN)
         and weight.dim() == 2
+        and not internals.transforming()
+        and not is_dynamo_compiling()
     ):
-        # Arguments are looked into where the op refuses them, so that good ones cost nothing.
+        # Looking into good arguments takes half as long as all the rest of a call: bad ones are
+        # looked into when the op has refused them. Within a transform it sees other shapes than the
+        # caller, and a compiler sees no exception.
         try:
             return linear_op(input, weight, bias)
         except RuntimeError:
-            pass
+            broadcasts = bias is not None and bias.shape != weight.shape[:1]
+            if why_not(input, weight, bias) is None and not broadcasts:
+                raise
     return _by_the_kernels(input, weight, bias)
 
 
@@ -117,8 +125,12 @@ def why_not(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     for name, tensor in operands.items():
         if not isinstance(tensor, Tensor):
             return f"tensors, but {name} is {type(tensor).__name__}"
-        if type(tensor) not in (Tensor, Parameter) and _changes_meaning(tensor):
+        if type(tensor) not in _PLAIN and _changes_meaning(tensor):
             return f"plain tensors, but {name} is a {type(tensor).__name__}"
+        if tensor.is_nested:
+            return f"plain tensors, but {name} is nested"
+        if any(label is not None for label in getattr(tensor, "names", ())):  # until torch 2.12
+            return f"tensors without named dimensions, but {name} has some"
         if tensor.layout != torch.strided:
             return f"strided tensors, but {name} has layout {tensor.layout}"
         if tensor.dtype not in DTYPES:

@@ -47,6 +47,11 @@ class Linear(nn.Linear):
         if activation is not None:
             self.activation = activation
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "activation":  # a module of that name would be registered, and never called
+            check_activation(value)
+        super().__setattr__(name, value)
+
     def forward(self, input: Tensor) -> Tensor:
         if internals.is_scripting():  # TorchScript compiles this branch alone
             if self.activation is not None:

@@ -932,3 +932,11 @@ def test_activation_is_refused_by_torchscript() -> None:
     scripted_layer = torch.jit.script(fastlinear.Linear(5, 3, activation="relu"))
     with pytest.raises(torch.jit.Error, match=r"takes Linear with activation=None only"):
         scripted_layer(torch.randn(4, 5))
+
+
+@pytest.mark.parametrize("activation", ["swish", nn.ReLU(), F.relu], ids=["name", "module", "call"])
+def test_activation_is_checked_when_it_is_set(activation: object) -> None:
+    layer = fastlinear.Linear(3, 4, activation="relu")
+    with pytest.raises(ValueError, match="activation must be None or one of 'relu'"):
+        layer.activation = activation
+    assert layer.activation == "relu"

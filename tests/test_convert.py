@@ -546,3 +546,21 @@ def test_what_is_no_module_is_refused(change: Callable[..., Any], thing: object,
     said = rf"{change.__name__}\(\) takes an nn.Module, but model is {kind}$"
     with pytest.raises(TypeError, match=said):
         change(thing)
+
+
+@pytest.mark.parametrize("activation", ["relu", F.gelu, nn.ReLU()], ids=["name", "call", "module"])
+def test_convert_leaves_alone_what_has_an_activation_of_its_own(activation: object) -> None:
+    layer = nn.Linear(3, 4)
+    layer.activation = activation
+    report = fastlinear.convert(layer)
+    assert report.converted == ()
+    assert "has an attribute of its own called activation" in report.skipped[0][1]
+    assert type(layer) is nn.Linear
+
+
+def test_revert_leaves_alone_what_has_got_an_activation() -> None:
+    layer = nn.Linear(3, 4)
+    fastlinear.convert(layer)
+    layer.activation = "relu"
+    assert "has got an activation" in fastlinear.revert(layer).skipped[0][1]
+    assert layer.activation == "relu"

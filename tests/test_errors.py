@@ -117,3 +117,43 @@ def test_the_op_called_directly_does_not_read_beside_its_operands(device: torch.
         linear_backward_op(
             torch.randn(32, 5, device=device), torch.randn(4, 3, device=device), None, True, False
         )
+
+
+def test_vmap_raises_what_f_linear_raises(device: torch.device) -> None:
+    inputs, weight = torch.randn(3, device=device), torch.randn(4, 3, device=device)
+
+    def mapped(linear):  # type: ignore[no-untyped-def]
+        return torch.vmap(lambda input: linear(input, weight))(inputs)
+
+    with fastlinear.use_backend("triton"):
+        assert raised(mapped, fastlinear.linear)[0] is raised(mapped, F.linear)[0]
+
+
+def test_errors_of_others_come_through_once(device: torch.device) -> None:
+    packed: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(tensor)
+        raise RuntimeError("the disk is full")
+
+    weight = torch.randn(4, 3, device=device, requires_grad=True)
+    with (
+        fastlinear.use_backend("triton"),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        pytest.raises(RuntimeError, match="the disk is full"),
+    ):
+        fastlinear.linear(torch.randn(2, 3, device=device), weight)
+    assert len(packed) == 1
+
+
+# torch.nested says that it is a prototype.
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors_are_refused_by_name(device: torch.device) -> None:
+    nested = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(5, 3)], device=device)
+    weight = torch.randn(4, 3, device=device)
+    assert fastlinear.linear(nested, weight).is_nested
+    with (
+        fastlinear.use_backend("triton"),
+        pytest.raises(TypeError, match="takes plain tensors, but input is nested"),
+    ):
+        fastlinear.linear(nested, weight)

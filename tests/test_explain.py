@@ -18,6 +18,7 @@ INPUTS: dict[str, Callable[[torch.device], Tensor]] = {
     "vector": lambda device: torch.randn(40, device=device),
     "split sums": lambda device: torch.randn(2, 300, 40, device=device),
     "transposed": lambda device: torch.randn(40, 33, device=device).t(),
+    "sliced": lambda device: torch.randn(64, 83, device=device)[::2, 3:43],
     "copied rows": lambda device: torch.randn(2, 3, 4, 40, device=device).permute(2, 1, 0, 3),
 }
 CASES = {  # input, what needs a gradient, autocast
@@ -26,6 +27,7 @@ CASES = {  # input, what needs a gradient, autocast
     "weight's gradient": ("one row", "weight", False),
     "no gradient": ("one row", "none", False),
     "autocast": ("transposed", "both", True),
+    "autocast of a slice": ("sliced", "both", True),
 }
 
 
@@ -132,6 +134,52 @@ def test_explain_raises_what_the_layer_raises(backend: str, device: torch.device
             with pytest.raises(RuntimeError) as explained:
                 fastlinear.explain(layer, input)
         assert str(explained.value) == str(raised.value)
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_explained_bias_of_one_element_is_that_of_the_call(device: torch.device) -> None:
+    layer, input = fastlinear.Linear(3, 4, device=device), torch.randn(2, 3, device=device)
+    layer.bias = nn.Parameter(torch.ones(1, device=device))
+    layer(input)
+    assert fastlinear.explain(layer, input).path == "fastlinear.kernels"
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_explained_gradients_are_those_that_are_wanted(device: torch.device) -> None:
+    layer, input = fastlinear.Linear(3, 4, device=device), torch.randn(2, 3, device=device)
+    layer.bias.requires_grad_(False)
+    whole = fastlinear.explain(layer, input).products[-1]
+    assert (whole.name, whole.bytes) == ("grad_weight", 4 * (2 * 4 + 2 * 3 + 4 * 3))
+    layer.bias.requires_grad_(True)
+    layer.weight.requires_grad_(False)
+    alone = fastlinear.explain(layer, input).products[-1]
+    assert (alone.name, alone.kernel, alone.operations) == ("grad_bias", None, 2 * 4)
+
+
+def test_explain_leaves_parametrizations_as_they_are(device: torch.device) -> None:
+    layer = nn.utils.parametrizations.spectral_norm(fastlinear.Linear(3, 4, device=device))
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    fastlinear.explain(layer, torch.randn(2, 3, device=device))
+    assert layer.training
+    assert all(module.training for module in layer.modules())
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_explain_knows_only_its_own_forward(device: torch.device) -> None:
+    layer, input = fastlinear.Linear(3, 4, device=device), torch.randn(2, 3, device=device)
+    layer.forward = lambda input: input
+    said = fastlinear.explain(layer, input)
+    assert said.path is None
+    assert "a forward of its own" in said.reason
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_explain_launches_nothing_on_meta_tensors() -> None:
+    layer = fastlinear.Linear(3, 4, device="meta")
+    said = fastlinear.explain(layer, torch.empty(2, 3, device="meta"))
+    assert "nothing to launch" in said.reason
+    assert {product.kernel for product in said.products} == {None}
 
 
 def test_explain_names_what_it_takes() -> None:

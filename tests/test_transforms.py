@@ -193,6 +193,23 @@ def test_compile_module_without_graph_breaks(
         assert kernels_ran()
 
 
+@pytest.mark.parametrize("bias", [(1,), ()], ids=str)
+def test_compile_with_a_bias_of_one_element(
+    bias: tuple[int, ...], dynamo: Any, device: torch.device
+) -> None:
+    input, weight, _ = operands(device, requires_grad=False)
+    one = torch.randn(bias, dtype=torch.float64, device=device)
+    compiled = torch.compile(fastlinear.linear, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(input, weight, one), F.linear(input, weight, one))
+
+
+def test_compile_refuses_what_eager_refuses(dynamo: Any, device: torch.device) -> None:
+    compiled = torch.compile(fastlinear.linear, backend="eager")
+    whole = torch.ones(2, 3, dtype=torch.int64, device=device)
+    with pytest.raises(TypeError, match="takes float16, bfloat16, float32 and float64"):
+        compiled(whole, whole)
+
+
 def test_compile_layer_with_activation(dynamo: Any, device: torch.device) -> None:
     layer = fastlinear.Linear(3, 5, dtype=torch.float64, device=device, activation="gelu")
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
