@@ -58,6 +58,11 @@ def hide_from_dynamo(function: Callable[..., Any]) -> None:
     _eval_frame.set_code_exec_strategy(function.__code__, skip)
 
 
+def unwrapped(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """`op` without its Python wrapper, 0.2 us a call: for eager code, with plain tensors."""
+    return op._op
+
+
 def excluding(key: DispatchKey) -> contextlib.AbstractContextManager[object]:
     """Dispatches ops past `key`."""
     return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key))

@@ -26,33 +26,33 @@ from fastlinear.kernels.operands import (
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
-_LIBRARY = torch.library.Library("fastlinear", "DEF")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+LIBRARY = torch.library.Library("fastlinear", "DEF")
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 # No default for bias: the dispatcher drops arguments that equal their default,
 # and vmap rules would miss them.
-_LIBRARY.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor", tags=_TAGS)
-_LIBRARY.define(
+LIBRARY.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor", tags=TAGS)
+LIBRARY.define(
     "linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, bool bias, bool batched)"
     " -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 linear_op = torch.ops.fastlinear.linear.default
 linear_backward_op = torch.ops.fastlinear.linear_backward.default
 
 for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("linear", backend.forward, _device)
-    _LIBRARY.impl("linear_backward", backend.backward, _device)
+    LIBRARY.impl("linear", backend.forward, _device)
+    LIBRARY.impl("linear_backward", backend.backward, _device)
 
 
-@torch.library.register_fake(linear_op, lib=_LIBRARY)
-def _linear_fake(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+@torch.library.register_fake(linear_op, lib=LIBRARY)
+def linear_fake(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check_same_kind(input=input, weight=weight, bias=bias)
     check_forward_shapes(input.shape, weight.shape, None if bias is None else bias.shape)
     return input.new_empty((*input.shape[:-1], weight.shape[-2]))
 
 
-@torch.library.register_fake(linear_backward_op, lib=_LIBRARY)
-def _linear_backward_fake(
+@torch.library.register_fake(linear_backward_op, lib=LIBRARY)
+def linear_backward_fake(
     grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool, batched: bool
 ) -> Gradients:
     check_same_kind(grad_output=grad_output, input=input, weight=weight)
@@ -116,18 +116,28 @@ class LinearFunction(internals.SingleLevelFunction):
         plain_tangent: None,
     ) -> Tensor | None:
         input, weight = ctx.saved_tensors
-        tangent = None
-        if input_tangent is not None:
-            tangent = linear_op(input_tangent, weight, bias_tangent)
-        if weight_tangent is not None:
-            through_weight = linear_op(
-                input, weight_tangent, bias_tangent if tangent is None else None
-            )
-            tangent = through_weight if tangent is None else tangent + through_weight
-        if tangent is None and bias_tangent is not None:
-            rows = bias_tangent.unsqueeze(1) if ctx.batched else bias_tangent
-            tangent = rows.expand(*input.shape[:-1], weight.shape[-2]).clone()
-        return tangent
+        return tangent_of(input, weight, ctx.batched, input_tangent, weight_tangent, bias_tangent)
+
+
+def tangent_of(
+    input: Tensor,
+    weight: Tensor,
+    batched: bool,
+    input_tangent: Tensor | None,
+    weight_tangent: Tensor | None,
+    bias_tangent: Tensor | None,
+) -> Tensor | None:
+    """The tangent of `linear`'s output from those of its operands; None where they have none."""
+    tangent = None
+    if input_tangent is not None:
+        tangent = linear_op(input_tangent, weight, bias_tangent)
+    if weight_tangent is not None:
+        through_weight = linear_op(input, weight_tangent, bias_tangent if tangent is None else None)
+        tangent = through_weight if tangent is None else tangent + through_weight
+    if tangent is None and bias_tangent is not None:
+        rows = bias_tangent.unsqueeze(1) if batched else bias_tangent
+        tangent = rows.expand(*input.shape[:-1], weight.shape[-2]).clone()
+    return tangent
 
 
 def gradients_of(
@@ -192,11 +202,11 @@ def _linear_backward_autograd(
         return linear_backward_op(grad_output, input, weight, bias, batched)
 
 
-_LIBRARY.impl("linear", _linear_autograd, "Autograd", with_keyset=True)
-_LIBRARY.impl("linear_backward", _linear_backward_autograd, "Autograd", with_keyset=True)
+LIBRARY.impl("linear", _linear_autograd, "Autograd", with_keyset=True)
+LIBRARY.impl("linear_backward", _linear_backward_autograd, "Autograd", with_keyset=True)
 
 
-def _to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+def to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     """`tensor` with its vmapped dimension first.
 
     Where it has none, it gets a first dimension of stride 0.
@@ -204,29 +214,39 @@ def _to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
-def _linear_vmap(
+def as_layers(
     info: Any, in_dims: tuple[int | None, ...], input: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, ...]]:
+    """Operands without the vmapped dimension, which has become, or joined, rows or layers.
+
+    With them comes the shape of the vmapped output, that dimension first.
+    """
     input_dim, weight_dim, bias_dim = in_dims
     batched = weight.dim() - (weight_dim is not None) == 3
-    input = _to_front(input, input_dim, info.batch_size)
+    input = to_front(input, input_dim, info.batch_size)
+    shape = (*input.shape[:-1], weight.movedim(weight_dim or 0, 0).shape[-2])
     if not batched and weight_dim is None and bias_dim is None:
-        return linear_op(input, weight, bias), 0
+        return input, weight, bias, shape
 
-    # The vmapped dimension becomes, or joins, the layers.
-    weight = _to_front(weight, weight_dim, info.batch_size)
+    weight = to_front(weight, weight_dim, info.batch_size)
     if bias is not None:
-        bias = _to_front(bias, bias_dim, info.batch_size)
-    leading = input.shape[:-1]
+        bias = to_front(bias, bias_dim, info.batch_size)
     if batched:
         weight = weight.flatten(0, 1)
         bias = None if bias is None else bias.flatten(0, 1)
     layers = weight.shape[0]
-    input = input.reshape(layers, math.prod(leading) // max(layers, 1), input.shape[-1])
-    return linear_op(input, weight, bias).reshape(*leading, weight.shape[-2]), 0
+    rows = math.prod(input.shape[:-1]) // max(layers, 1)
+    return input.reshape(layers, rows, input.shape[-1]), weight, bias, shape
 
 
-def _linear_backward_vmap(
+def _linear_vmap(
+    info: Any, in_dims: tuple[int | None, ...], input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, int]:
+    input, weight, bias, shape = as_layers(info, in_dims, input, weight, bias)
+    return linear_op(input, weight, bias).reshape(shape), 0
+
+
+def linear_backward_vmap(
     info: Any,
     in_dims: tuple[int | None, ...],
     grad_output: Tensor,
@@ -236,7 +256,7 @@ def _linear_backward_vmap(
     batched: bool,
 ) -> tuple[Gradients, tuple[int | None, ...]]:
     grad_dim, input_dim, weight_dim = in_dims[:3]
-    grad_output = _to_front(grad_output, grad_dim, info.batch_size)
+    grad_output = to_front(grad_output, grad_dim, info.batch_size)
     grad_input = grad_weight = grad_bias = grad_output.new_empty(0)
     if weight is not None:
         transposed = weight.mT if weight_dim is None else weight.movedim(weight_dim, 0).mT
@@ -247,7 +267,7 @@ def _linear_backward_vmap(
     rows = math.prod(grad_output.shape[len(layers) : -1])
     grad_rows = grad_output.reshape(math.prod(layers), rows, grad_output.shape[-1])
     if input is not None:
-        input = _to_front(input, input_dim, info.batch_size)
+        input = to_front(input, input_dim, info.batch_size)
         input_rows = input.reshape(math.prod(layers), rows, input.shape[-1])
         grad_weight = linear_op(grad_rows.mT, input_rows.mT, None)
         grad_weight = grad_weight.reshape(*layers, *grad_weight.shape[1:])
@@ -257,26 +277,40 @@ def _linear_backward_vmap(
     return (grad_input, grad_weight, grad_bias), tuple(0 if one else None for one in given)
 
 
-torch.library.register_vmap(linear_op, _linear_vmap, lib=_LIBRARY)
-torch.library.register_vmap(linear_backward_op, _linear_backward_vmap, lib=_LIBRARY)
+torch.library.register_vmap(linear_op, _linear_vmap, lib=LIBRARY)
+torch.library.register_vmap(linear_backward_op, linear_backward_vmap, lib=LIBRARY)
 
 
-def _register_autocast(device_type: str, key: internals.DispatchKey) -> None:
-    def cast(tensor: Tensor) -> Tensor:
-        if tensor.dtype not in DTYPES:
-            return tensor
-        return tensor.to(backend.dtype_under(torch.get_autocast_dtype(device_type), tensor.dtype))
-
-    def linear_autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        with internals.excluding(key):
-            return linear_op(cast(input), cast(weight), None if bias is None else cast(bias))
-
-    internals.hide_from_dynamo(linear_autocast)
-    _LIBRARY.impl("linear", linear_autocast, key.name)
+def _cast(tensor: Tensor | None, device_type: str) -> Tensor | None:
+    if tensor is None or tensor.dtype not in DTYPES:
+        return tensor
+    return tensor.to(backend.dtype_under(torch.get_autocast_dtype(device_type), tensor.dtype))
 
 
-_register_autocast("cpu", internals.DispatchKey.AutocastCPU)
-_register_autocast("cuda", internals.DispatchKey.AutocastCUDA)
+def register_autocast(op: torch._ops.OpOverload) -> None:
+    """Casts operands (input, weight, bias, ...) of `op` as autocast does those of F.linear."""
+    for device_type, key in (
+        ("cpu", internals.DispatchKey.AutocastCPU),
+        ("cuda", internals.DispatchKey.AutocastCUDA),
+    ):
+
+        def cast_and_call(
+            input: Tensor,
+            weight: Tensor,
+            bias: Tensor | None,
+            *others: Any,
+            device_type: str = device_type,
+            key: internals.DispatchKey = key,
+        ) -> Any:
+            operands = (_cast(operand, device_type) for operand in (input, weight, bias))
+            with internals.excluding(key):
+                return op(*operands, *others)
+
+        internals.hide_from_dynamo(cast_and_call)
+        LIBRARY.impl(op, cast_and_call, key.name)
+
+
+register_autocast(linear_op)
 
 
 for _entry in (
@@ -286,7 +320,7 @@ for _entry in (
     _linear_autograd,
     _linear_backward_autograd,
     _linear_vmap,
-    _linear_backward_vmap,
+    linear_backward_vmap,
 ):
     internals.hide_from_dynamo(_entry)
 

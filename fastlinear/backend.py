@@ -5,6 +5,7 @@ Backends, what the kernels need of the machine, and the calls into the kernels.
 
 import functools
 import os
+from collections.abc import Sequence
 from types import ModuleType, TracebackType
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlinear import _torch_internals as internals
-from fastlinear.kernels.operands import DTYPES, check_backward_shapes
+from fastlinear.kernels.operands import DTYPES, FROM_OUTPUT, check_backward_shapes
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -126,21 +127,30 @@ def backward(
 
     A gradient that is not wanted is not computed, and comes back empty.
     """
+    _check_backward_shapes(grad_output, input, weight, batched)
+    gradients = launchers().backward.linear_backward(
+        grad_output, input, weight, bias, batched=batched, precision=float32_precision()
+    )
+    return _with_empty(grad_output, gradients, bias, batched)
+
+
+def _check_backward_shapes(
+    grad_output: Tensor, input: Tensor | None, weight: Tensor | None, batched: bool
+) -> None:
     check_backward_shapes(
         grad_output.shape,
         None if input is None else input.shape,
         None if weight is None else weight.shape,
         batched,
     )
-    kernels, precision = launchers().backward, float32_precision()
-    grad_input = grad_weight = grad_bias = None
-    if weight is not None:
-        grad_input = kernels.linear_backward_input(grad_output, weight, precision=precision)
-    if input is not None:
-        grad_weight, grad_bias = kernels.linear_backward_weight(
-            grad_output, input, bias, batched=batched, precision=precision
-        )
-    elif bias:
+
+
+def _with_empty(
+    grad_output: Tensor, gradients: Sequence[Tensor | None], bias: bool, batched: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients, with an empty tensor in the place of each that is not wanted."""
+    grad_input, grad_weight, grad_bias = gradients
+    if bias and grad_bias is None:
         # No grad_weight pass to ride on (frozen weight):
         # one read of grad_output is all there is to do.
         grad_bias = sum_rows(grad_output, batched)
@@ -149,6 +159,59 @@ def backward(
         grad_output.new_empty(0) if grad_weight is None else grad_weight,
         grad_output.new_empty(0) if grad_bias is None else grad_bias,
     )
+
+
+def activation_output(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    """The op `linear_activation` by the kernels."""
+    kernels, precision = launchers().forward, float32_precision()
+    return kernels.linear_activation_forward(
+        input, weight, bias, activation, False, precision=precision
+    )[0]
+
+
+def activation_forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    """The op `linear_activation_forward` by the kernels.
+
+    The pre-activation comes back empty where the derivative is taken from the output.
+    """
+    kernels, precision = launchers().forward, float32_precision()
+    output, preactivation = kernels.linear_activation_forward(
+        input, weight, bias, activation, activation not in FROM_OUTPUT, precision=precision
+    )
+    return output, output.new_empty(0) if preactivation is None else preactivation
+
+
+def activation_backward(
+    grad_output: Tensor,
+    saved: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    bias: bool,
+    batched: bool,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `linear_activation_backward` by the kernels, as `backward`."""
+    _check_backward_shapes(grad_output, input, weight, batched)
+    if saved.shape != grad_output.shape:
+        raise RuntimeError(
+            "fastlinear::linear_activation_backward takes saved of grad_output's shape, "
+            f"but saved is {tuple(saved.shape)} and grad_output {tuple(grad_output.shape)}"
+        )
+    *gradients, grad = launchers().backward.linear_activation_backward(
+        grad_output,
+        saved,
+        input,
+        weight,
+        bias,
+        activation,
+        batched=batched,
+        precision=float32_precision(),
+    )
+    return _with_empty(grad, gradients, bias, batched)
 
 
 def sum_rows(grad_output: Tensor, batched: bool) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastlinear import backend
 from fastlinear.functional import why_not
 from fastlinear.kernels.configs import Config
+from fastlinear.kernels.operands import FROM_OUTPUT
 from fastlinear.modules import Linear
 
 PYTORCH = "torch.nn.functional.linear"
@@ -24,12 +25,12 @@ KERNELS = "fastlinear.kernels"
 class Product:
     """One of the matrix products of a layer, as `explain` expects it.
 
-    name: what it computes: "output", "grad_input", "grad_weight" (with grad_bias) or, where that
-        alone is wanted, "grad_bias", a sum.
+    name: what it computes: "output", "grad_preactivation", where there is an activation,
+        "grad_input", "grad_weight" (with grad_bias) or, where that alone is wanted, "grad_bias".
     kernel: the Triton kernel's name, or None where PyTorch computes it.
     config: its blocks, warps and stages, or None where PyTorch computes it.
     splits: programs that share a sum, whose parts a second launch adds.
-    operations: multiplications and additions of the product itself.
+    operations: multiplications and additions of the product itself, or of the sum.
     bytes: what has to move if every operand is read once and every result written once.
     """
 
@@ -50,7 +51,7 @@ class Explanation:
     reason: why that path, or what the call would raise.
     device, dtype: where and in what the products are computed.
     input_shape, weight_shape: (*, in_features), (out_features, in_features).
-    activation: what PyTorch then applies to the output, in a pass of its own.
+    activation: the layer's; the kernels apply it within the output's product.
     products: the forward product, and those of backward for what needs a gradient.
     versions: of fastlinear, torch, triton (None if not installed) and Python.
     """
@@ -72,16 +73,15 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [
-            f"input {self.input_shape}, weight {self.weight_shape}, {self.dtype} on {self.device}",
+            f"input {self.input_shape}, weight {self.weight_shape}, {self.dtype} on {self.device}"
+            + ("" if self.activation is None else f", then {self.activation}"),
             f"backend {self.backend!r} takes {self.path or 'no path'}: {self.reason}",
         ]
         for product in self.products:
             lines.append(
-                f"  {product.name:12} {_scaled(product.operations)}op {_scaled(product.bytes)}B  "
+                f"  {product.name:18} {_scaled(product.operations)}op {_scaled(product.bytes)}B  "
                 + _launch_in_words(product)
             )
-        if self.activation is not None:
-            lines.append(f"  {self.activation:12} PyTorch, in a pass of its own")
         versions = (f"{name} {version}" for name, version in self.versions.items())
         return "\n".join([*lines, ", ".join(versions)])
 
@@ -114,12 +114,13 @@ def explain(layer: nn.Linear, input: Tensor) -> Explanation:
             F.linear(input, weight, bias)  # raises where PyTorch does not take them either
 
     dtype = backend.dtype_under(backend.autocast_dtype(input.device.type), input.dtype)
+    activation = layer.activation if isinstance(layer, Linear) else None
     path, reason, planned = _path(layer, input, unsupported)
     products: tuple[Product, ...] = ()
     if path is not None and unsupported is None:  # the rest is PyTorch's own business
         try:
-            plans = _plans(input, weight, bias, dtype) if planned else {}
-            products = _products(input, weight, bias, dtype, plans)
+            plans = _plans(input, weight, bias, activation, dtype) if planned else {}
+            products = _products(input, weight, bias, activation, dtype, plans)
         except RuntimeError as error:
             path, reason = None, f"it raises RuntimeError: {error}"
     return Explanation(
@@ -130,7 +131,7 @@ def explain(layer: nn.Linear, input: Tensor) -> Explanation:
         dtype=str(dtype).removeprefix("torch."),
         input_shape=() if input.is_nested else tuple(input.shape),
         weight_shape=tuple(weight.shape),
-        activation=layer.activation if isinstance(layer, Linear) else None,
+        activation=activation,
         products=products,
         versions=versions(),
     )
@@ -210,13 +211,14 @@ def _device_name(device: torch.device) -> str:
     )
 
 
-Plan = tuple[str, Config, int]  # kernel, configuration, splits
+Plan = tuple[str, Config | None, int]  # kernel, configuration, splits
 
 
 def _products(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    activation: str | None,
     dtype: torch.dtype,
     plans: dict[str, Plan],
 ) -> tuple[Product, ...]:
@@ -227,6 +229,11 @@ def _products(
     recording = torch.is_grad_enabled()
     bias_wanted = recording and bias is not None and bias.requires_grad
     found = [("output", product, rows * k + n * k + (bias is not None) * n + rows * n)]
+    wanted = input.requires_grad or weight.requires_grad or bias_wanted
+    if recording and wanted and activation is not None:
+        if activation not in FROM_OUTPUT:
+            found[0] = ("output", product, found[0][2] + rows * n)  # the pre-activation
+        found.append(("grad_preactivation", 0, 3 * rows * n))
     if recording and input.requires_grad:
         found.append(("grad_input", product, rows * n + n * k + rows * k))
     if recording and weight.requires_grad:
@@ -242,7 +249,11 @@ def _products(
 
 
 def _plans(
-    input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    dtype: torch.dtype,
 ) -> dict[str, Plan]:
     """What the launchers would choose, by product."""
     kernels, precision = backend.launchers(), backend.float32_precision()
@@ -264,8 +275,10 @@ def _plans(
     grad_output = operands[0].contiguous(*input.shape[:-1], weight.shape[0])
     transposed = operands[1]._replace(shape=weight.shape[::-1], strides=operands[1].strides[::-1])
 
-    output = kernels.forward.plan_forward(tuple(operands), precision, None)
-    grad_input = kernels.forward.plan_forward((grad_output, transposed, None), precision, None)
+    output = kernels.forward.plan_forward(tuple(operands), precision, activation, False, None)
+    grad_input = kernels.forward.plan_forward(
+        (grad_output, transposed, None), precision, None, False, None
+    )
     grad_weight = kernels.backward.plan_backward_weight(
         (grad_output, operands[0], None),
         bias is not None and bias.requires_grad,
@@ -275,14 +288,18 @@ def _plans(
         None,
     )
     partial = grad_weight.partial_weight
+    splits = 1 if partial is None else partial.shape[0]
+    # The sums that end a split grad_weight share grad_input's launch.
+    both = splits > 1 and weight.requires_grad
     return {
         "output": ("linear_forward_kernel", output.config, 1),
-        "grad_input": ("linear_forward_kernel", grad_input.config, 1),
-        "grad_weight": (
-            "linear_backward_weight_kernel",
-            grad_weight.config,
-            1 if partial is None else partial.shape[0],
+        "grad_preactivation": ("activation_backward_kernel", None, 1),
+        "grad_input": (
+            "linear_forward_and_sums_kernel" if both else "linear_forward_kernel",
+            grad_input.config,
+            1,
         ),
+        "grad_weight": ("linear_backward_weight_kernel", grad_weight.config, splits),
     }
 
 
@@ -292,8 +309,10 @@ def _counted(number: int, noun: str) -> str:
 
 def _launch_in_words(product: Product) -> str:
     config = product.config
-    if product.kernel is None or config is None:
+    if product.kernel is None:
         return "PyTorch"
+    if config is None:
+        return product.kernel
     words = [
         product.kernel,
         f"blocks {config.block_m} x {config.block_n} x {config.block_k}",

@@ -1,7 +1,5 @@
 """The function behind the layer: `linear`, and what it can take."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,30 +9,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastlinear import _torch_internals as internals
 from fastlinear import backend
+from fastlinear.activations import ACTIVATIONS, linear_activation_op
 from fastlinear.autograd import linear_op
-from fastlinear.kernels.operands import DTYPES
+from fastlinear.kernels.operands import DTYPES, check_activation
 
 _PLAIN = frozenset({Tensor, Parameter})
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda output: F.gelu(output, approximate="tanh"),
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "leaky_relu": F.leaky_relu,
-    "relu_squared": lambda output: F.relu(output).square(),
-}
-
-
-def check_activation(activation: object) -> None:
-    """Raises ValueError, naming the choices, unless `activation` is None or a name of one."""
-    if activation is not None and not (isinstance(activation, str) and activation in ACTIVATIONS):
-        raise ValueError(
-            f"activation must be None or one of {', '.join(map(repr, ACTIVATIONS))}, "
-            f"but is {activation!r}"
-        )
+_linear = internals.unwrapped(linear_op)
+_linear_activation = internals.unwrapped(linear_activation_op)
 
 
 def linear(
@@ -55,8 +36,10 @@ def linear(
         weight: (out_features, in_features), in input's dtype and on its device.
         bias: None or (out_features,), in input's dtype and on its device.
         activation: None, "relu", "gelu" (by erf), "gelu_tanh", "silu", "sigmoid", "tanh",
-            "leaky_relu" (slope 0.01) or "relu_squared": the torch function of that name, applied to
-            the output in a pass of its own.
+            "leaky_relu" (slope 0.01) or "relu_squared": the torch function of that name. The
+            kernels apply it to the accumulator, before the one rounding. For backward the
+            pre-activation is kept where a derivative needs it ("gelu", "gelu_tanh", "silu",
+            "relu_squared"), else the output.
 
     Returns:
         (*, out_features), contiguous, in input's dtype (under autocast, in autocast's).
@@ -70,9 +53,9 @@ def linear(
     """
     if activation is not None:
         check_activation(activation)
-        return ACTIVATIONS[activation](linear(input, weight, bias))
     if backend.current != "triton":
-        return F.linear(input, weight, bias)
+        output = F.linear(input, weight, bias)
+        return output if activation is None else ACTIVATIONS[activation](output)
     if (
         type(input) is Tensor
         and type(weight) in _PLAIN
@@ -85,15 +68,19 @@ def linear(
         # looked into when the op has refused them. Within a transform it sees other shapes than the
         # caller, and a compiler sees no exception.
         try:
-            return linear_op(input, weight, bias)
+            if activation is None:
+                return _linear(input, weight, bias)
+            return _linear_activation(input, weight, bias, activation)
         except RuntimeError:
             broadcasts = bias is not None and bias.shape != weight.shape[:1]
             if why_not(input, weight, bias) is None and not broadcasts:
                 raise
-    return _by_the_kernels(input, weight, bias)
+    return _by_the_kernels(input, weight, bias, activation)
 
 
-def _by_the_kernels(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _by_the_kernels(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+) -> Tensor:
     """`linear` by the kernels, or an error that says why not."""
     reason = why_not(input, weight, bias)
     if reason is not None:
@@ -104,7 +91,9 @@ def _by_the_kernels(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
         )
     if bias is not None and bias.numel() == 1:
         bias = bias.expand(weight.shape[0])
-    return linear_op(input, weight, bias)
+    if activation is None:
+        return linear_op(input, weight, bias)
+    return linear_activation_op(input, weight, bias, activation)
 
 
 def _changes_meaning(tensor: Tensor) -> bool:

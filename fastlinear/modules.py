@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlinear import _torch_internals as internals
-from fastlinear.functional import check_activation, linear
+from fastlinear.functional import linear
+from fastlinear.kernels.operands import check_activation
 
 # torch.fx.symbolic_trace writes a layer down as one call of `linear`: its arguments then are no
 # tensors that a path could be chosen for.

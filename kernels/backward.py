@@ -13,13 +13,16 @@ from torch import Tensor
 
 from . import launch
 from .configs import Config, choose, choose_splits
-from .forward import linear_forward
+from .epilogue import activation_gradient
+from .forward import forward_tile, linear_forward, plan_forward
 from .indexing import locate_rows, locate_tile
-from .operands import check_backward_shapes, check_same_kind
+from .operands import Activation, check_activation, check_backward_shapes, check_same_kind
 from .precision import prepare_operand
 
 # Elements of grad_weight that one program sums over the splits.
 SUM_BLOCK = 512
+# Most features, of 1024 elements, that one program of activation_backward_kernel takes.
+ACTIVATION_BLOCK = 128
 
 
 def linear_backward_input(
@@ -171,6 +174,45 @@ def linear_backward_weight_kernel(
 
 
 @triton.jit
+def sum_splits_tile(
+    pid,
+    partial_weight_ptr,
+    partial_bias_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    splits,
+    weight_size,
+    bias_size,
+    SUM_BIAS: tl.constexpr,
+    SUM_OFFSET_DTYPE: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+):
+    """grad_weight[i] = sum_s partial_weight[s, i]; grad_bias likewise.
+
+    The sum is in the order of s, then comes the one rounding. Computes SUM_BLOCK elements, the
+    `pid`-th.
+    """
+    weight_blocks = tl.cdiv(weight_size, SUM_BLOCK)
+    block = pid.to(SUM_OFFSET_DTYPE)
+    if block < weight_blocks:
+        offs = block * SUM_BLOCK + tl.arange(0, SUM_BLOCK)
+        mask = offs < weight_size
+        acc = tl.zeros((SUM_BLOCK,), dtype=partial_weight_ptr.dtype.element_ty)
+        for _ in range(splits):
+            acc += tl.load(partial_weight_ptr + offs, mask=mask, other=0.0)
+            partial_weight_ptr += weight_size
+        tl.store(grad_weight_ptr + offs, acc.to(grad_weight_ptr.dtype.element_ty), mask=mask)
+    elif SUM_BIAS:
+        offs = (block - weight_blocks) * SUM_BLOCK + tl.arange(0, SUM_BLOCK)
+        mask = offs < bias_size
+        acc = tl.zeros((SUM_BLOCK,), dtype=partial_bias_ptr.dtype.element_ty)
+        for _ in range(splits):
+            acc += tl.load(partial_bias_ptr + offs, mask=mask, other=0.0)
+            partial_bias_ptr += bias_size
+        tl.store(grad_bias_ptr + offs, acc.to(grad_bias_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def sum_splits_kernel(
     partial_weight_ptr,
     partial_bias_ptr,
@@ -179,32 +221,126 @@ def sum_splits_kernel(
     splits,
     weight_size,
     bias_size,
-    HAS_BIAS: tl.constexpr,
-    OFFSET_DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SUM_BIAS: tl.constexpr,
+    SUM_OFFSET_DTYPE: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
 ):
-    """grad_weight[i] = sum_s partial_weight[s, i]; grad_bias likewise.
+    """`sum_splits_tile`, one a program."""
+    sum_splits_tile(
+        tl.program_id(0),
+        partial_weight_ptr,
+        partial_bias_ptr,
+        grad_weight_ptr,
+        grad_bias_ptr,
+        splits,
+        weight_size,
+        bias_size,
+        SUM_BIAS=SUM_BIAS,
+        SUM_OFFSET_DTYPE=SUM_OFFSET_DTYPE,
+        SUM_BLOCK=SUM_BLOCK,
+    )
 
-    The sum is in the order of s, then comes the one rounding.
+
+@triton.jit
+def linear_forward_and_sums_kernel(
+    input_ptr,
+    weight_ptr,
+    bias_ptr,
+    output_ptr,
+    preactivation_ptr,
+    partial_weight_ptr,
+    partial_bias_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    M,
+    N,
+    K,
+    zero,
+    input_inner_size,
+    stride_ib,
+    stride_io,
+    stride_im,
+    stride_ik,
+    stride_wb,
+    stride_wn,
+    stride_wk,
+    stride_bb,
+    stride_bn,
+    splits,
+    weight_size,
+    bias_size,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SAVE_PREACTIVATION: tl.constexpr,
+    NESTED_INPUT: tl.constexpr,
+    OFFSET_DTYPE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    SUM_STEPS_APART: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUM_BIAS: tl.constexpr,
+    SUM_OFFSET_DTYPE: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+):
+    """`sum_splits_tile` in the first programs, `forward_tile` in the others: a launch less.
+
+    As the backward of a layer it is grad_input, and the sums that end its grad_weight.
     """
-    weight_blocks = tl.cdiv(weight_size, BLOCK)
-    block = tl.program_id(0).to(OFFSET_DTYPE)
-    if block < weight_blocks:
-        offs = block * BLOCK + tl.arange(0, BLOCK)
-        mask = offs < weight_size
-        acc = tl.zeros((BLOCK,), dtype=partial_weight_ptr.dtype.element_ty)
-        for _ in range(splits):
-            acc += tl.load(partial_weight_ptr + offs, mask=mask, other=0.0)
-            partial_weight_ptr += weight_size
-        tl.store(grad_weight_ptr + offs, acc.to(grad_weight_ptr.dtype.element_ty), mask=mask)
-    elif HAS_BIAS:
-        offs = (block - weight_blocks) * BLOCK + tl.arange(0, BLOCK)
-        mask = offs < bias_size
-        acc = tl.zeros((BLOCK,), dtype=partial_bias_ptr.dtype.element_ty)
-        for _ in range(splits):
-            acc += tl.load(partial_bias_ptr + offs, mask=mask, other=0.0)
-            partial_bias_ptr += bias_size
-        tl.store(grad_bias_ptr + offs, acc.to(grad_bias_ptr.dtype.element_ty), mask=mask)
+    sum_blocks = tl.cdiv(weight_size, SUM_BLOCK) + tl.cdiv(bias_size, SUM_BLOCK)
+    if tl.program_id(0) < sum_blocks:
+        sum_splits_tile(
+            tl.program_id(0),
+            partial_weight_ptr,
+            partial_bias_ptr,
+            grad_weight_ptr,
+            grad_bias_ptr,
+            splits,
+            weight_size,
+            bias_size,
+            SUM_BIAS=SUM_BIAS,
+            SUM_OFFSET_DTYPE=SUM_OFFSET_DTYPE,
+            SUM_BLOCK=SUM_BLOCK,
+        )
+    else:
+        forward_tile(
+            tl.program_id(0) - sum_blocks,
+            input_ptr,
+            weight_ptr,
+            bias_ptr,
+            output_ptr,
+            preactivation_ptr,
+            M,
+            N,
+            K,
+            zero,
+            input_inner_size,
+            stride_ib,
+            stride_io,
+            stride_im,
+            stride_ik,
+            stride_wb,
+            stride_wn,
+            stride_wk,
+            stride_bb,
+            stride_bn,
+            HAS_BIAS=HAS_BIAS,
+            ACTIVATION=ACTIVATION,
+            SAVE_PREACTIVATION=SAVE_PREACTIVATION,
+            NESTED_INPUT=NESTED_INPUT,
+            OFFSET_DTYPE=OFFSET_DTYPE,
+            ACC_DTYPE=ACC_DTYPE,
+            INPUT_PRECISION=INPUT_PRECISION,
+            UPCAST=UPCAST,
+            SUM_STEPS_APART=SUM_STEPS_APART,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
+            GROUP=GROUP,
+        )
 
 
 class BackwardWeightLaunch(NamedTuple):
@@ -366,6 +502,19 @@ def linear_backward_weight(
         config,
         splits,
     )
+    grad_weight, grad_bias, sums = _launch_backward_weight(plan, grad_output, input, bias)
+    if sums is not None:
+        launch.run(sum_splits_kernel, *sums)
+    return grad_weight, grad_bias
+
+
+Sums = tuple[launch.Launch, tuple[Tensor | None, ...]]
+
+
+def _launch_backward_weight(
+    plan: BackwardWeightLaunch, grad_output: Tensor, input: Tensor, bias: bool
+) -> tuple[Tensor, Tensor | None, Sums | None]:
+    """(grad_weight, grad_bias, the launch of `sum_splits_kernel` that is left to be done)."""
     if plan.copy_grad_output:
         grad_output = grad_output.contiguous()
     if plan.copy_input:
@@ -373,40 +522,213 @@ def linear_backward_weight(
     grad_weight = launch.allocate(input, plan.grad_weight)
     grad_bias = launch.allocate(input, plan.grad_bias) if bias else None
     if plan.kernel.grid == (0,):
-        return grad_weight, grad_bias
+        return grad_weight, grad_bias, None
     if plan.partial_weight is None:
         pointers = (grad_output, input, grad_weight, grad_bias)
         launch.run(linear_backward_weight_kernel, plan.kernel, pointers)
-        return grad_weight, grad_bias
+        return grad_weight, grad_bias, None
 
     partial_weight = launch.allocate(input, plan.partial_weight)
     partial_bias = launch.allocate(input, plan.partial_bias) if bias else None
     pointers = (grad_output, input, partial_weight, partial_bias)
     launch.run(linear_backward_weight_kernel, plan.kernel, pointers)
-    sum_splits(
-        partial_weight, partial_bias, grad_weight, grad_bias, plan.kernel.constants["OFFSET_DTYPE"]
+    weight_size, bias_size = grad_weight.numel(), 0 if grad_bias is None else grad_bias.numel()
+    sums = launch.Launch(
+        grid=(triton.cdiv(weight_size, SUM_BLOCK) + triton.cdiv(bias_size, SUM_BLOCK),),
+        scalars=(partial_weight.shape[0], weight_size, bias_size),
+        constants={
+            "SUM_BIAS": bias,
+            "SUM_OFFSET_DTYPE": plan.kernel.constants["OFFSET_DTYPE"],
+            "SUM_BLOCK": SUM_BLOCK,
+        },
     )
-    return grad_weight, grad_bias
+    return grad_weight, grad_bias, (sums, (partial_weight, partial_bias, grad_weight, grad_bias))
 
 
-def sum_splits(
-    partial_weight: Tensor,
-    partial_bias: Tensor | None,
-    grad_weight: Tensor,
-    grad_bias: Tensor | None,
-    offset_dtype: tl.dtype,
-) -> None:
-    """Writes the sums over the splits to grad_weight and grad_bias.
+def linear_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    bias: bool,
+    *,
+    batched: bool = False,
+    precision: str = "ieee",
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Computes the gradients of a layer together, in two launches.
 
-    partial_weight and partial_bias are (splits, ...).
+    Args:
+        grad_output: (*, N), or (B, M, N) if batched; any strides.
+        input: (*, K) or (B, M, K); None where no grad_weight is wanted.
+        weight: (N, K) or (B, N, K); None where no grad_input is wanted.
+        bias: whether grad_bias is wanted; it comes with grad_weight only.
+        batched, precision: as in `linear_backward_weight`.
+
+    Returns:
+        grad_input, grad_weight and grad_bias, as `linear_backward_input` and
+        `linear_backward_weight` give them; None for what is not wanted.
     """
-    bias_size = 0 if grad_bias is None else grad_bias.numel()
-    grid = (triton.cdiv(grad_weight.numel(), SUM_BLOCK) + triton.cdiv(bias_size, SUM_BLOCK),)
-    constants = {
-        "HAS_BIAS": grad_bias is not None,
-        "OFFSET_DTYPE": offset_dtype,
-        "BLOCK": SUM_BLOCK,
-    }
-    scalars = (partial_weight.shape[0], grad_weight.numel(), bias_size)
-    pointers = (partial_weight, partial_bias, grad_weight, grad_bias)
-    launch.run(sum_splits_kernel, launch.Launch(grid, scalars, constants), pointers)
+    grad_input = grad_weight = grad_bias = sums = None
+    if input is not None:
+        operands = launch.describe(grad_output, input)
+        plan = plan_backward_weight(operands, bias, batched, precision, None, None)
+        grad_weight, grad_bias, sums = _launch_backward_weight(plan, grad_output, input, bias)
+    if weight is not None and sums is not None:
+        grad_input = _launch_backward_input_and_sums(grad_output, weight, precision, *sums)
+    elif weight is not None:
+        grad_input = linear_backward_input(grad_output, weight, precision=precision)
+    elif sums is not None:
+        launch.run(sum_splits_kernel, *sums)
+    return grad_input, grad_weight, grad_bias
+
+
+def _launch_backward_input_and_sums(
+    grad_output: Tensor,
+    weight: Tensor,
+    precision: str,
+    sums: launch.Launch,
+    sums_pointers: tuple[Tensor | None, ...],
+) -> Tensor:
+    weight = weight.mT
+    plan = plan_forward(launch.describe(grad_output, weight), precision, None, False, None)
+    if plan.copy_input:
+        grad_output = grad_output.contiguous()
+    grad_input = launch.allocate(grad_output, plan.output)
+    both = launch.Launch(
+        grid=(sums.grid[0] + plan.kernel.grid[0],),
+        scalars=plan.kernel.scalars + sums.scalars,
+        constants=plan.kernel.constants | sums.constants,
+    )
+    pointers = (grad_output, weight, None, grad_input, None, *sums_pointers)
+    launch.run(linear_forward_and_sums_kernel, both, pointers)
+    return grad_input
+
+
+@triton.jit
+def activation_backward_kernel(
+    grad_output_ptr,
+    saved_ptr,
+    grad_preactivation_ptr,
+    M,
+    N,
+    grad_output_inner_size,
+    stride_go,
+    stride_gm,
+    stride_gn,
+    ACTIVATION: tl.constexpr,
+    NESTED_GRAD_OUTPUT: tl.constexpr,
+    OFFSET_DTYPE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """grad_preactivation[m, n] = grad_output[m, n] * activation'(m, n).
+
+    One program computes one BLOCK_M x BLOCK_N tile. grad_output (M, N) has any strides; saved, from
+    which the derivative is taken (operands.FROM_OUTPUT), and the result are contiguous.
+    """
+    column_tiles = tl.cdiv(N, BLOCK_N)
+    offs_m = (tl.program_id(0) // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)).to(OFFSET_DTYPE)
+    offs_n = (tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)).to(OFFSET_DTYPE)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    offs = offs_m[:, None] * N + offs_n[None, :]
+    rows = locate_rows(offs_m, grad_output_inner_size, stride_go, stride_gm, NESTED_GRAD_OUTPUT)
+    grad_output_ptrs = grad_output_ptr + rows[:, None] + offs_n[None, :] * stride_gn
+    grad_output = tl.load(grad_output_ptrs, mask=mask, other=0.0)
+    saved = tl.load(saved_ptr + offs, mask=mask, other=0.0)
+    grad = activation_gradient(grad_output.to(ACC_DTYPE), saved.to(ACC_DTYPE), ACTIVATION)
+    tl.store(grad_preactivation_ptr + offs, grad.to(saved_ptr.dtype.element_ty), mask=mask)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_activation_backward(
+    operands: tuple[launch.Fields, launch.Fields, None], activation: Activation
+) -> tuple[launch.Launch, bool]:
+    """The launch of `activation_backward`, and whether grad_output is copied first.
+
+    It is for tensors like `describe(grad_output, saved)`.
+    """
+    grad_output, saved = launch.Operand(*operands[0]), launch.Operand(*operands[1])
+    check_activation(activation)
+    check_same_kind(grad_output=grad_output, saved=saved)
+    rows = launch.rows_of(grad_output)
+    features = grad_output.shape[-1]
+    block_n = min(ACTIVATION_BLOCK, triton.next_power_of_2(max(features, 1)))
+    block_m = 1024 // block_n
+    plan = launch.Launch(
+        grid=(triton.cdiv(rows.size, block_m) * triton.cdiv(features, block_n),),
+        scalars=(
+            rows.size,
+            features,
+            rows.inner_size,
+            rows.stride_outer,
+            rows.stride_inner,
+            rows.stride_feature,
+        ),
+        constants={
+            "ACTIVATION": activation,
+            "NESTED_GRAD_OUTPUT": rows.nested,
+            "OFFSET_DTYPE": launch.offset_dtype(rows.operand, saved),
+            "ACC_DTYPE": launch.accumulator_dtype(saved.dtype),
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+        },
+    )
+    return plan, rows.copied
+
+
+def activation_backward(grad_output: Tensor, saved: Tensor, activation: Activation) -> Tensor:
+    """Computes the gradient of the pre-activation.
+
+    Args:
+        grad_output: (*, N), the gradient of the output; any strides.
+        saved: (*, N), contiguous, in grad_output's dtype: the output of the activations that
+            `operands.FROM_OUTPUT` names, else the pre-activation.
+        activation: one of `operands.ACTIVATIONS`.
+
+    Returns:
+        (*, N), contiguous; computed in float32 (float64 for float64) and rounded once.
+    """
+    plan, copy_grad_output = plan_activation_backward(
+        launch.describe(grad_output, saved), activation
+    )
+    if copy_grad_output:
+        grad_output = grad_output.contiguous()
+    grad_preactivation = launch.allocate(saved, launch.Operand(*launch.describe(saved, saved)[0]))
+    if plan.grid != (0,):
+        launch.run(activation_backward_kernel, plan, (grad_output, saved, grad_preactivation))
+    return grad_preactivation
+
+
+def linear_activation_backward(
+    grad_output: Tensor,
+    saved: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    bias: bool,
+    activation: Activation,
+    *,
+    batched: bool = False,
+    precision: str = "ieee",
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """The gradients of `activation(input @ weight.mT + bias)`, in three launches.
+
+    The gradient is taken through the activation once, in a pass that reads grad_output and what was
+    saved and writes the pre-activation's gradient; both products then read that, grad_bias with
+    them: 5 M N elements besides the products' own operands. Taking it where each product loads it
+    would spare one of the five, but take it anew for every column of tiles: with 4096 features 32
+    times, and a derivative costs more than its share of the tile's multiply-adds. It would also put
+    the operand of an asynchronous product into registers, at a price in stages and spills.
+
+    Args:
+        grad_output: (*, N), or (B, M, N) if batched; any strides.
+        saved: grad_output's shape, as `activation_backward` takes it.
+        input, weight, bias, batched, precision: as in `linear_backward`.
+        activation: one of `operands.ACTIVATIONS`.
+
+    Returns:
+        grad_input, grad_weight and grad_bias as in `linear_backward`, and the gradient of the
+        pre-activation.
+    """
+    grad = activation_backward(grad_output, saved.contiguous(), activation)
+    gradients = linear_backward(grad, input, weight, bias, batched=batched, precision=precision)
+    return *gradients, grad

@@ -207,6 +207,7 @@ def why_illegal(
     precision: str,
     aligned: bool,
     target: Target,
+    activation: bool = False,
 ) -> str | None:
     """What is in the way of launching `config` for such operands on `target`, in words.
 
@@ -221,6 +222,7 @@ def why_illegal(
         aligned: whether every operand can be read 16 bytes at a time (launch.aligned); if not, the
             operands pass through registers, each element with an address of its own.
         target: the device.
+        activation: whether the kernel applies one to its accumulators.
     """
     rows, columns, depth = config.tile(kernel)
     for name, size in (
@@ -243,10 +245,11 @@ def why_illegal(
     threads = config.num_warps * target.warp_size
     words = max(4, dtype.itemsize) // 4
     accumulators = rows * columns * words // threads
-    if accumulators > 128:
+    most = 64 if activation else 128
+    if accumulators > most:
         return (
             f"accumulators take {accumulators} registers a thread, "
-            "more than the 128 that leave room for the rest"
+            f"more than the {most} that leave room for the rest"
         )
     if not aligned:
         addresses = (rows + columns) * depth // threads * 2
@@ -263,7 +266,12 @@ def why_illegal(
 
 @functools.cache
 def legal_configs(
-    kernel: Kernel, dtype: torch.dtype, precision: str, aligned: bool, target: Target
+    kernel: Kernel,
+    dtype: torch.dtype,
+    precision: str,
+    aligned: bool,
+    target: Target,
+    activation: bool = False,
 ) -> tuple[Config, ...]:
     """Every shipped configuration that is legal, largest tile first."""
     tiles = _TILES[target.family][arithmetic(dtype, precision)]
@@ -271,7 +279,7 @@ def legal_configs(
     return tuple(
         config
         for config in configs
-        if why_illegal(kernel, config, dtype, precision, aligned, target) is None
+        if why_illegal(kernel, config, dtype, precision, aligned, target, activation) is None
     )
 
 
@@ -286,6 +294,7 @@ def choose(
     precision: str,
     aligned: bool,
     target: Target,
+    activation: bool = False,
 ) -> Config:
     """The configuration with the least modelled time.
 
@@ -307,7 +316,8 @@ def choose(
         traffic = (tile_rows + tile_columns) * dtype.itemsize / _BANDWIDTH
         return math.ceil(tiles / target.multiprocessors) * (multiply_adds + traffic)
 
-    return min(legal_configs(kernel, dtype, precision, aligned, target), key=modelled_time)
+    legal = legal_configs(kernel, dtype, precision, aligned, target, activation)
+    return min(legal, key=modelled_time)
 
 
 def choose_splits(config: Config, batch: int, m: int, n: int, k: int, target: Target) -> int:

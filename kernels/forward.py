@@ -12,17 +12,20 @@ from torch import Tensor
 
 from . import launch
 from .configs import Config, choose
+from .epilogue import activate
 from .indexing import locate_rows, locate_tile
-from .operands import check_forward_shapes, check_same_kind
+from .operands import Activation, check_activation, check_forward_shapes, check_same_kind
 from .precision import prepare_operand
 
 
 @triton.jit
-def linear_forward_kernel(
+def forward_tile(
+    pid,
     input_ptr,
     weight_ptr,
     bias_ptr,
     output_ptr,
+    preactivation_ptr,
     M,
     N,
     K,
@@ -38,6 +41,8 @@ def linear_forward_kernel(
     stride_bb,
     stride_bn,
     HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SAVE_PREACTIVATION: tl.constexpr,
     NESTED_INPUT: tl.constexpr,
     OFFSET_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
@@ -49,19 +54,19 @@ def linear_forward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """output[b, m, n] = sum_k input[b, m, k] * weight[b, n, k] + bias[b, n].
+    """output[b, m, n] = activation(sum_k input[b, m, k] * weight[b, n, k] + bias[b, n]).
 
-    One program computes one BLOCK_M x BLOCK_N tile.
+    Computes one BLOCK_M x BLOCK_N tile, the `pid`-th.
 
     input (B, M, K), weight (B, N, K) and bias (B, N) have any strides, 0 included; output (B, M, N)
-    is contiguous. SUM_STEPS_APART sums each step from `zero`, before it joins the total
-    (launch.sum_steps_apart says when and why).
+    is contiguous, and so is the pre-activation, which is stored too if asked for. SUM_STEPS_APART
+    sums each step from `zero`, before it joins the total (when and why: launch.sum_steps_apart).
     """
     row_tiles = tl.cdiv(M, BLOCK_M)
     column_tiles = tl.cdiv(N, BLOCK_N)
     tiles = row_tiles * column_tiles
-    batch = (tl.program_id(0) // tiles).to(OFFSET_DTYPE)
-    tile_m, tile_n = locate_tile(tl.program_id(0) % tiles, row_tiles, column_tiles, GROUP)
+    batch = (pid // tiles).to(OFFSET_DTYPE)
+    tile_m, tile_n = locate_tile(pid % tiles, row_tiles, column_tiles, GROUP)
 
     offs_m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(OFFSET_DTYPE)
     offs_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(OFFSET_DTYPE)
@@ -110,9 +115,85 @@ def linear_forward_kernel(
         bias = tl.load(bias_ptr + batch * stride_bb + offs_n * stride_bn, mask=mask_n, other=0.0)
         acc += bias.to(ACC_DTYPE)[None, :]
 
-    output_ptrs = output_ptr + batch * M * N + offs_m[:, None] * N + offs_n[None, :]
-    tl.store(
-        output_ptrs, acc.to(output_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :]
+    offs = batch * M * N + offs_m[:, None] * N + offs_n[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    if SAVE_PREACTIVATION:
+        tl.store(preactivation_ptr + offs, acc.to(preactivation_ptr.dtype.element_ty), mask=mask)
+    if ACTIVATION is not None:
+        acc = activate(acc, ACTIVATION)
+    tl.store(output_ptr + offs, acc.to(output_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def linear_forward_kernel(
+    input_ptr,
+    weight_ptr,
+    bias_ptr,
+    output_ptr,
+    preactivation_ptr,
+    M,
+    N,
+    K,
+    zero,
+    input_inner_size,
+    stride_ib,
+    stride_io,
+    stride_im,
+    stride_ik,
+    stride_wb,
+    stride_wn,
+    stride_wk,
+    stride_bb,
+    stride_bn,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SAVE_PREACTIVATION: tl.constexpr,
+    NESTED_INPUT: tl.constexpr,
+    OFFSET_DTYPE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    SUM_STEPS_APART: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """`forward_tile`, one a program."""
+    forward_tile(
+        tl.program_id(0),
+        input_ptr,
+        weight_ptr,
+        bias_ptr,
+        output_ptr,
+        preactivation_ptr,
+        M,
+        N,
+        K,
+        zero,
+        input_inner_size,
+        stride_ib,
+        stride_io,
+        stride_im,
+        stride_ik,
+        stride_wb,
+        stride_wn,
+        stride_wk,
+        stride_bb,
+        stride_bn,
+        HAS_BIAS=HAS_BIAS,
+        ACTIVATION=ACTIVATION,
+        SAVE_PREACTIVATION=SAVE_PREACTIVATION,
+        NESTED_INPUT=NESTED_INPUT,
+        OFFSET_DTYPE=OFFSET_DTYPE,
+        ACC_DTYPE=ACC_DTYPE,
+        INPUT_PRECISION=INPUT_PRECISION,
+        UPCAST=UPCAST,
+        SUM_STEPS_APART=SUM_STEPS_APART,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        GROUP=GROUP,
     )
 
 
@@ -129,6 +210,8 @@ class ForwardLaunch(NamedTuple):
 def plan_forward(
     operands: tuple[launch.Fields, launch.Fields, launch.Fields | None],
     precision: str,
+    activation: Activation | None,
+    save_preactivation: bool,
     config: Config | None,
 ) -> ForwardLaunch:
     """How `linear_forward` goes about tensors like these: `launch.describe(input, weight, bias)`.
@@ -137,6 +220,7 @@ def plan_forward(
     """
     input, weight = launch.Operand(*operands[0]), launch.Operand(*operands[1])
     bias = None if operands[2] is None else launch.Operand(*operands[2])
+    check_activation(activation)
     check_same_kind(input=input, weight=weight, bias=bias)
     check_forward_shapes(input.shape, weight.shape, None if bias is None else bias.shape)
 
@@ -158,6 +242,7 @@ def plan_forward(
             precision,
             aligned,
             target,
+            activation is not None,
         )
     stride_wb, stride_wn, stride_wk = launch.batch_strides(weight, dims=3)
     stride_bb, stride_bn = (0, 0) if bias is None else launch.batch_strides(bias, dims=2)
@@ -187,6 +272,8 @@ def plan_forward(
             ),
             constants={
                 "HAS_BIAS": bias is not None,
+                "ACTIVATION": activation,
+                "SAVE_PREACTIVATION": save_preactivation,
                 "NESTED_INPUT": rows.nested,
                 "OFFSET_DTYPE": launch.offset_dtype(rows.operand, weight, bias, output),
                 "ACC_DTYPE": launch.accumulator_dtype(input.dtype),
@@ -234,10 +321,49 @@ def linear_forward(
         RuntimeError: shapes, dtypes or devices are none of these, or the kernels cannot run on the
             device.
     """
-    plan = plan_forward(launch.describe(input, weight, bias), precision, config)
+    plan = plan_forward(launch.describe(input, weight, bias), precision, None, False, config)
     if plan.copy_input:
         input = input.contiguous()
     output = launch.allocate(input, plan.output)
     if plan.kernel.grid != (0,):
-        launch.run(linear_forward_kernel, plan.kernel, (input, weight, bias, output))
+        launch.run(linear_forward_kernel, plan.kernel, (input, weight, bias, output, None))
     return output
+
+
+def linear_activation_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Activation,
+    save_preactivation: bool,
+    *,
+    precision: str = "ieee",
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Computes `activation(input @ weight.mT + bias)` in one launch.
+
+    The activation is applied in the accumulator, before the one rounding to the output dtype, so
+    that the pre-activation is neither rounded nor, unless it is to be saved, written: against a
+    product followed by the activation that spares a write and a read of (*, N), or a read.
+
+    Args:
+        activation: one of `operands.ACTIVATIONS`.
+        save_preactivation: whether it is wanted too, for the backward of what needs it.
+        input, weight, bias, precision, config: as in `linear_forward`.
+
+    Returns:
+        The output and the pre-activation or None, as `linear_forward` returns its output.
+
+    Raises:
+        RuntimeError: as in `linear_forward`.
+    """
+    operands = launch.describe(input, weight, bias)
+    plan = plan_forward(operands, precision, activation, save_preactivation, config)
+    if plan.copy_input:
+        input = input.contiguous()
+    output = launch.allocate(input, plan.output)
+    preactivation = launch.allocate(input, plan.output) if save_preactivation else None
+    if plan.kernel.grid != (0,):
+        pointers = (input, weight, bias, output, preactivation)
+        launch.run(linear_forward_kernel, plan.kernel, pointers)
+    return output, preactivation

@@ -1,16 +1,34 @@
-"""What the kernels take: shapes, dtypes and devices that belong together.
+"""What the kernels take: activations, and shapes, dtypes and devices that belong together.
 
 Nothing here imports Triton, so that shapes are checked the same way where there is none.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
+Activation = Literal[
+    "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "leaky_relu", "relu_squared"
+]
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+
+# Whose gradient is taken from the output, which the next layer mostly keeps anyway. The others'
+# needs the pre-activation.
+FROM_OUTPUT = frozenset({"relu", "sigmoid", "tanh", "leaky_relu"})
+
 Shape = Sequence[Any]  # of int, or of SymInt while a graph is traced
+
+
+def check_activation(activation: object) -> None:
+    """Raises ValueError, naming the choices, unless `activation` is None or one of ACTIVATIONS."""
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation must be None or one of {', '.join(map(repr, ACTIVATIONS))}, "
+            f"but is {activation!r}"
+        )
 
 
 def check_same_kind(**operands: Any) -> None:

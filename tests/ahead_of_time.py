@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 
 from fastlinear.kernels import backward, forward, launch
 from fastlinear.kernels.configs import TARGETS, Config, arithmetic, legal_configs
+from fastlinear.kernels.operands import ACTIVATIONS
 
 GPU_TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -48,19 +49,23 @@ FORWARD_LAYOUTS = {
     "columns": ("stride_im", "stride_wk"),  # input given as X.t()
 }
 
+SUMS = {"SUM_BIAS": True, "SUM_BLOCK": backward.SUM_BLOCK}
+
 
 @dataclass(frozen=True)
 class Case:
     """One kernel, as one call would compile it."""
 
     target: str
-    # "output", "grad_input", "columns", "grad_weight", "grad_weight_partial" or "sum_splits"
+    # "output", "grad_input", "columns", "grad_weight", "grad_weight_partial", "sum_splits",
+    # "grad_input_and_sums" or "grad_preactivation"
     product: str
     dtype: str
     precision: str
     config: Config | None
     aligned: bool = True  # pointers, sizes and strides divisible by 16
     wide: bool = False  # 64-bit offsets
+    activation: str | None = None
 
     @property
     def label(self) -> str:
@@ -72,8 +77,9 @@ class Case:
             else "-"
         )
         notes = ("" if self.aligned else " unaligned") + (" int64" if self.wide else "")
+        notes += f" {self.activation}" if self.activation else ""
         return (
-            f"{self.target:7} {self.product:12} {self.dtype:9} {self.precision:5} {blocks}{notes}"
+            f"{self.target:7} {self.product:19} {self.dtype:9} {self.precision:5} {blocks}{notes}"
         )
 
 
@@ -111,6 +117,21 @@ def cases(targets: list[str]) -> list[Case]:
             found += [Case(target, "output", dtype, precision, forwards[0], wide=True)]
             found += [Case(target, "grad_weight", dtype, precision, weights[0], wide=True)]
             found += [Case(target, "sum_splits", dtype, precision, None)]
+            found += [
+                Case(target, "grad_input_and_sums", dtype, precision, config) for config in forwards
+            ]
+            for activation in ("gelu", "gelu_tanh", "tanh"):  # the others do less of the same
+                given = {"activation": activation}
+                largest = chosen("forward", aligned=True, activation=True)[0]
+                found += [Case(target, "output", dtype, precision, largest, **given)]
+                found += [
+                    Case(target, "grad_weight_partial", dtype, precision, weights[0], **given)
+                ]
+            found += [
+                Case(target, "grad_preactivation", dtype, precision, None, activation=activation)
+                for activation in ACTIVATIONS
+                if precision == "ieee"
+            ]
             for config in chosen("forward", aligned=False):
                 found += [Case(target, "output", dtype, precision, config, aligned=False)]
             for config in chosen("backward_weight", aligned=False):
@@ -132,13 +153,27 @@ def compile_case(case: Case) -> Any:
     accumulator = "*fp64" if dtype == torch.float64 else "*fp32"
     constants: dict[str, Any] = {
         "HAS_BIAS": True,
+        "ACTIVATION": case.activation,
+        "SAVE_PREACTIVATION": case.activation is not None,
         "OFFSET_DTYPE": tl.int64 if case.wide else tl.int32,
     }
+    if case.activation is None:
+        constants["preactivation_ptr"] = None
     pointers: dict[str, str] = {}
     if case.product == "sum_splits":
         kernel = backward.sum_splits_kernel
         pointers = {"partial_weight_ptr": accumulator, "partial_bias_ptr": accumulator}
-        constants |= {"BLOCK": backward.SUM_BLOCK}
+        constants |= SUMS | {"SUM_OFFSET_DTYPE": constants["OFFSET_DTYPE"]}
+        options = {}
+    elif case.product == "grad_preactivation":
+        kernel = backward.activation_backward_kernel
+        constants |= {
+            "ACC_DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,
+            "NESTED_GRAD_OUTPUT": False,
+            "stride_gn": 1,
+            "BLOCK_M": 1024 // backward.ACTIVATION_BLOCK,
+            "BLOCK_N": backward.ACTIVATION_BLOCK,
+        }
         options = {}
     else:
         config = case.config
@@ -166,9 +201,14 @@ def compile_case(case: Case) -> Any:
                 pointers = {"grad_weight_ptr": accumulator, "grad_bias_ptr": accumulator}
         else:
             kernel = forward.linear_forward_kernel
-            constants |= dict.fromkeys(FORWARD_LAYOUTS[case.product], 1)
-            if case.product == "grad_input":
+            layout, _, sums = case.product.partition("_and_")
+            constants |= dict.fromkeys(FORWARD_LAYOUTS[layout], 1)
+            if layout == "grad_input":
                 constants |= {"HAS_BIAS": False, "bias_ptr": None}
+            if sums:
+                kernel = backward.linear_forward_and_sums_kernel
+                constants |= SUMS | {"SUM_OFFSET_DTYPE": constants["OFFSET_DTYPE"]}
+                pointers = {"partial_weight_ptr": accumulator, "partial_bias_ptr": accumulator}
 
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -184,6 +224,7 @@ def compile_case(case: Case) -> Any:
             signature[name] = "i64" if case.wide and name.startswith("stride_") else "i32"
         if case.aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPU_TARGETS[case.target], options=options)
 
@@ -247,7 +288,7 @@ def expected_instruction(case: Case) -> str | None:
 
     None where plain cores do the work.
     """
-    if case.product == "sum_splits":
+    if case.config is None:
         return None
     kind = arithmetic(getattr(torch, case.dtype), case.precision)
     rows, _, _ = case.config.tile(
@@ -280,7 +321,7 @@ def faults(case: Case, found: dict[str, Any]) -> list[str]:
             f"of {TARGETS[case.target].shared_memory}"
         )
     wanted_apart = launch.sum_steps_apart(getattr(torch, case.dtype), case.precision)
-    if case.product != "sum_splits" and found["sums_apart"] != wanted_apart:
+    if case.config is not None and found["sums_apart"] != wanted_apart:
         wrong.append("sums steps apart" if found["sums_apart"] else "has one running sum")
     expected = expected_instruction(case)
     if expected == "wgmma.mma_async" and case.precision == "ieee" and case.aligned:
@@ -318,7 +359,7 @@ def main() -> None:
     wanted = [case for case in cases(arguments.targets) if arguments.only in case.label]
     rows, failures = [], 0
     print(
-        f"{'target  product      dtype     prec. tile':64} "
+        f"{'target  product             dtype     prec. tile':71} "
         f"{'registers':>9} {'spilled':>7} {'shared':>7}  matrix instructions"
     )
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
@@ -327,13 +368,13 @@ def main() -> None:
             failures += bool(wrong)
             rows.append(found | {"faults": wrong})
             if found["error"]:
-                print(f"{case.label:64} {found['error']}")
+                print(f"{case.label:71} {found['error']}")
             else:
                 kinds = ", ".join(
                     sorted({".".join(name.split(".")[:2]) for name in found["instructions"]})
                 )
                 print(
-                    f"{case.label:64} "
+                    f"{case.label:71} "
                     f"{found['registers']:9} {found['spilled']:7} {found['shared']:7}  {kinds}"
                     + "".join(f"  FAULT: {fault}" for fault in wrong),
                     flush=True,

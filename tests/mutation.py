@@ -25,6 +25,10 @@ FORWARD, BACKWARD, GRADIENTS, DISPATCH = (
     ("tests/test_gradients.py",),
     ("tests/test_dispatch.py",),
 )
+ACTIVATED = ("tests/test_activations.py::test_activation_is_as_exact_as_pytorch_s",)
+ACTIVATED_BACKWARD = (
+    "tests/test_activations.py::test_activation_gradients_are_as_exact_as_pytorch_s",
+)
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ MUTANTS = [
     Mutant(
         "store mask dropped, forward",
         "kernels/forward.py",
-        "acc.to(output_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :]",
-        "acc.to(output_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n >= 0)[None, :]",
+        "    mask = mask_m[:, None] & mask_n[None, :]\n",
+        "    mask = mask_m[:, None] & (offs_n >= 0)[None, :]\n",
         FORWARD,
     ),
     Mutant(
@@ -236,6 +240,48 @@ MUTANTS = [
         "_eval_frame.set_code_exec_strategy(function.__code__, skip)",
         "del skip",
         ("tests/test_transforms.py::test_transform_of_a_compiled_function",),
+    ),
+    Mutant(
+        "one gelu for the other",
+        "kernels/epilogue.py",
+        "y = x * _normal_cdf(x)",
+        "y = x * _sigmoids(_gelu_argument(x))[0]",
+        ACTIVATED,
+    ),
+    Mutant(
+        "silu's gradient without its slope",
+        "kernels/epilogue.py",
+        "result = grad * s * (1.0 + saved * rest)\n",
+        "result = grad * s\n",
+        ACTIVATED_BACKWARD,
+    ),
+    Mutant(
+        "tanh without its series",
+        "kernels/epilogue.py",
+        "return tl.where(tl.abs(x) < 0.25, near, far)",
+        "return far",
+        ("tests/test_activations.py::test_activation_of_extreme_values",),
+    ),
+    Mutant(
+        "output saved for the pre-activation",
+        "kernels/forward.py",
+        "tl.store(preactivation_ptr + offs, acc.to(",
+        "tl.store(preactivation_ptr + offs, activate(acc, ACTIVATION).to(",
+        ACTIVATED_BACKWARD,
+    ),
+    Mutant(
+        "tiles shifted in the launch they share with the sums",
+        "kernels/backward.py",
+        "            tl.program_id(0) - sum_blocks,",
+        "            tl.program_id(0) - sum_blocks + 1,",
+        ACTIVATED_BACKWARD,
+    ),
+    Mutant(
+        "activation's gradient left out of the pass",
+        "kernels/backward.py",
+        "grad = activation_gradient(grad_output.to(ACC_DTYPE), saved.to(ACC_DTYPE), ACTIVATION)",
+        "grad = grad_output.to(ACC_DTYPE)",
+        ACTIVATED_BACKWARD,
     ),
 ]
 

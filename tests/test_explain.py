@@ -21,31 +21,39 @@ INPUTS: dict[str, Callable[[torch.device], Tensor]] = {
     "sliced": lambda device: torch.randn(64, 83, device=device)[::2, 3:43],
     "copied rows": lambda device: torch.randn(2, 3, 4, 40, device=device).permute(2, 1, 0, 3),
 }
-CASES = {  # input, what needs a gradient, autocast
-    **{name: (name, "both", False) for name in INPUTS},
-    "input's gradient": ("one row", "input", False),
-    "weight's gradient": ("one row", "weight", False),
-    "no gradient": ("one row", "none", False),
-    "autocast": ("transposed", "both", True),
-    "autocast of a slice": ("sliced", "both", True),
+CASES = {  # input, what needs a gradient, autocast, activation
+    **{name: (name, "both", False, None) for name in INPUTS},
+    "activation": ("one row", "both", False, "gelu"),
+    "activation, split sums": ("split sums", "both", False, "relu"),
+    "activation, no gradient": ("one row", "none", False, "gelu"),
+    "input's gradient": ("one row", "input", False, None),
+    "weight's gradient": ("one row", "weight", False, None),
+    "no gradient": ("one row", "none", False, None),
+    "autocast": ("transposed", "both", True, None),
+    "autocast of a slice": ("sliced", "both", True, None),
 }
 
 
-@pytest.mark.parametrize(("name", "needs", "autocast"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("name", "needs", "autocast", "activation"), CASES.values(), ids=CASES)
 @pytest.mark.usefixtures("triton_backend")
 def test_explained_launches_are_those_that_happen(
-    name: str, needs: str, autocast: bool, monkeypatch: pytest.MonkeyPatch, device: torch.device
+    name: str,
+    needs: str,
+    autocast: bool,
+    activation: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
 ) -> None:
-    layer = fastlinear.Linear(40, 70, device=device)
+    layer = fastlinear.Linear(40, 70, device=device, activation=activation)
     layer.requires_grad_(needs in ("weight", "both"))
     input = INPUTS[name](device).requires_grad_(needs in ("input", "both"))
     launched: list[tuple[str, tuple[int, ...]]] = []
     run = launch.run
 
     def spy(kernel, plan: launch.Launch, pointers: tuple[Tensor | None, ...]) -> None:  # type: ignore[no-untyped-def]
-        if kernel.__name__ != "sum_splits_kernel":
-            blocks = tuple(plan.constants[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-            launched.append((kernel.__name__, blocks))
+        names = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+        blocks = tuple(plan.constants[name] for name in names if name in plan.constants)
+        launched.append((kernel.__name__, blocks if len(blocks) == 3 else ()))
         run(kernel, plan, pointers)
 
     monkeypatch.setattr(launch, "run", spy)
@@ -58,13 +66,17 @@ def test_explained_launches_are_those_that_happen(
             output.backward(torch.randn_like(output))
     assert said.path == "fastlinear.kernels"
     assert said.dtype == str(output.dtype).removeprefix("torch.")
-    assert launched == [
-        (product.kernel, (product.config.block_m, product.config.block_n, product.config.block_k))
-        for product in said.products
-        if product.config is not None
-    ]
+    expected = []
+    for product in said.products:
+        assert product.kernel is not None
+        config = product.config
+        blocks = () if config is None else (config.block_m, config.block_n, config.block_k)
+        expected.append((product.kernel, blocks))
+    # Backward is explained in the order of the operands, and not launched in it.
+    assert sorted(launched) == sorted(expected)
     assert [product.name for product in said.products] == (
         ["output"]
+        + ["grad_preactivation"] * (activation is not None and needs != "none")
         + ["grad_input"] * (needs in ("input", "both"))
         + ["grad_weight"] * (needs in ("weight", "both"))
     )

@@ -220,6 +220,8 @@ def test_forward_chooses_offsets_by_every_operand(
         ),
         "ieee",
         None,
+        False,
+        None,
     )
     assert plan.kernel.constants["OFFSET_DTYPE"] == expected
 
@@ -228,5 +230,5 @@ def test_forward_chooses_offsets_by_the_output(device: torch.device) -> None:
     def fields(*shape: int) -> launch.Operand:
         return launch.Operand(shape, (0,) * len(shape), torch.float32, device, True)
 
-    plan = plan_forward((fields(2**16, 1), fields(2**16, 1), None), "ieee", None)
+    plan = plan_forward((fields(2**16, 1), fields(2**16, 1), None), "ieee", None, False, None)
     assert plan.kernel.constants["OFFSET_DTYPE"] == tl.int64

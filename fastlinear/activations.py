@@ -1,0 +1,354 @@
+"""The torch ops of a layer with its activation: `activation(input @ weight.mT + bias)`.
+
+`fastlinear::linear_activation` is what a layer calls. `fastlinear::linear_activation_forward` also
+gives the pre-activation, where a derivative needs it: an output in its own right, so that
+derivatives of derivatives flow back through it. `fastlinear::linear_activation_backward` computes
+the gradients together where no graph of them is wanted. Operands are those of `fastlinear::linear`,
+for one layer or for B.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlinear import _torch_internals as internals
+from fastlinear import backend
+from fastlinear.autograd import (
+    LIBRARY,
+    TAGS,
+    Gradients,
+    as_layers,
+    gradients_of,
+    linear_backward_fake,
+    linear_backward_vmap,
+    linear_fake,
+    register_autocast,
+    tangent_of,
+    to_front,
+)
+from fastlinear.kernels.operands import FROM_OUTPUT, check_activation
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda output: F.gelu(output, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "leaky_relu": F.leaky_relu,
+    "relu_squared": lambda output: F.relu(output).square(),
+}
+
+
+def _silu_gradient(grad: Tensor, input: Tensor) -> Tensor:
+    sigmoid = torch.sigmoid(input)
+    return grad * sigmoid * (1 + input * (1 - sigmoid))
+
+
+# By activation, the gradient of the pre-activation from the output's and what was saved, the output
+# or the pre-activation (FROM_OUTPUT): PyTorch's own, which have derivatives in turn.
+_aten = torch.ops.aten
+GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": lambda grad, output: _aten.threshold_backward(grad, output, 0),
+    "gelu": lambda grad, input: _aten.gelu_backward(grad, input),
+    "gelu_tanh": lambda grad, input: _aten.gelu_backward(grad, input, approximate="tanh"),
+    # Not silu_backward, which has no derivative.
+    "silu": lambda grad, input: _silu_gradient(grad, input),
+    "sigmoid": lambda grad, output: _aten.sigmoid_backward(grad, output),
+    "tanh": lambda grad, output: _aten.tanh_backward(grad, output),
+    "leaky_relu": lambda grad, output: _aten.leaky_relu_backward(grad, output, 0.01, True),
+    "relu_squared": lambda grad, input: grad * (2 * F.relu(input)),
+}
+
+_OPERANDS = "Tensor input, Tensor weight, Tensor? bias, str activation"
+LIBRARY.define(f"linear_activation({_OPERANDS}) -> Tensor", tags=TAGS)
+LIBRARY.define(f"linear_activation_forward({_OPERANDS}) -> (Tensor, Tensor)", tags=TAGS)
+LIBRARY.define(
+    "linear_activation_backward(Tensor grad_output, Tensor saved, Tensor? input, Tensor? weight,"
+    " bool bias, bool batched, str activation) -> (Tensor, Tensor, Tensor)",
+    tags=TAGS,
+)
+linear_activation_op = torch.ops.fastlinear.linear_activation.default
+forward_op = torch.ops.fastlinear.linear_activation_forward.default
+backward_op = torch.ops.fastlinear.linear_activation_backward.default
+
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("linear_activation", backend.activation_output, _device)
+    LIBRARY.impl("linear_activation_forward", backend.activation_forward, _device)
+    LIBRARY.impl("linear_activation_backward", backend.activation_backward, _device)
+
+
+@torch.library.register_fake(linear_activation_op, lib=LIBRARY)
+def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    check_activation(activation)
+    return linear_fake(input, weight, bias)
+
+
+@torch.library.register_fake(forward_op, lib=LIBRARY)
+def _forward_fake(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    output = _fake(input, weight, bias, activation)
+    return output, output.new_empty(0 if activation in FROM_OUTPUT else output.shape)
+
+
+@torch.library.register_fake(backward_op, lib=LIBRARY)
+def _backward_fake(
+    grad_output: Tensor,
+    saved: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    bias: bool,
+    batched: bool,
+    activation: str,
+) -> Gradients:
+    return linear_backward_fake(grad_output, input, weight, bias, batched)
+
+
+class LinearActivationFunction(internals.SingleLevelFunction):
+    """Derivatives of the output and of the pre-activation, in terms of the ops."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        plain: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if plain:
+            output, preactivation = backend.activation_forward(input, weight, bias, activation)
+        else:
+            with internals.below_autograd():
+                if internals.transforming():
+                    with internals.next_level_differentiates():
+                        output, preactivation = forward_op(input, weight, bias, activation)
+                else:
+                    output, preactivation = forward_op(input, weight, bias, activation)
+        saved = preactivation
+        if activation in FROM_OUTPUT:
+            saved = output
+            ctx.mark_non_differentiable(preactivation)  # it is empty
+        needed = ctx.needs_input_grad
+        # Each operand is kept for the other's gradient alone, as in LinearFunction.
+        ctx.save_for_backward(input if needed[1] else None, weight if needed[0] else None, saved)
+        if internals.forward_ad_active():
+            ctx.save_for_forward(input, weight, saved)
+        ctx.batched, ctx.activation = weight.dim() == 3, activation
+        ctx.set_materialize_grads(False)
+        return output, preactivation
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_preactivation: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if grad_output is None and grad_preactivation is None:
+            return None, None, None, None, None
+        input, weight, saved = ctx.saved_tensors
+        needed, batched, activation = ctx.needs_input_grad, ctx.batched, ctx.activation
+        differentiated = torch.is_grad_enabled() or internals.forward_ad_active()
+        gradients: Gradients
+        if grad_output is not None and grad_preactivation is None and not differentiated:
+            gradients = backward_op(
+                grad_output, saved, input, weight, needed[2], batched, activation
+            )
+        else:
+            grad = grad_preactivation
+            if grad_output is not None:
+                through = GRADIENTS[activation](grad_output, saved)
+                grad = through if grad is None else through + grad
+            assert grad is not None
+            gradients = gradients_of(grad, input, weight, needed[2], batched)
+        return (
+            gradients[0] if needed[0] else None,
+            gradients[1] if needed[1] else None,
+            gradients[2] if needed[2] else None,
+            None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(
+        ctx: Any,
+        input_tangent: Tensor | None,
+        weight_tangent: Tensor | None,
+        bias_tangent: Tensor | None,
+        activation_tangent: None,
+        plain_tangent: None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        input, weight, saved = ctx.saved_tensors
+        tangent = tangent_of(
+            input, weight, ctx.batched, input_tangent, weight_tangent, bias_tangent
+        )
+        if tangent is None:
+            return None, None
+        from_output = ctx.activation in FROM_OUTPUT
+        # The derivative is elementwise: it takes a tangent forward as it takes a gradient back.
+        return GRADIENTS[ctx.activation](tangent, saved), None if from_output else tangent
+
+
+def _differentiated(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return internals.forward_ad_active() or (
+        torch.is_grad_enabled()
+        and (
+            weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
+        )
+    )
+
+
+def _autograd(
+    keys: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    plain = not keys.raw_repr() & internals.BEYOND_PLAIN
+    if _differentiated(input, weight, bias):
+        return internals.apply(LinearActivationFunction, input, weight, bias, activation, plain)[0]
+    if plain:
+        return backend.activation_output(input, weight, bias, activation)
+    with internals.below_autograd():
+        return linear_activation_op(input, weight, bias, activation)
+
+
+def _forward_autograd(
+    keys: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    plain = not keys.raw_repr() & internals.BEYOND_PLAIN
+    if _differentiated(input, weight, bias):
+        return internals.apply(LinearActivationFunction, input, weight, bias, activation, plain)
+    with internals.below_autograd():
+        return forward_op(input, weight, bias, activation)
+
+
+def _backward_autograd(
+    keys: Any,
+    grad_output: Tensor,
+    saved: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    bias: bool,
+    batched: bool,
+    activation: str,
+) -> Gradients:
+    operands = [tensor for tensor in (grad_output, saved, input, weight) if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
+        grad = GRADIENTS[activation](grad_output, saved)
+        return gradients_of(grad, input, weight, bias, batched)
+    if not keys.raw_repr() & internals.BEYOND_PLAIN:
+        return backend.activation_backward(
+            grad_output, saved, input, weight, bias, batched, activation
+        )
+    with internals.below_autograd():
+        return backward_op(grad_output, saved, input, weight, bias, batched, activation)
+
+
+LIBRARY.impl("linear_activation", _autograd, "Autograd", with_keyset=True)
+LIBRARY.impl("linear_activation_forward", _forward_autograd, "Autograd", with_keyset=True)
+LIBRARY.impl("linear_activation_backward", _backward_autograd, "Autograd", with_keyset=True)
+
+
+def _vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, int]:
+    input, weight, bias, shape = as_layers(info, in_dims[:3], input, weight, bias)
+    return linear_activation_op(input, weight, bias, activation).reshape(shape), 0
+
+
+def _forward_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int | None]]:
+    input, weight, bias, shape = as_layers(info, in_dims[:3], input, weight, bias)
+    output, preactivation = forward_op(input, weight, bias, activation)
+    if activation in FROM_OUTPUT:
+        return (output.reshape(shape), preactivation), (0, None)
+    return (output.reshape(shape), preactivation.reshape(shape)), (0, 0)
+
+
+def _backward_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    grad_output: Tensor,
+    saved: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    bias: bool,
+    batched: bool,
+    activation: str,
+) -> tuple[Gradients, tuple[int | None, ...]]:
+    grad = GRADIENTS[activation](
+        to_front(grad_output, in_dims[0], info.batch_size),
+        to_front(saved, in_dims[1], info.batch_size),
+    )
+    dims = (0, *in_dims[2:4], None, None)
+    return linear_backward_vmap(info, dims, grad, input, weight, bias, batched)
+
+
+torch.library.register_vmap(linear_activation_op, _vmap, lib=LIBRARY)
+torch.library.register_vmap(forward_op, _forward_vmap, lib=LIBRARY)
+torch.library.register_vmap(backward_op, _backward_vmap, lib=LIBRARY)
+register_autocast(linear_activation_op)
+
+for _entry in (
+    backend.activation_output,
+    backend.activation_forward,
+    backend.activation_backward,
+    LinearActivationFunction.backward,
+    _autograd,
+    _forward_autograd,
+    _backward_autograd,
+    _vmap,
+    _forward_vmap,
+    _backward_vmap,
+):
+    internals.hide_from_dynamo(_entry)
+
+
+def _register_flop_formulas() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    @register_flop_formula(
+        [torch.ops.fastlinear.linear_activation, torch.ops.fastlinear.linear_activation_forward]
+    )
+    def forward_flops(
+        input: Any,
+        weight: Any,
+        bias: Any,
+        activation: str,
+        *,
+        out_shape: Any = None,
+        **kwargs: Any,
+    ) -> int:
+        return 2 * math.prod(input) * weight[-2]
+
+    @register_flop_formula(torch.ops.fastlinear.linear_activation_backward)
+    def backward_flops(
+        grad_output: Any,
+        saved: Any,
+        input: Any,
+        weight: Any,
+        bias: Any,
+        batched: Any,
+        activation: str,
+        *,
+        out_shape: Any = None,
+        **kwargs: Any,
+    ) -> int:
+        grad_input = 0 if weight is None else 2 * math.prod(grad_output) * weight[-1]
+        grad_weight = 0 if input is None else 2 * math.prod(grad_output) * input[-1]
+        return grad_input + grad_weight
+
+
+internals.when_imported("torch.utils.flop_counter", _register_flop_formulas)
