@@ -3,16 +3,18 @@
 from fastlinear.backend import use_backend
 from fastlinear.convert import Report, convert, revert
 from fastlinear.explain import Explanation, explain
-from fastlinear.functional import linear
-from fastlinear.modules import Linear
+from fastlinear.functional import batched_linear, linear
+from fastlinear.modules import BatchedLinear, Linear
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchedLinear",
     "Explanation",
     "Linear",
     "Report",
     "__version__",
+    "batched_linear",
     "convert",
     "explain",
     "linear",

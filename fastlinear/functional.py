@@ -1,4 +1,4 @@
-"""The function behind the layer: `linear`, and what it can take."""
+"""The functions behind the layers: `linear`, `batched_linear`, and what they can take."""
 
 import torch
 import torch.nn.functional as F
@@ -78,19 +78,88 @@ def linear(
     return _by_the_kernels(input, weight, bias, activation)
 
 
-def _by_the_kernels(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+def batched_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
-    """`linear` by the kernels, or an error that says why not."""
-    reason = why_not(input, weight, bias)
+    """Computes B layers at once: `output[b] = activation(input[b] @ weight[b].T + bias[b])`.
+
+    Without an activation that is `torch.baddbmm(bias.unsqueeze(1), input, weight.mT)`, or
+    `torch.bmm` where there is no bias. Operands may have a stride of 0 over B, and are then read as
+    they are: `input.expand(B, -1, -1)` gives one input to B layers, `weight.expand(B, -1, -1)` B
+    inputs to one layer.
+
+    Which path computes it is `fastlinear.use_backend`'s to say: the kernels, in one launch, or
+    these functions of torch. The kernels accumulate in float32 (float64 for float64) and add the
+    bias before the one rounding to the output's dtype; float32 products follow
+    `torch.set_float32_matmul_precision`. Gradients of every order, forward and reverse, are
+    defined.
+
+    Args:
+        input: (B, M, in_features); the kernels take float16, bfloat16, float32 and float64, with
+            any strides.
+        weight: (B, out_features, in_features), in input's dtype and on its device.
+        bias: None or (B, out_features), in input's dtype and on its device. As for
+            `torch.baddbmm`, a dimension may have size 1 and is then expanded.
+        activation: None or a name, as in `fastlinear.linear`.
+
+    Returns:
+        (B, M, out_features), contiguous, in input's dtype (under autocast, in autocast's).
+
+    Raises:
+        ValueError: activation is none of these.
+        RuntimeError: shapes are none of these, and the message names those that came; or dtypes
+            differ, in PyTorch's words; or backend "triton" cannot run on this machine, and the
+            message says what is missing.
+        TypeError: an argument is no tensor, or backend "triton" cannot take the arguments, though
+            PyTorch can; the message says why.
+    """
+    if activation is not None:
+        check_activation(activation)
+    if backend.current != "triton":
+        output = _batched_by_pytorch(input, weight, bias)
+        return output if activation is None else ACTIVATIONS[activation](output)
+    return _by_the_kernels(input, weight, bias, activation, batched=True)
+
+
+def _batched_by_pytorch(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`batched_linear` by PyTorch, whose errors name neither these arguments nor all shapes."""
+    try:
+        if bias is None:
+            return torch.bmm(input, weight.mT)
+        # A bias (N,) would be added along the rows, were there N of them.
+        if bias.dim() == 2:
+            return torch.baddbmm(bias.unsqueeze(1), input, weight.mT)
+    except Exception:
+        for name, operand in _named(input, weight, bias).items():
+            if not isinstance(operand, Tensor):
+                raise TypeError(
+                    f"batched_linear takes tensors, but {name} is {type(operand).__name__}"
+                ) from None
+        reason = _unlike_layers(input, weight, bias)
+        if reason is None:
+            raise
+        raise RuntimeError(f"batched_linear takes {reason}") from None
+    raise RuntimeError(f"batched_linear takes {_unlike_layers(input, weight, bias)}")
+
+
+def _by_the_kernels(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    *,
+    batched: bool = False,
+) -> Tensor:
+    """`linear`, or `batched_linear`, by the kernels, or an error that says why not."""
+    reason = why_not(input, weight, bias, batched=batched)
     if reason is not None:
         # Raises PyTorch's own error where PyTorch cannot take the arguments either.
-        F.linear(input, weight, bias)
+        (_batched_by_pytorch if batched else F.linear)(input, weight, bias)
         raise TypeError(
             f"backend 'triton' takes {reason}; backend 'auto' hands this call to PyTorch"
         )
-    if bias is not None and bias.numel() == 1:
-        bias = bias.expand(weight.shape[0])
+    if bias is not None and bias.shape != weight.shape[:-1]:
+        bias = bias.expand(weight.shape[:-1])
     if activation is None:
         return linear_op(input, weight, bias)
     return linear_activation_op(input, weight, bias, activation)
@@ -105,12 +174,18 @@ def _changes_meaning(tensor: Tensor) -> bool:
     return not stands_for_plain or is_traceable_wrapper_subclass(tensor)
 
 
-def why_not(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+def _named(input: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    return {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
+
+
+def why_not(
+    input: Tensor, weight: Tensor, bias: Tensor | None, *, batched: bool = False
+) -> str | None:
     """What the kernels would take and what came instead, in words.
 
-    None where they can take the arguments.
+    None where they can take the arguments, of `linear` or, if batched, of `batched_linear`.
     """
-    operands = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
+    operands = _named(input, weight, bias)
     for name, tensor in operands.items():
         if not isinstance(tensor, Tensor):
             return f"tensors, but {name} is {type(tensor).__name__}"
@@ -137,6 +212,11 @@ def why_not(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     for name, dtype in dtypes.items():
         if dtype != dtypes["input"]:
             return f"tensors of one dtype, but input is {dtypes['input']} and {name} {dtype}"
+    return (_unlike_layers if batched else _unlike_a_layer)(input, weight, bias)
+
+
+def _unlike_a_layer(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """The shapes of a layer, and those that came instead; None where they fit."""
     if input.dim() == 0 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
         return (
             "input (*, in_features) and weight (out_features, in_features), "
@@ -146,5 +226,29 @@ def why_not(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
         return (
             f"bias (out_features,), but bias is {tuple(bias.shape)} "
             f"and out_features {weight.shape[0]}"
+        )
+    return None
+
+
+def _unlike_layers(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """The shapes of B layers, and those that came instead; None where they fit."""
+    if (
+        input.dim() != 3
+        or weight.dim() != 3
+        or (input.shape[0], input.shape[2]) != (weight.shape[0], weight.shape[2])
+    ):
+        return (
+            "input (B, M, in_features) and weight (B, out_features, in_features), "
+            f"but input is {tuple(input.shape)} and weight {tuple(weight.shape)}"
+        )
+    if bias is not None and (
+        bias.dim() != 2
+        or any(
+            mine not in (1, size) for mine, size in zip(bias.shape, weight.shape[:-1], strict=True)
+        )
+    ):
+        return (
+            "bias (B, out_features), "
+            f"but bias is {tuple(bias.shape)} and weight {tuple(weight.shape)}"
         )
     return None

@@ -1,18 +1,22 @@
-"""Modules: Linear, in place of `nn.Linear`."""
+"""Modules: Linear, in place of `nn.Linear`, and BatchedLinear, in place of many of them."""
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlinear import _torch_internals as internals
-from fastlinear.functional import linear
+from fastlinear.functional import batched_linear, linear
 from fastlinear.kernels.operands import check_activation
 
-# torch.fx.symbolic_trace writes a layer down as one call of `linear`: its arguments then are no
-# tensors that a path could be chosen for.
+# torch.fx.symbolic_trace writes a module down as one call of its function, whose arguments then are
+# no tensors that a path could be chosen for.
 torch.fx.wrap("linear")
+torch.fx.wrap("batched_linear")
 
 
 class Linear(nn.Linear):
@@ -63,3 +67,165 @@ class Linear(nn.Linear):
     def extra_repr(self) -> str:
         activation = "" if self.activation is None else f", activation={self.activation!r}"
         return super().extra_repr() + activation
+
+
+class BatchedLinear(nn.Module):
+    """`num_linears` independent layers at once: `output[b] = layer_b(input[b])`.
+
+    Layer b is `activation(input[b] @ weight[b].T + bias[b])`. Dtypes, strides, errors and the path
+    that computes it are those of `fastlinear.batched_linear`; through the kernels all layers are
+    one launch. One input (M, in_features) goes to every layer as `input.expand(num_linears, -1,
+    -1)`, without a copy.
+
+    The initial values are those that as many `nn.Linear`, made one after another, would have drawn.
+
+    Args:
+        num_linears: how many layers.
+        in_features, out_features: the sizes of each.
+        bias: whether each has a bias.
+        device, dtype: of the parameters.
+        activation: None, or the name of what is applied to the output, as in `fastlinear.linear`.
+
+    Attributes:
+        weight: (num_linears, out_features, in_features).
+        bias: (num_linears, out_features), or None.
+
+    Raises:
+        ValueError: activation is none of these.
+    """
+
+    def __init__(
+        self,
+        num_linears: int,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: str | None = None,
+    ) -> None:
+        check_activation(activation)
+        super().__init__()
+        self.num_linears = num_linears
+        self.in_features = in_features
+        self.out_features = out_features
+        self.activation = activation
+        shape = (num_linears, out_features)
+        self.weight = nn.Parameter(torch.empty((*shape, in_features), device=device, dtype=dtype))
+        self.bias: nn.Parameter | None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws each layer's weight, then its bias, as `nn.Linear` does."""
+        bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
+        for layer in range(self.num_linears):
+            nn.init.kaiming_uniform_(self.weight[layer], a=math.sqrt(5))
+            if self.bias is not None:
+                nn.init.uniform_(self.bias[layer], -bound, bound)
+
+    @classmethod
+    def from_linears(cls, linears: Iterable[nn.Linear]) -> "BatchedLinear":
+        """Puts copies of the parameters of `linears` together in one module.
+
+        Whether parameters require gradients, and an activation that they are `fastlinear.Linear`
+        with, stay as they are. Like `torch.stack`, it copies: the layers may change afterwards.
+
+        Args:
+            linears: one or more layers, alike in the shapes, dtypes, devices and requires_grad of
+                their parameters, and in their activation.
+
+        Returns:
+            A module whose `weight[b]` and `bias[b]` are those of the b-th layer.
+
+        Raises:
+            TypeError: one of them is not an `nn.Linear`.
+            ValueError: there are none, or two are not alike; the message says in what.
+        """
+        layers = list(linears)
+        if not layers:
+            raise ValueError("from_linears() takes one or more layers, but there are none")
+        for position, layer in enumerate(layers):
+            if not isinstance(layer, nn.Linear):
+                raise TypeError(
+                    f"from_linears() takes nn.Linear, but layer {position} is "
+                    f"{type(layer).__name__}"
+                )
+            first, own = _traits(layers[0]), _traits(layer)
+            for what in own:
+                if own[what] != first[what]:
+                    raise ValueError(
+                        f"from_linears() takes layers that are alike, but {what} of layer 0 is "
+                        f"{first[what]} and of layer {position} {own[what]}"
+                    )
+        weights: list[Tensor] = [layer.weight for layer in layers]
+        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+        out_features, in_features = weights[0].shape
+        batch = cls(
+            len(layers),
+            in_features,
+            out_features,
+            bias=bool(biases),
+            device="meta",  # nothing is drawn or filled
+            dtype=weights[0].dtype,
+            activation=_activation(layers[0]),
+        )
+        batch.weight = _parameter(torch.stack(weights), like=weights[0])
+        if biases:
+            batch.bias = _parameter(torch.stack(biases), like=biases[0])
+        return batch.train(layers[0].training)
+
+    def to_linears(self) -> list[Linear]:
+        """The layers one by one, with copies of their parameters."""
+        layers = []
+        for index in range(self.num_linears):
+            layer = Linear(
+                self.in_features,
+                self.out_features,
+                bias=self.bias is not None,
+                device="meta",
+                dtype=self.weight.dtype,
+                activation=self.activation,
+            )
+            layer.weight = _parameter(self.weight[index].clone(), like=self.weight)
+            if self.bias is not None:
+                layer.bias = _parameter(self.bias[index].clone(), like=self.bias)
+            layers.append(layer.train(self.training))
+        return layers
+
+    def forward(self, input: Tensor) -> Tensor:
+        return batched_linear(input, self.weight, self.bias, self.activation)
+
+    def extra_repr(self) -> str:
+        activation = "" if self.activation is None else f", activation={self.activation!r}"
+        return (
+            f"num_linears={self.num_linears}, in_features={self.in_features}, "
+            f"out_features={self.out_features}, bias={self.bias is not None}{activation}"
+        )
+
+
+def _activation(layer: nn.Linear) -> str | None:
+    return layer.activation if isinstance(layer, Linear) else None
+
+
+def _traits(layer: nn.Linear) -> dict[str, Any]:
+    """What layers have to have in common to become one BatchedLinear, by its name in the error."""
+    traits: dict[str, Any] = {}
+    for name, tensor in (("weight", layer.weight), ("bias", layer.bias)):
+        absent = tensor is None
+        traits |= {
+            f"the shape of {name}": None if absent else tuple(tensor.shape),
+            f"the dtype of {name}": None if absent else tensor.dtype,
+            f"the device of {name}": None if absent else tensor.device,
+            f"requires_grad of {name}": None if absent else tensor.requires_grad,
+        }
+    return traits | {"the activation": _activation(layer)}
+
+
+def _parameter(values: Tensor, like: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.detach(), requires_grad=like.requires_grad)

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FORWARD, BACKWARD, GRADIENTS, DISPATCH = (
+FORWARD, BACKWARD, GRADIENTS, DISPATCH, BATCHED = (
     ("tests/test_forward.py",),
     ("tests/test_backward.py",),
     ("tests/test_gradients.py",),
     ("tests/test_dispatch.py",),
+    ("tests/test_batched.py",),
 )
 ACTIVATED = ("tests/test_activations.py::test_activation_is_as_exact_as_pytorch_s",)
 ACTIVATED_BACKWARD = (
@@ -126,6 +127,13 @@ MUTANTS = [
         "bias_ptr + batch * stride_bb",
         "bias_ptr",
         FORWARD,
+    ),
+    Mutant(
+        "batch stride of the input ignored, grad_weight",
+        "kernels/backward.py",
+        "input_ptr + batch * stride_ib",
+        "input_ptr + batch * 0 * stride_ib",
+        BATCHED,
     ),
     Mutant(
         "TF32 forced",
@@ -233,6 +241,20 @@ MUTANTS = [
         "interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Jvp",
         "False",
         ("tests/test_transforms.py::test_compiled_transform",),
+    ),
+    Mutant(
+        "every layer drawn into the first",
+        "fastlinear/modules.py",
+        "kaiming_uniform_(self.weight[layer]",
+        "kaiming_uniform_(self.weight[0]",
+        ("tests/test_batched.py::test_initial_values_are_those_of_layers_made_one_after_another",),
+    ),
+    Mutant(
+        "one bias for all layers added along the rows",
+        "fastlinear/functional.py",
+        "if bias.dim() == 2:",
+        "if bias.dim() > 0:",
+        ("tests/test_batched.py::test_bad_shapes_are_named",),
     ),
     Mutant(
         "Dynamo compiles what is below the op",
