@@ -258,8 +258,8 @@ def _vmap(
     bias: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, int]:
-    input, weight, bias, shape = as_layers(info, in_dims[:3], input, weight, bias)
-    return linear_activation_op(input, weight, bias, activation).reshape(shape), 0
+    input, weight, bias, restore = as_layers(info, in_dims[:3], input, weight, bias)
+    return restore(linear_activation_op(input, weight, bias, activation)), 0
 
 
 def _forward_vmap(
@@ -270,11 +270,11 @@ def _forward_vmap(
     bias: Tensor | None,
     activation: str,
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int | None]]:
-    input, weight, bias, shape = as_layers(info, in_dims[:3], input, weight, bias)
+    input, weight, bias, restore = as_layers(info, in_dims[:3], input, weight, bias)
     output, preactivation = forward_op(input, weight, bias, activation)
     if activation in FROM_OUTPUT:
-        return (output.reshape(shape), preactivation), (0, None)
-    return (output.reshape(shape), preactivation.reshape(shape)), (0, 0)
+        return (restore(output), preactivation), (0, None)
+    return (restore(output), restore(preactivation)), (0, 0)
 
 
 def _backward_vmap(

@@ -10,6 +10,7 @@ grad_bias if asked for, and an empty tensor in the place of each of the others.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -216,34 +217,45 @@ def to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
 
 def as_layers(
     info: Any, in_dims: tuple[int | None, ...], input: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, ...]]:
+) -> tuple[Tensor, Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
     """Operands without the vmapped dimension, which has become, or joined, rows or layers.
 
-    With them comes the shape of the vmapped output, that dimension first.
+    With them comes what gives their output that dimension back, in front.
     """
     input_dim, weight_dim, bias_dim = in_dims
     batched = weight.dim() - (weight_dim is not None) == 3
     input = to_front(input, input_dim, info.batch_size)
-    shape = (*input.shape[:-1], weight.movedim(weight_dim or 0, 0).shape[-2])
-    if not batched and weight_dim is None and bias_dim is None:
-        return input, weight, bias, shape
+    if weight_dim is None and bias_dim is None:
+        if not batched:
+            return input, weight, bias, lambda output: output
+        # The vmapped dimension joins the rows of each layer, so that no layer is copied.
+        samples, layers, rows = input.shape[:3]
+        shape = (layers, samples, rows, weight.shape[1])
+        return (
+            input.transpose(0, 1).flatten(1, 2),
+            weight,
+            bias,
+            lambda output: output.reshape(shape).transpose(0, 1),
+        )
 
     weight = to_front(weight, weight_dim, info.batch_size)
     if bias is not None:
         bias = to_front(bias, bias_dim, info.batch_size)
+    leading = (*input.shape[:-1], weight.shape[-2])
     if batched:
         weight = weight.flatten(0, 1)
         bias = None if bias is None else bias.flatten(0, 1)
     layers = weight.shape[0]
     rows = math.prod(input.shape[:-1]) // max(layers, 1)
-    return input.reshape(layers, rows, input.shape[-1]), weight, bias, shape
+    input = input.reshape(layers, rows, input.shape[-1])
+    return input, weight, bias, lambda output: output.reshape(leading)
 
 
 def _linear_vmap(
     info: Any, in_dims: tuple[int | None, ...], input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, int]:
-    input, weight, bias, shape = as_layers(info, in_dims, input, weight, bias)
-    return linear_op(input, weight, bias).reshape(shape), 0
+    input, weight, bias, restore = as_layers(info, in_dims, input, weight, bias)
+    return restore(linear_op(input, weight, bias)), 0
 
 
 def linear_backward_vmap(

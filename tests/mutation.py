@@ -243,6 +243,13 @@ MUTANTS = [
         ("tests/test_transforms.py::test_compiled_transform",),
     ),
     Mutant(
+        "samples of a vmap taken for layers",
+        "fastlinear/autograd.py",
+        "input.transpose(0, 1).flatten(1, 2)",
+        "input.reshape(layers, samples * rows, -1)",
+        ("tests/test_batched.py::test_vmap_over_any_operand",),
+    ),
+    Mutant(
         "every layer drawn into the first",
         "fastlinear/modules.py",
         "kaiming_uniform_(self.weight[layer]",

@@ -576,6 +576,18 @@ def test_vmap_over_any_operand(in_dims: tuple[int | None, ...], device: torch.de
     torch.testing.assert_close(mapped(fastlinear.batched_linear), mapped(reference))
 
 
+@through_the_kernels
+def test_vmap_over_inputs_copies_no_layer(
+    launched: list[tuple[str, list[int]]], device: torch.device
+) -> None:
+    _, weight, bias = operands(device, requires_grad=False)
+    inputs = normal((2, 6, 4, 5), torch.float64, device).transpose(0, 1)
+    torch.vmap(fastlinear.batched_linear, in_dims=(0, None, None))(inputs, weight, bias)
+    assert [addresses[:3] for _, addresses in launched] == [
+        [inputs.data_ptr(), weight.data_ptr(), bias.data_ptr()]
+    ]
+
+
 @pytest.mark.parametrize("empty", range(4), ids=["B", "M", "N", "K"])
 def test_vmap_of_zero_sizes(empty: int, device: torch.device) -> None:
     sizes = [2, 4, 3, 5]
