@@ -1,11 +1,12 @@
 """Handwritten digits, learnt with fastlinear.Linear and with nn.Linear, a datapoint a step to all.
 
 `python -m benchmarks.train` trains Linear(64, 128) -> ReLU -> Linear(128, 10) by plain gradient
-descent on scikit-learn's 1,797 digits, with both layers from the same seed and in the same order.
-Per batch size it prints the loss, the accuracy, the time and the memory of a step; the exit status
-is 1 if the layers disagree. It runs on the GPU if there is one. `--backend triton` without a GPU
-runs the kernels in Triton's interpreter, on a few of the digits. `--compare-step` instead times
-single steps of the two layers in turn.
+descent on scikit-learn's 1,797 digits, with both layers from the same seed and in the same order;
+fastlinear.Linear applies the ReLU itself. Per batch size it prints the loss, the accuracy, the time
+and the memory of a step; the exit status is 1 if the layers disagree. Then it trains an ensemble of
+16 such networks, one after another and, with BatchedLinear, at once. It runs on the GPU if there is
+one. `--backend triton` without a GPU runs the kernels in Triton's interpreter, on a few of the
+digits. `--compare-step` instead times single steps of the two layers in turn.
 """
 
 import argparse
@@ -40,6 +41,11 @@ SECONDS_PER_COMPARISON = 3.0
 # them by 3e-3 in 5 epochs.
 LOSS_TOLERANCE = 1e-3
 DIGITS_TOLERANCE = 2
+
+# Networks in the ensemble, and its batches.
+MEMBERS, ENSEMBLE_BATCH = 16, 64
+# How far their outputs may part, trained at once or not, as a share of the largest.
+ENSEMBLE_TOLERANCE = 1e-2
 
 Layers = dict[str, type[nn.Linear]]
 Row = dict[str, Any]  # what was measured of one layer at one batch size, as it goes into the JSON
@@ -79,6 +85,13 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def network(layer: type[nn.Linear]) -> nn.Sequential:
+    """Linear(64, 128) -> ReLU -> Linear(128, 10); fastlinear.Linear applies the ReLU itself."""
+    if layer is nn.Linear:
+        return nn.Sequential(layer(64, 128), nn.ReLU(), layer(128, 10))
+    return nn.Sequential(layer(64, 128, activation="relu"), layer(128, 10))  # type: ignore[call-arg]
+
+
 class Training:
     """The network, built of one of the layers, on its way through the digits."""
 
@@ -86,8 +99,7 @@ class Training:
         torch.manual_seed(seed)
         self.digits = digits
         self.batch_size = batch_size
-        self.network = nn.Sequential(layer(64, 128), nn.ReLU(), layer(128, 10))
-        self.network.to(digits.images.device)
+        self.network = network(layer).to(digits.images.device)
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=learning_rate(batch_size))
         self.losses: list[float] = []
         self.accuracies: list[float] = []
@@ -311,6 +323,64 @@ def step_pairs(
     return times
 
 
+def train_ensemble(layer: Any, batched: Any, digits: Digits, epochs: int, seed: int) -> Row:
+    """Trains MEMBERS networks from their own seeds, one after another and all at once, in turn.
+
+    Each batch goes to every member. At once, it is expanded, not copied, and the loss is the sum of
+    the members', so that each gets its own gradient.
+    """
+    members = []
+    for member in range(MEMBERS):
+        torch.manual_seed(seed + member)
+        members.append(network(layer).to(digits.images.device))
+    ensemble = nn.Sequential(*map(batched.from_linears, zip(*members, strict=True)))
+    labels = digits.labels.repeat(MEMBERS, 1)
+    rate = learning_rate(ENSEMBLE_BATCH)
+    optimizers = [torch.optim.SGD(member.parameters(), lr=rate) for member in members]
+    together = torch.optim.SGD(ensemble.parameters(), lr=rate)
+
+    def step_each(rows: Tensor) -> None:
+        for member, optimizer in zip(members, optimizers, strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(member(digits.images[rows]), digits.labels[rows]).backward()
+            optimizer.step()
+
+    def step_all(rows: Tensor) -> None:
+        together.zero_grad()
+        output = ensemble(digits.images[rows].expand(MEMBERS, -1, -1))
+        loss = F.cross_entropy(output.flatten(0, 1), labels[:, rows].flatten())
+        (MEMBERS * loss).backward()
+        together.step()
+
+    shuffler = torch.Generator().manual_seed(seed)
+    seconds: dict[Any, list[float]] = {step_each: [], step_all: []}
+    for _ in range(epochs):
+        order = torch.randperm(len(digits.labels), generator=shuffler).to(digits.labels.device)
+        for rows in order.split(ENSEMBLE_BATCH):
+            for step, spent in seconds.items():
+                start = now(rows.device)
+                step(rows)
+                spent.append(now(rows.device) - start)
+    with torch.no_grad():
+        apart = torch.stack([member(digits.images) for member in members])
+        gap = (ensemble(digits.images.expand(MEMBERS, -1, -1)) - apart).abs().max()
+    return {
+        "members": MEMBERS,
+        "batch_size": ENSEMBLE_BATCH,
+        "step_seconds_one_after_another": statistics.median(seconds[step_each]),
+        "step_seconds_at_once": statistics.median(seconds[step_all]),
+        "largest_gap_of_outputs": gap.item() / apart.abs().max().item(),
+    }
+
+
+def ensemble_line(row: Row) -> str:
+    apart, together = row["step_seconds_one_after_another"], row["step_seconds_at_once"]
+    return (
+        f"A step of {row['members']} networks on {row['batch_size']} takes {1e3 * apart:.2f} ms "
+        f"one after another and {1e3 * together:.2f} ms at once, {apart / together:.1f} times less."
+    )
+
+
 def draw(results: dict[str, Any], path: Path) -> None:
     """Loss by epoch, time per datapoint and memory per step by batch size."""
     from matplotlib import colormaps
@@ -453,6 +523,19 @@ def main() -> None:
                 if sentence := disagreement(rows, tested):
                     sys.exit(sentence)
                 conclude(rows, size, interpreted)
+                row = train_ensemble(
+                    fastlinear.Linear,
+                    fastlinear.BatchedLinear,
+                    digits,
+                    1 if interpreted else epochs,
+                    arguments.seed,
+                )
+                results["ensemble"] = row
+                if not row["largest_gap_of_outputs"] <= ENSEMBLE_TOLERANCE:
+                    gap = row["largest_gap_of_outputs"]
+                    sys.exit(f"the ensemble trained at once disagrees by {gap:.1e} of its outputs")
+                if not interpreted:
+                    print(ensemble_line(row))
     except KeyboardInterrupt:
         print(f"stopped: what was measured is kept in {folder}", file=sys.stderr)
         sys.exit(130)  # what a shell gives a program ended by Ctrl-C
