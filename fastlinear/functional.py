@@ -174,6 +174,13 @@ def _changes_meaning(tensor: Tensor) -> bool:
     return not stands_for_plain or is_traceable_wrapper_subclass(tensor)
 
 
+def _has_names(tensor: Tensor) -> bool:
+    """Whether dimensions have names, which later torches have given up and no tracer takes."""
+    if is_dynamo_compiling() or type(tensor) not in _PLAIN:
+        return False
+    return any(name is not None for name in getattr(tensor, "names", ()))
+
+
 def _named(input: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
     return {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
 
@@ -193,7 +200,7 @@ def why_not(
             return f"plain tensors, but {name} is a {type(tensor).__name__}"
         if tensor.is_nested:
             return f"plain tensors, but {name} is nested"
-        if any(label is not None for label in getattr(tensor, "names", ())):  # until torch 2.12
+        if _has_names(tensor):
             return f"tensors without named dimensions, but {name} has some"
         if tensor.layout != torch.strided:
             return f"strided tensors, but {name} has layout {tensor.layout}"
