@@ -116,6 +116,19 @@ def next_level_differentiates() -> Any:
         yield
 
 
+@contextlib.contextmanager
+def next_level_in_forward_mode(*saved: Any) -> Any:
+    """Within a Function's jvp, lets the next level of forward mode carry tangents too.
+
+    jvp runs with forward mode off; without this, forward-over-forward derivatives would silently be
+    zero. Yields the primals of `saved`: with their tangents they would ask for this level again.
+    """
+    with forward_ad._set_fwd_grad_enabled(True):
+        yield tuple(
+            None if tensor is None else forward_ad.unpack_dual(tensor).primal for tensor in saved
+        )
+
+
 def apply(function: type[SingleLevelFunction], *arguments: Any) -> Any:
     """`function.apply`, inside a transform too."""
     if not transforming():

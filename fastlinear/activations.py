@@ -7,7 +7,6 @@ the gradients together where no graph of them is wanted. Operands are those of `
 for one layer or for B.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,13 +23,20 @@ from fastlinear.autograd import (
     as_layers,
     gradients_of,
     linear_backward_fake,
+    linear_backward_flops,
     linear_backward_vmap,
     linear_fake,
+    linear_flops,
     register_autocast,
     tangent_of,
     to_front,
 )
-from fastlinear.kernels.operands import FROM_OUTPUT, check_activation
+from fastlinear.kernels.operands import (
+    FROM_OUTPUT,
+    check_activation,
+    check_same_kind,
+    check_saved_shape,
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -57,11 +63,14 @@ GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": lambda grad, input: _aten.gelu_backward(grad, input),
     "gelu_tanh": lambda grad, input: _aten.gelu_backward(grad, input, approximate="tanh"),
     # Not silu_backward, which has no derivative.
-    "silu": lambda grad, input: _silu_gradient(grad, input),
+    "silu": _silu_gradient,
     "sigmoid": lambda grad, output: _aten.sigmoid_backward(grad, output),
     "tanh": lambda grad, output: _aten.tanh_backward(grad, output),
     "leaky_relu": lambda grad, output: _aten.leaky_relu_backward(grad, output, 0.01, True),
-    "relu_squared": lambda grad, input: grad * (2 * F.relu(input)),
+    # Cut off as in relu's own, so that no infinite gradient becomes NaN where relu is 0.
+    "relu_squared": lambda grad, input: _aten.threshold_backward(
+        grad * (2 * F.relu(input)), input, 0
+    ),
 }
 
 _OPERANDS = "Tensor input, Tensor weight, Tensor? bias, str activation"
@@ -106,6 +115,9 @@ def _backward_fake(
     batched: bool,
     activation: str,
 ) -> Gradients:
+    check_activation(activation)
+    check_same_kind(grad_output=grad_output, saved=saved)
+    check_saved_shape(saved.shape, grad_output.shape)
     return linear_backward_fake(grad_output, input, weight, bias, batched)
 
 
@@ -181,15 +193,15 @@ class LinearActivationFunction(internals.SingleLevelFunction):
         activation_tangent: None,
         plain_tangent: None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        input, weight, saved = ctx.saved_tensors
-        tangent = tangent_of(
-            input, weight, ctx.batched, input_tangent, weight_tangent, bias_tangent
-        )
-        if tangent is None:
-            return None, None
-        from_output = ctx.activation in FROM_OUTPUT
-        # The derivative is elementwise: it takes a tangent forward as it takes a gradient back.
-        return GRADIENTS[ctx.activation](tangent, saved), None if from_output else tangent
+        with internals.next_level_in_forward_mode(*ctx.saved_tensors) as (input, weight, saved):
+            tangent = tangent_of(
+                input, weight, ctx.batched, input_tangent, weight_tangent, bias_tangent
+            )
+            if tangent is None:
+                return None, None
+            # The derivative is elementwise: it takes a tangent forward as a gradient back.
+            output_tangent = GRADIENTS[ctx.activation](tangent, saved)
+        return output_tangent, None if ctx.activation in FROM_OUTPUT else tangent
 
 
 def _differentiated(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -319,36 +331,13 @@ for _entry in (
 def _register_flop_formulas() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
-    @register_flop_formula(
-        [torch.ops.fastlinear.linear_activation, torch.ops.fastlinear.linear_activation_forward]
+    ops = torch.ops.fastlinear
+    register_flop_formula([ops.linear_activation, ops.linear_activation_forward])(linear_flops)
+    register_flop_formula(ops.linear_activation_backward)(
+        lambda grad_output, saved, input, weight, *others, **options: linear_backward_flops(
+            grad_output, input, weight
+        )
     )
-    def forward_flops(
-        input: Any,
-        weight: Any,
-        bias: Any,
-        activation: str,
-        *,
-        out_shape: Any = None,
-        **kwargs: Any,
-    ) -> int:
-        return 2 * math.prod(input) * weight[-2]
-
-    @register_flop_formula(torch.ops.fastlinear.linear_activation_backward)
-    def backward_flops(
-        grad_output: Any,
-        saved: Any,
-        input: Any,
-        weight: Any,
-        bias: Any,
-        batched: Any,
-        activation: str,
-        *,
-        out_shape: Any = None,
-        **kwargs: Any,
-    ) -> int:
-        grad_input = 0 if weight is None else 2 * math.prod(grad_output) * weight[-1]
-        grad_weight = 0 if input is None else 2 * math.prod(grad_output) * input[-1]
-        return grad_input + grad_weight
 
 
 internals.when_imported("torch.utils.flop_counter", _register_flop_formulas)

@@ -116,8 +116,10 @@ class LinearFunction(internals.SingleLevelFunction):
         bias_tangent: Tensor | None,
         plain_tangent: None,
     ) -> Tensor | None:
-        input, weight = ctx.saved_tensors
-        return tangent_of(input, weight, ctx.batched, input_tangent, weight_tangent, bias_tangent)
+        with internals.next_level_in_forward_mode(*ctx.saved_tensors) as (input, weight):
+            return tangent_of(
+                input, weight, ctx.batched, input_tangent, weight_tangent, bias_tangent
+            )
 
 
 def tangent_of(
@@ -337,29 +339,25 @@ for _entry in (
     internals.hide_from_dynamo(_entry)
 
 
+def linear_flops(input: Any, weight: Any, *others: Any, **options: Any) -> int:
+    """Of a forward product, by the shapes of its operands."""
+    return 2 * math.prod(input) * weight[-2]
+
+
+def linear_backward_flops(
+    grad_output: Any, input: Any, weight: Any, *others: Any, **options: Any
+) -> int:
+    """Of the products of a backward, by the shapes of their operands."""
+    grad_input = 0 if weight is None else 2 * math.prod(grad_output) * weight[-1]
+    grad_weight = 0 if input is None else 2 * math.prod(grad_output) * input[-1]
+    return grad_input + grad_weight
+
+
 def _register_flop_formulas() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
-    @register_flop_formula(torch.ops.fastlinear.linear)
-    def linear_flops(
-        input: Any, weight: Any, bias: Any, *, out_shape: Any = None, **kwargs: Any
-    ) -> int:
-        return 2 * math.prod(input) * weight[-2]
-
-    @register_flop_formula(torch.ops.fastlinear.linear_backward)
-    def linear_backward_flops(
-        grad_output: Any,
-        input: Any,
-        weight: Any,
-        bias: Any,
-        batched: Any,
-        *,
-        out_shape: Any = None,
-        **kwargs: Any,
-    ) -> int:
-        grad_input = 0 if weight is None else 2 * math.prod(grad_output) * weight[-1]
-        grad_weight = 0 if input is None else 2 * math.prod(grad_output) * input[-1]
-        return grad_input + grad_weight
+    register_flop_formula(torch.ops.fastlinear.linear)(linear_flops)
+    register_flop_formula(torch.ops.fastlinear.linear_backward)(linear_backward_flops)
 
 
 internals.when_imported("torch.utils.flop_counter", _register_flop_formulas)

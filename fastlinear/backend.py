@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 from fastlinear import _torch_internals as internals
-from fastlinear.kernels.operands import DTYPES, FROM_OUTPUT, check_backward_shapes
+from fastlinear.kernels.operands import (
+    DTYPES,
+    FROM_OUTPUT,
+    check_backward_shapes,
+    check_saved_shape,
+)
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -196,11 +201,7 @@ def activation_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `linear_activation_backward` by the kernels, as `backward`."""
     _check_backward_shapes(grad_output, input, weight, batched)
-    if saved.shape != grad_output.shape:
-        raise RuntimeError(
-            "fastlinear::linear_activation_backward takes saved of grad_output's shape, "
-            f"but saved is {tuple(saved.shape)} and grad_output {tuple(grad_output.shape)}"
-        )
+    check_saved_shape(saved.shape, grad_output.shape)
     *gradients, grad = launchers().backward.linear_activation_backward(
         grad_output,
         saved,

@@ -25,11 +25,12 @@ KERNELS = "fastlinear.kernels"
 class Product:
     """One of the matrix products of a layer, as `explain` expects it.
 
-    name: what it computes: "output", "grad_preactivation", where there is an activation,
-        "grad_input", "grad_weight" (with grad_bias) or, where that alone is wanted, "grad_bias".
+    name: what it computes: "output", "activation" where PyTorch applies it, "grad_preactivation"
+        where there is one, "grad_input", "grad_weight" (with grad_bias) or, where that alone is
+        wanted, "grad_bias".
     kernel: the Triton kernel's name, or None where PyTorch computes it.
     config: its blocks, warps and stages, or None where PyTorch computes it.
-    splits: programs that share a sum, whose parts a second launch adds.
+    splits: programs that share a sum; a later launch, grad_input's if there is one, adds the parts.
     operations: multiplications and additions of the product itself, or of the sum.
     bytes: what has to move if every operand is read once and every result written once.
     """
@@ -229,9 +230,11 @@ def _products(
     recording = torch.is_grad_enabled()
     bias_wanted = recording and bias is not None and bias.requires_grad
     found = [("output", product, rows * k + n * k + (bias is not None) * n + rows * n)]
+    if activation is not None and not plans:  # PyTorch's, in a pass of its own
+        found.append(("activation", 0, 2 * rows * n))
     wanted = input.requires_grad or weight.requires_grad or bias_wanted
     if recording and wanted and activation is not None:
-        if activation not in FROM_OUTPUT:
+        if plans and activation not in FROM_OUTPUT:
             found[0] = ("output", product, found[0][2] + rows * n)  # the pre-activation
         found.append(("grad_preactivation", 0, 3 * rows * n))
     if recording and input.requires_grad:

@@ -39,7 +39,7 @@ def linear(
             "leaky_relu" (slope 0.01) or "relu_squared": the torch function of that name. The
             kernels apply it to the accumulator, before the one rounding. For backward the
             pre-activation is kept where a derivative needs it ("gelu", "gelu_tanh", "silu",
-            "relu_squared"), else the output.
+            "relu_squared"), else the output, which must then not change in place.
 
     Returns:
         (*, out_features), contiguous, in input's dtype (under autocast, in autocast's).

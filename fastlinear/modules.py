@@ -198,6 +198,11 @@ class BatchedLinear(nn.Module):
             layers.append(layer.train(self.training))
         return layers
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "activation":  # a module of that name would be registered, and never called
+            check_activation(value)
+        super().__setattr__(name, value)
+
     def forward(self, input: Tensor) -> Tensor:
         return batched_linear(input, self.weight, self.bias, self.activation)
 

@@ -554,7 +554,7 @@ def linear_backward(
     batched: bool = False,
     precision: str = "ieee",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Computes the gradients of a layer together, in two launches.
+    """Computes the gradients of a layer together, in two launches at most.
 
     Args:
         grad_output: (*, N), or (B, M, N) if batched; any strides.
@@ -627,8 +627,10 @@ def activation_backward_kernel(
     which the derivative is taken (operands.FROM_OUTPUT), and the result are contiguous.
     """
     column_tiles = tl.cdiv(N, BLOCK_N)
-    offs_m = (tl.program_id(0) // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)).to(OFFSET_DTYPE)
-    offs_n = (tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)).to(OFFSET_DTYPE)
+    # Before the arithmetic: with few features, rows alone may pass 2**31.
+    pid = tl.program_id(0).to(OFFSET_DTYPE)
+    offs_m = (pid // column_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (pid % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     offs = offs_m[:, None] * N + offs_n[None, :]
     rows = locate_rows(offs_m, grad_output_inner_size, stride_go, stride_gm, NESTED_GRAD_OUTPUT)
@@ -710,14 +712,15 @@ def linear_activation_backward(
     batched: bool = False,
     precision: str = "ieee",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """The gradients of `activation(input @ weight.mT + bias)`, in three launches.
+    """The gradients of `activation(input @ weight.mT + bias)`, in three launches at most.
 
     The gradient is taken through the activation once, in a pass that reads grad_output and what was
-    saved and writes the pre-activation's gradient; both products then read that, grad_bias with
-    them: 5 M N elements besides the products' own operands. Taking it where each product loads it
-    would spare one of the five, but take it anew for every column of tiles: with 4096 features 32
-    times, and a derivative costs more than its share of the tile's multiply-adds. It would also put
-    the operand of an asynchronous product into registers, at a price in stages and spills.
+    saved and writes the pre-activation's gradient, which both products then read, grad_bias with
+    them: of M x N elements, five reads and writes in all, and one tensor more while it lasts.
+    Taking it where each product loads it would spare one of the five, but take it anew for every
+    column of tiles: with 4096 features 32 times, and a derivative costs more than its share of the
+    tile's multiply-adds. It would also put the operand of an asynchronous product into registers,
+    at a price in stages and spills.
 
     Args:
         grad_output: (*, N), or (B, M, N) if batched; any strides.

@@ -87,7 +87,7 @@ def activation_gradient(grad, saved, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "leaky_relu":
         result = tl.where(saved > 0.0, grad, 0.01 * grad)
     elif ACTIVATION == "relu_squared":
-        result = grad * tl.where(saved <= 0.0, 0.0, 2.0 * saved)
+        result = tl.where(saved <= 0.0, 0.0, grad * 2.0 * saved)
     elif ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * saved * saved)
         result = grad * (_normal_cdf(saved) + saved * density)

@@ -92,3 +92,12 @@ def check_backward_shapes(
             "(B, M, N), (B, M, K), (B, N, K) if batched, "
             f"but grad_output is {tuple(grad_output)}, input {shapes[0]}, weight {shapes[1]}"
         )
+
+
+def check_saved_shape(saved: Shape, grad_output: Shape) -> None:
+    """Raises RuntimeError unless what an activation's gradient is taken from has its shape."""
+    if tuple(saved) != tuple(grad_output):
+        raise RuntimeError(
+            "fastlinear::linear_activation_backward takes saved of grad_output's shape, "
+            f"but saved is {tuple(saved)} and grad_output {tuple(grad_output)}"
+        )

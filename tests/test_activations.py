@@ -205,6 +205,8 @@ def test_activation_of_a_batch_of_layers(activation: str, device: torch.device) 
 
 
 FUNCTIONALS = {
+    "jacfwd twice": lambda f: torch.func.jacfwd(torch.func.jacfwd(f, argnums=(0, 1)), (0, 1)),
+    "jvp twice": lambda f: lambda *a: torch.func.jvp(lambda *b: torch.func.jvp(f, b, a)[1], a, a),
     "jacfwd": lambda f: torch.func.jacfwd(f, argnums=(0, 1, 2)),
     "jacrev": lambda f: torch.func.jacrev(f, argnums=(0, 1, 2)),
     "hessian": lambda f: torch.func.hessian(lambda *a: f(*a).pow(2).sum(), argnums=(0, 1)),
@@ -393,3 +395,13 @@ def test_activation_keeps_the_output_or_the_preactivation(device: torch.device) 
 def test_unknown_activation_of_the_op_is_refused(device: torch.device) -> None:
     with pytest.raises(ValueError, match=r"activation must be .* but is 'swish'"):
         linear_activation_op(*operands((4, 3, 5), torch.float64, device), "swish")
+
+
+# The interpreter multiplies infinity with the zeros of masked columns.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_activation_cuts_off_infinite_gradients(device: torch.device) -> None:
+    input = torch.tensor([[-1.0], [2.0]], device=device, requires_grad=True)
+    output = fastlinear.linear(input, torch.ones(1, 1, device=device), None, "relu_squared")
+    output.backward(torch.full((2, 1), float("inf"), device=device))
+    assert input.grad is not None
+    assert input.grad.flatten().tolist() == [0.0, float("inf")]

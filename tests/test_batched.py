@@ -881,3 +881,10 @@ def test_an_ensemble_trains_as_its_members(device: torch.device) -> None:
         [batch.weight.detach(), batch.bias.detach()],
         [torch.stack(parameters_of(linears, name)).detach() for name in ("weight", "bias")],
     )
+
+
+def test_batched_activation_is_checked_when_it_is_set() -> None:
+    layer = fastlinear.BatchedLinear(2, 3, 4, activation="relu")
+    with pytest.raises(ValueError, match="activation must be None or one of 'relu'"):
+        layer.activation = nn.ReLU()
+    assert layer.activation == "relu"

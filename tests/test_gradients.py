@@ -180,3 +180,17 @@ def test_dual_tensors_pass_through_a_plain_backward(device: torch.device) -> Non
     torch.testing.assert_close(
         tangent_of_gradient(fastlinear.linear), tangent_of_gradient(F.linear)
     )
+
+
+def test_forward_over_forward_keeps_the_mixed_derivative(device: torch.device) -> None:
+    tensors = [
+        double(*shape, device=device, requires_grad=False) for shape in ((4, 5), (3, 5), (3,))
+    ]
+
+    def second(linear):  # type: ignore[no-untyped-def]
+        first = lambda *a: torch.func.jvp(linear, a, tuple(tensors))[1]  # noqa: E731
+        return torch.func.jvp(first, tuple(tensors), tuple(tensors))[1]
+
+    expected = second(F.linear)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(second(fastlinear.linear), expected)
