@@ -124,8 +124,11 @@ def next_level_in_forward_mode(*saved: Any) -> Any:
     zero. Yields the primals of `saved`: with their tangents they would ask for this level again.
     """
     with forward_ad._set_fwd_grad_enabled(True):
+        # Not forward_ad.unpack_dual, which goes by Python's count of levels (forward_ad_active);
+        # PyTorch has one level of its own, 0, and torch.func's others lie in its wrappers.
         yield tuple(
-            None if tensor is None else forward_ad.unpack_dual(tensor).primal for tensor in saved
+            None if tensor is None else torch._VF._unpack_dual(tensor, level=0)[0]
+            for tensor in saved
         )
 
 
