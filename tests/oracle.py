@@ -139,6 +139,19 @@ def assert_as_exact(
     )
 
 
+def sum_scale(terms: Tensor, dtype: torch.dtype, dim: int) -> float:
+    """The size at which a sum over `dim` is rounded, as `assert_as_exact` takes it.
+
+    The sum may end near 0, with PyTorch's exact by luck; its roundings are those of the largest
+    sum on the way. Where the accumulator is no wider than the result each addition rounds, and
+    they pile up as a random walk does, with the square root of their number.
+    """
+    if terms.numel() == 0:
+        return 0.0
+    roundings = terms.shape[dim] ** 0.5 if dtype in (torch.float32, torch.float64) else 1.0
+    return roundings * terms.detach().double().cumsum(dim).abs().max().item()
+
+
 def normal(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Normal random numbers inside a buffer of NaN.
 
