@@ -3,20 +3,22 @@
 from fastlinear.backend import use_backend
 from fastlinear.convert import Report, convert, revert
 from fastlinear.explain import Explanation, explain
-from fastlinear.functional import batched_linear, linear
-from fastlinear.modules import BatchedLinear, Linear
+from fastlinear.functional import batched_linear, gated_linear, linear
+from fastlinear.modules import BatchedLinear, GatedLinear, Linear
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BatchedLinear",
     "Explanation",
+    "GatedLinear",
     "Linear",
     "Report",
     "__version__",
     "batched_linear",
     "convert",
     "explain",
+    "gated_linear",
     "linear",
     "revert",
     "use_backend",

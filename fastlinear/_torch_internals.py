@@ -18,6 +18,7 @@ from torch._C._dynamo import eval_frame as _eval_frame
 from torch._jit_internal import is_scripting as is_scripting
 from torch.autograd import forward_ad
 from torch.autograd.function import Function, _SingleLevelFunction
+from torch.nn.modules import module as _module
 
 DispatchKey = torch._C.DispatchKey
 _innermost_transform = torch._C._functorch.peek_interpreter_stack
@@ -88,6 +89,20 @@ BEYOND_PLAIN = ~_bits(
 
 # `torch.backends.cuda.matmul.fp32_precision`, in a fifth of the time.
 float32_matmul_precision = functools.partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether calling `module` calls anything besides its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    )
 
 
 # Whether a transform of torch.func is active.

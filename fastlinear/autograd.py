@@ -253,7 +253,7 @@ def as_layers(
     return input, weight, bias, lambda output: output.reshape(leading)
 
 
-def _linear_vmap(
+def linear_vmap(
     info: Any, in_dims: tuple[int | None, ...], input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, int]:
     input, weight, bias, restore = as_layers(info, in_dims, input, weight, bias)
@@ -275,7 +275,7 @@ def linear_backward_vmap(
     if weight is not None:
         transposed = weight.mT if weight_dim is None else weight.movedim(weight_dim, 0).mT
         dims = (0, None if weight_dim is None else 0, None)
-        grad_input, _ = _linear_vmap(info, dims, grad_output, transposed, None)
+        grad_input, _ = linear_vmap(info, dims, grad_output, transposed, None)
     # Each sample is a layer, or as many as it has.
     layers = grad_output.shape[: 2 if batched else 1]
     rows = math.prod(grad_output.shape[len(layers) : -1])
@@ -291,7 +291,7 @@ def linear_backward_vmap(
     return (grad_input, grad_weight, grad_bias), tuple(0 if one else None for one in given)
 
 
-torch.library.register_vmap(linear_op, _linear_vmap, lib=LIBRARY)
+torch.library.register_vmap(linear_op, linear_vmap, lib=LIBRARY)
 torch.library.register_vmap(linear_backward_op, linear_backward_vmap, lib=LIBRARY)
 
 
@@ -301,24 +301,21 @@ def _cast(tensor: Tensor | None, device_type: str) -> Tensor | None:
     return tensor.to(backend.dtype_under(torch.get_autocast_dtype(device_type), tensor.dtype))
 
 
-def register_autocast(op: torch._ops.OpOverload) -> None:
-    """Casts operands (input, weight, bias, ...) of `op` as autocast does those of F.linear."""
+def register_autocast(op: torch._ops.OpOverload, operands: int = 3) -> None:
+    """Casts the first `operands` arguments of `op`, as autocast does those of F.linear."""
     for device_type, key in (
         ("cpu", internals.DispatchKey.AutocastCPU),
         ("cuda", internals.DispatchKey.AutocastCUDA),
     ):
 
         def cast_and_call(
-            input: Tensor,
-            weight: Tensor,
-            bias: Tensor | None,
-            *others: Any,
+            *arguments: Any,
             device_type: str = device_type,
             key: internals.DispatchKey = key,
         ) -> Any:
-            operands = (_cast(operand, device_type) for operand in (input, weight, bias))
+            cast = (_cast(operand, device_type) for operand in arguments[:operands])
             with internals.excluding(key):
-                return op(*operands, *others)
+                return op(*cast, *arguments[operands:])
 
         internals.hide_from_dynamo(cast_and_call)
         LIBRARY.impl(op, cast_and_call, key.name)
@@ -333,7 +330,7 @@ for _entry in (
     LinearFunction.backward,
     _linear_autograd,
     _linear_backward_autograd,
-    _linear_vmap,
+    linear_vmap,
     linear_backward_vmap,
 ):
     internals.hide_from_dynamo(_entry)

@@ -17,6 +17,7 @@ from fastlinear.kernels.operands import (
     DTYPES,
     FROM_OUTPUT,
     check_backward_shapes,
+    check_gated_backward_shapes,
     check_saved_shape,
 )
 
@@ -93,6 +94,8 @@ class Launchers(NamedTuple):
 
     forward: ModuleType
     backward: ModuleType
+    activation: ModuleType
+    gated: ModuleType
 
 
 @functools.cache
@@ -103,13 +106,13 @@ def launchers() -> Launchers:
         RuntimeError: Triton is not installed.
     """
     try:
-        from fastlinear.kernels import backward, forward
+        from fastlinear.kernels import activation, backward, forward, gated
     except (ImportError, OSError) as error:
         raise RuntimeError(
             f"backend 'triton' needs the package triton, 3.6 or newer ({error}); "
             "install it with `pip install 'fastlinear[triton]'`, or use backend 'auto'"
         ) from error
-    return Launchers(forward, backward)
+    return Launchers(forward, backward, activation, gated)
 
 
 def float32_precision() -> str:
@@ -202,7 +205,7 @@ def activation_backward(
     """The op `linear_activation_backward` by the kernels, as `backward`."""
     _check_backward_shapes(grad_output, input, weight, batched)
     check_saved_shape(saved.shape, grad_output.shape)
-    *gradients, grad = launchers().backward.linear_activation_backward(
+    *gradients, grad = launchers().activation.linear_activation_backward(
         grad_output,
         saved,
         input,
@@ -213,6 +216,53 @@ def activation_backward(
         precision=float32_precision(),
     )
     return _with_empty(grad, gradients, bias, batched)
+
+
+def gated_output(
+    input: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """The op `gated_linear` by the kernels."""
+    operands = (input, gate_weight, up_weight, gate_bias, up_bias)
+    kernels, precision = launchers().gated, float32_precision()
+    return kernels.gated_linear_forward(*operands, activation, False, precision=precision)[0]
+
+
+def gated_forward(
+    input: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `gated_linear_forward` by the kernels."""
+    operands = (input, gate_weight, up_weight, gate_bias, up_bias)
+    kernels, precision = launchers().gated, float32_precision()
+    return kernels.gated_linear_forward(*operands, activation, True, precision=precision)
+
+
+def gated_backward(
+    grad_output: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    input: Tensor | None,
+    gate_weight: Tensor | None,
+    up_weight: Tensor | None,
+    bias: bool,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `gated_linear_backward` by the kernels, as `backward`."""
+    operands = (grad_output, gate, up, input, gate_weight, up_weight)
+    check_gated_backward_shapes(*(None if one is None else one.shape for one in operands))
+    *gradients, grad_products = launchers().gated.gated_linear_backward(
+        *operands, bias, activation, precision=float32_precision()
+    )
+    return _with_empty(grad_products, gradients, bias, False)
 
 
 def sum_rows(grad_output: Tensor, batched: bool) -> Tensor:

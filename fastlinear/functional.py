@@ -1,4 +1,7 @@
-"""The functions behind the layers: `linear`, `batched_linear`, and what they can take."""
+"""The functions behind the layers.
+
+`linear`, `batched_linear`, `gated_linear`, and what they can take.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +14,13 @@ from fastlinear import _torch_internals as internals
 from fastlinear import backend
 from fastlinear.activations import ACTIVATIONS, linear_activation_op
 from fastlinear.autograd import linear_op
+from fastlinear.gated import gated_linear_op
 from fastlinear.kernels.operands import DTYPES, check_activation
 
 _PLAIN = frozenset({Tensor, Parameter})
 _linear = internals.unwrapped(linear_op)
 _linear_activation = internals.unwrapped(linear_activation_op)
+_gated_linear = internals.unwrapped(gated_linear_op)
 
 
 def linear(
@@ -121,6 +126,121 @@ def batched_linear(
     return _by_the_kernels(input, weight, bias, activation, batched=True)
 
 
+def gated_linear(
+    input: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    """Computes `output = activation(gate) * up` from two layers of one input.
+
+    gate is `input @ gate_weight.T + gate_bias` and up is `input @ up_weight.T + up_bias`: with
+    "silu" that is SwiGLU, with "gelu" GEGLU, with "relu" ReGLU, with "sigmoid" GLU.
+
+    Which path computes it is `fastlinear.use_backend`'s to say: the kernels, in one launch that
+    reads input once, or `torch.nn.functional.linear` twice. The kernels accumulate in float32
+    (float64 for float64), and activate and multiply there, before the one rounding to the output's
+    dtype; float32 products follow `torch.set_float32_matmul_precision`. For backward they keep gate
+    and up, where PyTorch also keeps `activation(gate)`. Gradients of every order, forward and
+    reverse, are defined.
+
+    Args:
+        input: (*, in_features); the kernels take float16, bfloat16, float32 and float64, with any
+            strides.
+        gate_weight, up_weight: (out_features, in_features), in input's dtype and on its device.
+        gate_bias, up_bias: None or (out_features,), in input's dtype and on its device.
+        activation: a name, as in `fastlinear.linear`.
+
+    Returns:
+        (*, out_features), contiguous, in input's dtype (under autocast, in autocast's).
+
+    Raises:
+        ValueError: activation is none of these.
+        RuntimeError: the weights have not the same out_features.
+        Exception: whatever `torch.nn.functional.linear` raises for input and either weight and
+            bias.
+        TypeError: backend "triton" cannot take the arguments, though PyTorch can; the message says
+            why.
+    """
+    check_activation(activation, optional=False)
+    operands = (input, gate_weight, up_weight, gate_bias, up_bias)
+    if backend.current != "triton":
+        return _gated_by_pytorch(*operands, activation)
+    if (
+        all(type(operand) in _PLAIN for operand in operands[:3])
+        and all(bias is None or type(bias) in _PLAIN for bias in operands[3:])
+        and not internals.transforming()
+        and not is_dynamo_compiling()
+    ):
+        try:  # as `linear` does, and why
+            return _gated_linear(*operands, activation)
+        except RuntimeError:
+            if _why_no_gated(*operands) is None and not _broadcasts(*operands):
+                raise
+    reason = _why_no_gated(*operands)
+    if reason is not None:
+        _gated_by_pytorch(*operands, activation)
+        raise TypeError(
+            f"backend 'triton' takes {reason}; backend 'auto' hands this call to PyTorch"
+        )
+    if gate_bias is not None:
+        gate_bias = gate_bias.expand(gate_weight.shape[:1])
+    if up_bias is not None:
+        up_bias = up_bias.expand(up_weight.shape[:1])
+    return gated_linear_op(input, gate_weight, up_weight, gate_bias, up_bias, activation)
+
+
+def _gated_by_pytorch(
+    input: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    gate, up = F.linear(input, gate_weight, gate_bias), F.linear(input, up_weight, up_bias)
+    if gate.shape != up.shape:  # one feature would be multiplied with many
+        raise RuntimeError(
+            "gated_linear takes weights of the same out_features, "
+            f"but gate_weight is {tuple(gate_weight.shape)} and up_weight {tuple(up_weight.shape)}"
+        )
+    return ACTIVATIONS[activation](gate) * up
+
+
+def _why_no_gated(
+    input: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+) -> str | None:
+    """`why_not`, of `gated_linear`."""
+    reason = why_not(input, gate_weight, gate_bias, prefix="gate_")
+    reason = reason or why_not(input, up_weight, up_bias, prefix="up_")
+    if reason is None and gate_weight.shape != up_weight.shape:
+        return (
+            "weights of one shape, "
+            f"but gate_weight is {tuple(gate_weight.shape)} and up_weight {tuple(up_weight.shape)}"
+        )
+    return reason
+
+
+def _broadcasts(
+    input: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+) -> bool:
+    """Whether a bias is to be expanded."""
+    return any(
+        bias is not None and bias.shape != weight.shape[:1]
+        for weight, bias in ((gate_weight, gate_bias), (up_weight, up_bias))
+    )
+
+
 def _batched_by_pytorch(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`batched_linear` by PyTorch, whose errors name neither these arguments nor all shapes."""
     try:
@@ -181,18 +301,27 @@ def _has_names(tensor: Tensor) -> bool:
     return any(name is not None for name in getattr(tensor, "names", ()))
 
 
-def _named(input: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-    return {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
+def _named(
+    input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = ""
+) -> dict[str, Tensor]:
+    named = {"input": input, f"{prefix}weight": weight}
+    return named if bias is None else named | {f"{prefix}bias": bias}
 
 
 def why_not(
-    input: Tensor, weight: Tensor, bias: Tensor | None, *, batched: bool = False
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    batched: bool = False,
+    prefix: str = "",
 ) -> str | None:
     """What the kernels would take and what came instead, in words.
 
-    None where they can take the arguments, of `linear` or, if batched, of `batched_linear`.
+    None where they can take the arguments, of `linear` or, if batched, of `batched_linear`. The
+    words are those for weight and bias with `prefix` before their names.
     """
-    operands = _named(input, weight, bias)
+    operands = _named(input, weight, bias, prefix)
     for name, tensor in operands.items():
         if not isinstance(tensor, Tensor):
             return f"tensors, but {name} is {type(tensor).__name__}"
@@ -219,19 +348,23 @@ def why_not(
     for name, dtype in dtypes.items():
         if dtype != dtypes["input"]:
             return f"tensors of one dtype, but input is {dtypes['input']} and {name} {dtype}"
-    return (_unlike_layers if batched else _unlike_a_layer)(input, weight, bias)
+    if batched:
+        return _unlike_layers(input, weight, bias)
+    return _unlike_a_layer(input, weight, bias, prefix)
 
 
-def _unlike_a_layer(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+def _unlike_a_layer(
+    input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = ""
+) -> str | None:
     """The shapes of a layer, and those that came instead; None where they fit."""
     if input.dim() == 0 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
         return (
-            "input (*, in_features) and weight (out_features, in_features), "
-            f"but input is {tuple(input.shape)} and weight {tuple(weight.shape)}"
+            f"input (*, in_features) and {prefix}weight (out_features, in_features), "
+            f"but input is {tuple(input.shape)} and {prefix}weight {tuple(weight.shape)}"
         )
     if bias is not None and (bias.dim() > 1 or bias.numel() not in (1, weight.shape[0])):
         return (
-            f"bias (out_features,), but bias is {tuple(bias.shape)} "
+            f"{prefix}bias (out_features,), but {prefix}bias is {tuple(bias.shape)} "
             f"and out_features {weight.shape[0]}"
         )
     return None

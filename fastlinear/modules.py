@@ -1,4 +1,7 @@
-"""Modules: Linear, in place of `nn.Linear`, and BatchedLinear, in place of many of them."""
+"""Modules: Linear, in place of `nn.Linear`, and what it is many or two of.
+
+BatchedLinear is many layers at once, GatedLinear the two layers of a gated pair.
+"""
 
 import math
 from collections.abc import Iterable
@@ -10,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlinear import _torch_internals as internals
-from fastlinear.functional import batched_linear, linear
+from fastlinear.activations import ACTIVATIONS
+from fastlinear.functional import batched_linear, gated_linear, linear
 from fastlinear.kernels.operands import check_activation
 
 # torch.fx.symbolic_trace writes a module down as one call of its function, whose arguments then are
 # no tensors that a path could be chosen for.
 torch.fx.wrap("linear")
 torch.fx.wrap("batched_linear")
+torch.fx.wrap("gated_linear")
 
 
 class Linear(nn.Linear):
@@ -212,6 +217,69 @@ class BatchedLinear(nn.Module):
             f"num_linears={self.num_linears}, in_features={self.in_features}, "
             f"out_features={self.out_features}, bias={self.bias is not None}{activation}"
         )
+
+
+class GatedLinear(nn.Module):
+    """`output = activation(gate_proj(input)) * up_proj(input)`.
+
+    With "silu" that is SwiGLU, with "gelu" GEGLU. Dtypes, errors and the path that computes it are
+    those of `fastlinear.gated_linear`; through the kernels both layers are one launch that reads
+    input once.
+
+    The layers are two modules under the names that Llama and its kin give them, so that their
+    checkpoints load. Where one of them is no plain layer any more (an adapter, a hook, a
+    parametrization), both are called as the modules that they are.
+
+    Args:
+        in_features, out_features, bias, device, dtype: of each layer, as `nn.Linear` takes them.
+        activation: the name of what is applied to the gate, as in `fastlinear.linear`.
+
+    Attributes:
+        gate_proj, up_proj: `fastlinear.Linear`, initialised in this order.
+
+    Raises:
+        ValueError: activation is none of these.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: str = "silu",
+    ) -> None:
+        check_activation(activation, optional=False)
+        super().__init__()
+        self.activation = activation
+        self.gate_proj = Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.up_proj = Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "activation":  # a module of that name would be registered, and never called
+            check_activation(value, optional=False)
+        super().__setattr__(name, value)
+
+    def forward(self, input: Tensor) -> Tensor:
+        gate, up = self.gate_proj, self.up_proj
+        if is_plain(gate) and is_plain(up):
+            return gated_linear(input, gate.weight, up.weight, gate.bias, up.bias, self.activation)
+        return ACTIVATIONS[self.activation](gate(input)) * up(input)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling `layer` does nothing but its linear product."""
+    return (
+        type(layer) is Linear
+        and layer.activation is None
+        and "forward" not in vars(layer)
+        and not internals.has_hooks(layer)
+    )
 
 
 def _activation(layer: nn.Linear) -> str | None:

@@ -4,7 +4,7 @@ grad_input is a forward through the transposed weight; grad_weight and grad_bias
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,16 +13,13 @@ from torch import Tensor
 
 from . import launch
 from .configs import Config, choose, choose_splits
-from .epilogue import activation_gradient
 from .forward import forward_tile, linear_forward, plan_forward
 from .indexing import locate_rows, locate_tile
-from .operands import Activation, check_activation, check_backward_shapes, check_same_kind
-from .precision import prepare_operand
+from .operands import check_backward_shapes, check_same_kind
+from .precision import add_product, prepare_operand
 
 # Elements of grad_weight that one program sums over the splits.
 SUM_BLOCK = 512
-# Most features, of 1024 elements, that one program of activation_backward_kernel takes.
-ACTIVATION_BLOCK = 128
 
 
 def linear_backward_input(
@@ -108,7 +105,6 @@ def linear_backward_weight_kernel(
     grad_output_columns = grad_output_ptr + batch * stride_gb + offs_n[:, None] * stride_gn
     input_columns = input_ptr + batch * stride_ib + offs_k[None, :] * stride_ik
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC_DTYPE)
-    # Not a constant, as in the forward kernel.
     fresh = acc + zero
     # 16-bit tiles are summed as a product with ones, 16 columns of which are the narrowest that
     # matrix instructions take. It keeps grad_output in shared memory: where a tile of an
@@ -138,22 +134,15 @@ def linear_backward_weight_kernel(
                 acc_bias += tl.sum(grad_output_tile, axis=1)
         grad_output_tile = prepare_operand(grad_output_tile, INPUT_PRECISION, UPCAST)
         input_tile = prepare_operand(input_tile, INPUT_PRECISION, UPCAST)
-        if SUM_STEPS_APART:
-            acc += tl.dot(
-                grad_output_tile,
-                input_tile,
-                fresh,
-                input_precision=INPUT_PRECISION,
-                out_dtype=ACC_DTYPE,
-            )
-        else:
-            acc = tl.dot(
-                grad_output_tile,
-                input_tile,
-                acc,
-                input_precision=INPUT_PRECISION,
-                out_dtype=ACC_DTYPE,
-            )
+        acc = add_product(
+            acc,
+            grad_output_tile,
+            input_tile,
+            fresh,
+            INPUT_PRECISION=INPUT_PRECISION,
+            ACC_DTYPE=ACC_DTYPE,
+            SUM_STEPS_APART=SUM_STEPS_APART,
+        )
         if HAS_BIAS and SUM_BY_DOT:
             if tile_k == 0:
                 ones = tl.full((BLOCK_M, 16), 1.0, grad_output_tile.dtype)
@@ -245,6 +234,8 @@ def sum_splits_kernel(
 def linear_forward_and_sums_kernel(
     input_ptr,
     weight_ptr,
+    second_input_ptr,
+    second_weight_ptr,
     bias_ptr,
     output_ptr,
     preactivation_ptr,
@@ -269,6 +260,7 @@ def linear_forward_and_sums_kernel(
     splits,
     weight_size,
     bias_size,
+    SECOND_PRODUCT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SAVE_PREACTIVATION: tl.constexpr,
@@ -310,6 +302,8 @@ def linear_forward_and_sums_kernel(
             tl.program_id(0) - sum_blocks,
             input_ptr,
             weight_ptr,
+            second_input_ptr,
+            second_weight_ptr,
             bias_ptr,
             output_ptr,
             preactivation_ptr,
@@ -327,6 +321,7 @@ def linear_forward_and_sums_kernel(
             stride_wk,
             stride_bb,
             stride_bn,
+            SECOND_PRODUCT=SECOND_PRODUCT,
             HAS_BIAS=HAS_BIAS,
             ACTIVATION=ACTIVATION,
             SAVE_PREACTIVATION=SAVE_PREACTIVATION,
@@ -494,27 +489,56 @@ def linear_backward_weight(
         RuntimeError: shapes, dtypes or devices are none of these, or the kernels cannot run on the
             device.
     """
-    plan = plan_backward_weight(
-        launch.describe(grad_output, input),
+    grad_weight, grad_bias, sums = backward_weight_but_sums(
+        grad_output,
+        input,
         bias,
-        batched,
-        precision,
-        config,
-        splits,
+        batched=batched,
+        precision=precision,
+        config=config,
+        splits=splits,
     )
-    grad_weight, grad_bias, sums = _launch_backward_weight(plan, grad_output, input, bias)
     if sums is not None:
-        launch.run(sum_splits_kernel, *sums)
+        run_sums(sums)
     return grad_weight, grad_bias
 
 
+# A launch of `sum_splits_kernel`: its pointers come with it.
 Sums = tuple[launch.Launch, tuple[Tensor | None, ...]]
 
 
-def _launch_backward_weight(
-    plan: BackwardWeightLaunch, grad_output: Tensor, input: Tensor, bias: bool
+def run_sums(sums: Sums) -> None:
+    launch.run(sum_splits_kernel, *sums)
+
+
+def _launch_of_sums(splits: int, weight_size: int, bias_size: int, offsets: Any) -> launch.Launch:
+    return launch.Launch(
+        grid=(triton.cdiv(weight_size, SUM_BLOCK) + triton.cdiv(bias_size, SUM_BLOCK),),
+        scalars=(splits, weight_size, bias_size),
+        constants={
+            "SUM_BIAS": bias_size > 0,
+            "SUM_OFFSET_DTYPE": offsets,
+            "SUM_BLOCK": SUM_BLOCK,
+        },
+    )
+
+
+NO_SUMS = _launch_of_sums(0, 0, 0, tl.int32)
+
+
+def backward_weight_but_sums(
+    grad_output: Tensor,
+    input: Tensor,
+    bias: bool,
+    *,
+    batched: bool = False,
+    precision: str = "ieee",
+    config: Config | None = None,
+    splits: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Sums | None]:
-    """(grad_weight, grad_bias, the launch of `sum_splits_kernel` that is left to be done)."""
+    """`linear_backward_weight`, and the launch of `sum_splits_kernel` that is left to be done."""
+    operands = launch.describe(grad_output, input)
+    plan = plan_backward_weight(operands, bias, batched, precision, config, splits)
     if plan.copy_grad_output:
         grad_output = grad_output.contiguous()
     if plan.copy_input:
@@ -532,15 +556,11 @@ def _launch_backward_weight(
     partial_bias = launch.allocate(input, plan.partial_bias) if bias else None
     pointers = (grad_output, input, partial_weight, partial_bias)
     launch.run(linear_backward_weight_kernel, plan.kernel, pointers)
-    weight_size, bias_size = grad_weight.numel(), 0 if grad_bias is None else grad_bias.numel()
-    sums = launch.Launch(
-        grid=(triton.cdiv(weight_size, SUM_BLOCK) + triton.cdiv(bias_size, SUM_BLOCK),),
-        scalars=(partial_weight.shape[0], weight_size, bias_size),
-        constants={
-            "SUM_BIAS": bias,
-            "SUM_OFFSET_DTYPE": plan.kernel.constants["OFFSET_DTYPE"],
-            "SUM_BLOCK": SUM_BLOCK,
-        },
+    sums = _launch_of_sums(
+        partial_weight.shape[0],
+        grad_weight.numel(),
+        0 if grad_bias is None else grad_bias.numel(),
+        plan.kernel.constants["OFFSET_DTYPE"],
     )
     return grad_weight, grad_bias, (sums, (partial_weight, partial_bias, grad_weight, grad_bias))
 
@@ -569,169 +589,70 @@ def linear_backward(
     """
     grad_input = grad_weight = grad_bias = sums = None
     if input is not None:
-        operands = launch.describe(grad_output, input)
-        plan = plan_backward_weight(operands, bias, batched, precision, None, None)
-        grad_weight, grad_bias, sums = _launch_backward_weight(plan, grad_output, input, bias)
+        grad_weight, grad_bias, sums = backward_weight_but_sums(
+            grad_output, input, bias, batched=batched, precision=precision
+        )
     if weight is not None and sums is not None:
-        grad_input = _launch_backward_input_and_sums(grad_output, weight, precision, *sums)
+        grad_input = backward_input_and_sums(grad_output, weight, sums, precision=precision)
     elif weight is not None:
         grad_input = linear_backward_input(grad_output, weight, precision=precision)
     elif sums is not None:
-        launch.run(sum_splits_kernel, *sums)
+        run_sums(sums)
     return grad_input, grad_weight, grad_bias
 
 
-def _launch_backward_input_and_sums(
+def backward_input_and_sums(
     grad_output: Tensor,
     weight: Tensor,
+    sums: Sums | None,
+    second_grad_output: Tensor | None = None,
+    second_weight: Tensor | None = None,
+    *,
     precision: str,
-    sums: launch.Launch,
-    sums_pointers: tuple[Tensor | None, ...],
 ) -> Tensor:
+    """`grad_output @ weight`, plus a second such product, and `sums`, all in one launch.
+
+    The second operands have the shapes and strides of the first.
+    """
     weight = weight.mT
-    plan = plan_forward(launch.describe(grad_output, weight), precision, None, False, None)
+    operands = launch.describe(grad_output, weight)
+    if second_grad_output is not None and second_weight is not None:
+        second_weight = second_weight.mT
+        seconds = launch.describe(second_grad_output, second_weight)
+        operands = (
+            _as_aligned_as_both(operands[0], seconds[0]),
+            _as_aligned_as_both(operands[1], seconds[1]),
+            None,
+        )
+    plan = plan_forward(operands, precision, None, False, None)
     if plan.copy_input:
         grad_output = grad_output.contiguous()
+        if second_grad_output is not None:
+            second_grad_output = second_grad_output.contiguous()
     grad_input = launch.allocate(grad_output, plan.output)
+    if sums is None:
+        sums = NO_SUMS, (grad_input,) * 4  # no program gets to look at them
     both = launch.Launch(
-        grid=(sums.grid[0] + plan.kernel.grid[0],),
-        scalars=plan.kernel.scalars + sums.scalars,
-        constants=plan.kernel.constants | sums.constants,
+        grid=(sums[0].grid[0] + plan.kernel.grid[0],),
+        scalars=plan.kernel.scalars + sums[0].scalars,
+        constants=plan.kernel.constants
+        | sums[0].constants
+        | {"SECOND_PRODUCT": second_weight is not None},
     )
-    pointers = (grad_output, weight, None, grad_input, None, *sums_pointers)
-    launch.run(linear_forward_and_sums_kernel, both, pointers)
+    pointers = (
+        grad_output,
+        weight,
+        second_grad_output,
+        second_weight,
+        None,
+        grad_input,
+        None,
+        *sums[1],
+    )
+    if both.grid != (0,):
+        launch.run(linear_forward_and_sums_kernel, both, pointers)
     return grad_input
 
 
-@triton.jit
-def activation_backward_kernel(
-    grad_output_ptr,
-    saved_ptr,
-    grad_preactivation_ptr,
-    M,
-    N,
-    grad_output_inner_size,
-    stride_go,
-    stride_gm,
-    stride_gn,
-    ACTIVATION: tl.constexpr,
-    NESTED_GRAD_OUTPUT: tl.constexpr,
-    OFFSET_DTYPE: tl.constexpr,
-    ACC_DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """grad_preactivation[m, n] = grad_output[m, n] * activation'(m, n).
-
-    One program computes one BLOCK_M x BLOCK_N tile. grad_output (M, N) has any strides; saved, from
-    which the derivative is taken (operands.FROM_OUTPUT), and the result are contiguous.
-    """
-    column_tiles = tl.cdiv(N, BLOCK_N)
-    # Before the arithmetic: with few features, rows alone may pass 2**31.
-    pid = tl.program_id(0).to(OFFSET_DTYPE)
-    offs_m = (pid // column_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = (pid % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    offs = offs_m[:, None] * N + offs_n[None, :]
-    rows = locate_rows(offs_m, grad_output_inner_size, stride_go, stride_gm, NESTED_GRAD_OUTPUT)
-    grad_output_ptrs = grad_output_ptr + rows[:, None] + offs_n[None, :] * stride_gn
-    grad_output = tl.load(grad_output_ptrs, mask=mask, other=0.0)
-    saved = tl.load(saved_ptr + offs, mask=mask, other=0.0)
-    grad = activation_gradient(grad_output.to(ACC_DTYPE), saved.to(ACC_DTYPE), ACTIVATION)
-    tl.store(grad_preactivation_ptr + offs, grad.to(saved_ptr.dtype.element_ty), mask=mask)
-
-
-@functools.lru_cache(maxsize=4096)
-def plan_activation_backward(
-    operands: tuple[launch.Fields, launch.Fields, None], activation: Activation
-) -> tuple[launch.Launch, bool]:
-    """The launch of `activation_backward`, and whether grad_output is copied first.
-
-    It is for tensors like `describe(grad_output, saved)`.
-    """
-    grad_output, saved = launch.Operand(*operands[0]), launch.Operand(*operands[1])
-    check_activation(activation)
-    check_same_kind(grad_output=grad_output, saved=saved)
-    rows = launch.rows_of(grad_output)
-    features = grad_output.shape[-1]
-    block_n = min(ACTIVATION_BLOCK, triton.next_power_of_2(max(features, 1)))
-    block_m = 1024 // block_n
-    plan = launch.Launch(
-        grid=(triton.cdiv(rows.size, block_m) * triton.cdiv(features, block_n),),
-        scalars=(
-            rows.size,
-            features,
-            rows.inner_size,
-            rows.stride_outer,
-            rows.stride_inner,
-            rows.stride_feature,
-        ),
-        constants={
-            "ACTIVATION": activation,
-            "NESTED_GRAD_OUTPUT": rows.nested,
-            "OFFSET_DTYPE": launch.offset_dtype(rows.operand, saved),
-            "ACC_DTYPE": launch.accumulator_dtype(saved.dtype),
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-        },
-    )
-    return plan, rows.copied
-
-
-def activation_backward(grad_output: Tensor, saved: Tensor, activation: Activation) -> Tensor:
-    """Computes the gradient of the pre-activation.
-
-    Args:
-        grad_output: (*, N), the gradient of the output; any strides.
-        saved: (*, N), contiguous, in grad_output's dtype: the output of the activations that
-            `operands.FROM_OUTPUT` names, else the pre-activation.
-        activation: one of `operands.ACTIVATIONS`.
-
-    Returns:
-        (*, N), contiguous; computed in float32 (float64 for float64) and rounded once.
-    """
-    plan, copy_grad_output = plan_activation_backward(
-        launch.describe(grad_output, saved), activation
-    )
-    if copy_grad_output:
-        grad_output = grad_output.contiguous()
-    grad_preactivation = launch.allocate(saved, launch.Operand(*launch.describe(saved, saved)[0]))
-    if plan.grid != (0,):
-        launch.run(activation_backward_kernel, plan, (grad_output, saved, grad_preactivation))
-    return grad_preactivation
-
-
-def linear_activation_backward(
-    grad_output: Tensor,
-    saved: Tensor,
-    input: Tensor | None,
-    weight: Tensor | None,
-    bias: bool,
-    activation: Activation,
-    *,
-    batched: bool = False,
-    precision: str = "ieee",
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """The gradients of `activation(input @ weight.mT + bias)`, in three launches at most.
-
-    The gradient is taken through the activation once, in a pass that reads grad_output and what was
-    saved and writes the pre-activation's gradient, which both products then read, grad_bias with
-    them: of M x N elements, five reads and writes in all, and one tensor more while it lasts.
-    Taking it where each product loads it would spare one of the five, but take it anew for every
-    column of tiles: with 4096 features 32 times, and a derivative costs more than its share of the
-    tile's multiply-adds. It would also put the operand of an asynchronous product into registers,
-    at a price in stages and spills.
-
-    Args:
-        grad_output: (*, N), or (B, M, N) if batched; any strides.
-        saved: grad_output's shape, as `activation_backward` takes it.
-        input, weight, bias, batched, precision: as in `linear_backward`.
-        activation: one of `operands.ACTIVATIONS`.
-
-    Returns:
-        grad_input, grad_weight and grad_bias as in `linear_backward`, and the gradient of the
-        pre-activation.
-    """
-    grad = activation_backward(grad_output, saved.contiguous(), activation)
-    gradients = linear_backward(grad, input, weight, bias, batched=batched, precision=precision)
-    return *gradients, grad
+def _as_aligned_as_both(first: launch.Fields, second: launch.Fields) -> launch.Fields:
+    return (*first[:4], first[4] and second[4])

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-Kernel = Literal["forward", "backward_weight"]
+Kernel = Literal["forward", "gated_forward", "backward_weight"]
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,17 @@ class Config:
 
     def tile(self, kernel: Kernel) -> tuple[int, int, int]:
         """(rows, columns, depth): the output tile of `kernel`, and the reduction's step."""
-        if kernel == "forward":
-            return self.block_m, self.block_n, self.block_k
-        return self.block_n, self.block_k, self.block_m
+        if kernel == "backward_weight":
+            return self.block_n, self.block_k, self.block_m
+        return self.block_m, self.block_n, self.block_k
 
 
 def _config(
     kernel: Kernel, rows: int, columns: int, depth: int, num_stages: int, num_warps: int
 ) -> Config:
-    if kernel == "forward":
-        return Config(rows, columns, depth, num_warps, num_stages)
-    return Config(depth, rows, columns, num_warps, num_stages)
+    if kernel == "backward_weight":
+        return Config(depth, rows, columns, num_warps, num_stages)
+    return Config(rows, columns, depth, num_warps, num_stages)
 
 
 # (rows, columns, depth, stages, warps) of the output tiles, largest first, by family and kind of
@@ -235,8 +235,9 @@ def why_illegal(
     if target.family == "interpreter":
         return None
     # AMD's pipeline keeps the newest stage in registers.
+    products = 2 if kernel == "gated_forward" else 1  # of one tile of input and a weight each
     buffers = max(1, config.num_stages - 1) if target.family == "gfx942" else config.num_stages
-    operands = buffers * (rows + columns) * depth * dtype.itemsize
+    operands = buffers * (rows + products * columns) * depth * dtype.itemsize
     if operands > target.shared_memory:
         return (
             f"operands need {operands} bytes of shared memory, "
@@ -244,18 +245,25 @@ def why_illegal(
         )
     threads = config.num_warps * target.warp_size
     words = max(4, dtype.itemsize) // 4
-    accumulators = rows * columns * words // threads
-    most = 64 if activation else 128
+    accumulators = products * rows * columns * words // threads
+    kind = arithmetic(dtype, precision)
+    # As measured by compiling (tests/ahead_of_time.py): more than these spill.
+    if kernel != "gated_forward":
+        most = 64 if activation else 128
+    elif kind in ("float32", "float64"):
+        most = 32
+    else:
+        most = 128 if kind == "16-bit" and target.family in ("sm_90", "gfx942") else 64
     if accumulators > most:
         return (
             f"accumulators take {accumulators} registers a thread, "
             f"more than the {most} that leave room for the rest"
         )
     if not aligned:
-        addresses = (rows + columns) * depth // threads * 2
+        addresses = (rows + products * columns) * depth // threads * 2
         # Plain multiply-adds hold their operands in registers,
         # matrix instructions read them from shared memory.
-        most = 48 if arithmetic(dtype, precision) in ("float32", "float64") else 128
+        most = 48 if kind in ("float32", "float64") else 128
         if accumulators + addresses >= most:
             return (
                 f"accumulators and addresses take {accumulators} + {addresses} "
@@ -306,7 +314,7 @@ def choose(
     as geometric means, and at 0.92, 0.63 and 0.47 at worst
     (benchmarks/results/nvidia-h100-80gb-hbm3/kernels.json).
     """
-    rows, columns = (m, n) if kernel == "forward" else (n, k)
+    rows, columns = (n, k) if kernel == "backward_weight" else (m, n)
     kind = arithmetic(dtype, precision)
 
     def modelled_time(config: Config) -> float:

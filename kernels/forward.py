@@ -15,7 +15,51 @@ from .configs import Config, choose
 from .epilogue import activate
 from .indexing import locate_rows, locate_tile
 from .operands import Activation, check_activation, check_forward_shapes, check_same_kind
-from .precision import prepare_operand
+from .precision import add_product, prepare_operand
+
+
+@triton.jit
+def add_rows_by_rows(
+    acc,
+    fresh,
+    input_ptrs,
+    weight_ptrs,
+    mask_m,
+    mask_n,
+    offs_k,
+    K,
+    stride_ik,
+    stride_wk,
+    OFFSET_DTYPE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    SUM_STEPS_APART: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`acc + input @ weight.T` for a tile's rows of input and of weight, BLOCK_K columns a step.
+
+    input_ptrs (BLOCK_M, BLOCK_K) and weight_ptrs (BLOCK_K, BLOCK_N) point to the first step.
+    """
+    # A scalar of the offsets' type, so that BLOCK_K * stride cannot overflow
+    # where offsets are 64 bits wide.
+    step_k = tl.full((), BLOCK_K, OFFSET_DTYPE)
+    for k in range(0, tl.cdiv(K, BLOCK_K)):
+        mask_k = offs_k < K - k * BLOCK_K
+        input_tile = tl.load(input_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        weight_tile = tl.load(weight_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        acc = add_product(
+            acc,
+            prepare_operand(input_tile, INPUT_PRECISION, UPCAST),
+            prepare_operand(weight_tile, INPUT_PRECISION, UPCAST),
+            fresh,
+            INPUT_PRECISION=INPUT_PRECISION,
+            ACC_DTYPE=ACC_DTYPE,
+            SUM_STEPS_APART=SUM_STEPS_APART,
+        )
+        input_ptrs += step_k * stride_ik
+        weight_ptrs += step_k * stride_wk
+    return acc
 
 
 @triton.jit
@@ -23,6 +67,8 @@ def forward_tile(
     pid,
     input_ptr,
     weight_ptr,
+    second_input_ptr,
+    second_weight_ptr,
     bias_ptr,
     output_ptr,
     preactivation_ptr,
@@ -40,6 +86,7 @@ def forward_tile(
     stride_wk,
     stride_bb,
     stride_bn,
+    SECOND_PRODUCT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SAVE_PREACTIVATION: tl.constexpr,
@@ -59,8 +106,9 @@ def forward_tile(
     Computes one BLOCK_M x BLOCK_N tile, the `pid`-th.
 
     input (B, M, K), weight (B, N, K) and bias (B, N) have any strides, 0 included; output (B, M, N)
-    is contiguous, and so is the pre-activation, which is stored too if asked for. SUM_STEPS_APART
-    sums each step from `zero`, before it joins the total (when and why: launch.sum_steps_apart).
+    is contiguous, and so is the pre-activation, which is stored too if asked for. SECOND_PRODUCT
+    adds that of a second input and weight, of the shapes and strides of the first. `zero` is 0,
+    which the compiler does not know.
     """
     row_tiles = tl.cdiv(M, BLOCK_M)
     column_tiles = tl.cdiv(N, BLOCK_N)
@@ -75,41 +123,47 @@ def forward_tile(
     mask_n = offs_n < N
 
     input_rows = locate_rows(offs_m, input_inner_size, stride_io, stride_im, NESTED_INPUT)
-    input_ptrs = input_ptr + batch * stride_ib + input_rows[:, None] + offs_k[None, :] * stride_ik
-    weight_ptrs = (
-        weight_ptr + batch * stride_wb + offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk
-    )
-    # A scalar of the offsets' type, so that BLOCK_K * stride cannot overflow
-    # where offsets are 64 bits wide.
-    step_k = tl.full((), BLOCK_K, OFFSET_DTYPE)
-
+    input_offs = batch * stride_ib + input_rows[:, None] + offs_k[None, :] * stride_ik
+    weight_offs = batch * stride_wb + offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
-    # Were this a constant, Triton would fold the addition to acc below into the product.
     fresh = acc + zero
-    for k in range(0, tl.cdiv(K, BLOCK_K)):
-        mask_k = offs_k < K - k * BLOCK_K
-        input_tile = tl.load(input_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        weight_tile = tl.load(weight_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        input_tile = prepare_operand(input_tile, INPUT_PRECISION, UPCAST)
-        weight_tile = prepare_operand(weight_tile, INPUT_PRECISION, UPCAST)
-        if SUM_STEPS_APART:
-            acc += tl.dot(
-                input_tile,
-                weight_tile,
-                fresh,
-                input_precision=INPUT_PRECISION,
-                out_dtype=ACC_DTYPE,
-            )
-        else:
-            acc = tl.dot(
-                input_tile,
-                weight_tile,
-                acc,
-                input_precision=INPUT_PRECISION,
-                out_dtype=ACC_DTYPE,
-            )
-        input_ptrs += step_k * stride_ik
-        weight_ptrs += step_k * stride_wk
+    acc = add_rows_by_rows(
+        acc,
+        fresh,
+        input_ptr + input_offs,
+        weight_ptr + weight_offs,
+        mask_m,
+        mask_n,
+        offs_k,
+        K,
+        stride_ik,
+        stride_wk,
+        OFFSET_DTYPE=OFFSET_DTYPE,
+        ACC_DTYPE=ACC_DTYPE,
+        INPUT_PRECISION=INPUT_PRECISION,
+        UPCAST=UPCAST,
+        SUM_STEPS_APART=SUM_STEPS_APART,
+        BLOCK_K=BLOCK_K,
+    )
+    if SECOND_PRODUCT:
+        acc = add_rows_by_rows(
+            acc,
+            fresh,
+            second_input_ptr + input_offs,
+            second_weight_ptr + weight_offs,
+            mask_m,
+            mask_n,
+            offs_k,
+            K,
+            stride_ik,
+            stride_wk,
+            OFFSET_DTYPE=OFFSET_DTYPE,
+            ACC_DTYPE=ACC_DTYPE,
+            INPUT_PRECISION=INPUT_PRECISION,
+            UPCAST=UPCAST,
+            SUM_STEPS_APART=SUM_STEPS_APART,
+            BLOCK_K=BLOCK_K,
+        )
 
     if HAS_BIAS:
         bias = tl.load(bias_ptr + batch * stride_bb + offs_n * stride_bn, mask=mask_n, other=0.0)
@@ -164,6 +218,8 @@ def linear_forward_kernel(
         tl.program_id(0),
         input_ptr,
         weight_ptr,
+        None,
+        None,
         bias_ptr,
         output_ptr,
         preactivation_ptr,
@@ -181,6 +237,7 @@ def linear_forward_kernel(
         stride_wk,
         stride_bb,
         stride_bn,
+        SECOND_PRODUCT=False,
         HAS_BIAS=HAS_BIAS,
         ACTIVATION=ACTIVATION,
         SAVE_PREACTIVATION=SAVE_PREACTIVATION,

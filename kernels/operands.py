@@ -22,12 +22,15 @@ FROM_OUTPUT = frozenset({"relu", "sigmoid", "tanh", "leaky_relu"})
 Shape = Sequence[Any]  # of int, or of SymInt while a graph is traced
 
 
-def check_activation(activation: object) -> None:
-    """Raises ValueError, naming the choices, unless `activation` is None or one of ACTIVATIONS."""
-    if activation is not None and activation not in ACTIVATIONS:
+def check_activation(activation: object, optional: bool = True) -> None:
+    """Raises ValueError, naming the choices, unless `activation` is one of ACTIVATIONS.
+
+    Or None, where it is optional.
+    """
+    if activation not in ACTIVATIONS and not (optional and activation is None):
         raise ValueError(
-            f"activation must be None or one of {', '.join(map(repr, ACTIVATIONS))}, "
-            f"but is {activation!r}"
+            f"activation must be {'None or ' if optional else ''}one of "
+            f"{', '.join(map(repr, ACTIVATIONS))}, but is {activation!r}"
         )
 
 
@@ -100,4 +103,68 @@ def check_saved_shape(saved: Shape, grad_output: Shape) -> None:
         raise RuntimeError(
             "fastlinear::linear_activation_backward takes saved of grad_output's shape, "
             f"but saved is {tuple(saved)} and grad_output {tuple(grad_output)}"
+        )
+
+
+def check_gated_shapes(
+    input: Shape,
+    gate_weight: Shape,
+    up_weight: Shape,
+    gate_bias: Shape | None,
+    up_bias: Shape | None,
+) -> None:
+    """Raises RuntimeError unless both weights fit the input and each other, and biases fit them."""
+    fits = (
+        len(input) >= 1
+        and len(gate_weight) == 2
+        and tuple(gate_weight) == tuple(up_weight)
+        and input[-1] == gate_weight[-1]
+        and all(
+            bias is None or tuple(bias) == tuple(gate_weight[:1]) for bias in (gate_bias, up_bias)
+        )
+    )
+    if not fits:
+        given = {
+            "input": input,
+            "gate_weight": gate_weight,
+            "up_weight": up_weight,
+            "gate_bias": gate_bias,
+            "up_bias": up_bias,
+        }
+        shapes = ", ".join(
+            f"{name} {None if shape is None else tuple(shape)}" for name, shape in given.items()
+        )
+        raise RuntimeError(
+            "gated_linear takes input (*, in_features), both weights (out_features, in_features) "
+            f"and biases (out_features,), but the shapes are: {shapes}"
+        )
+
+
+def check_gated_backward_shapes(
+    grad_output: Shape,
+    gate: Shape,
+    up: Shape,
+    input: Shape | None,
+    gate_weight: Shape | None,
+    up_weight: Shape | None,
+) -> None:
+    """Raises RuntimeError unless the shapes are those of `gated_linear`'s operands and outputs."""
+    weights = [tuple(weight) for weight in (gate_weight, up_weight) if weight is not None]
+    fits = (
+        len(grad_output) >= 1
+        and tuple(gate) == tuple(up) == tuple(grad_output)
+        and (input is None or (len(input) > 0 and input[:-1] == grad_output[:-1]))
+        and len(weights) in (0, 2)
+        and all(weight == weights[0] for weight in weights)
+        and all(len(weight) == 2 and weight[0] == grad_output[-1] for weight in weights)
+    )
+    if not fits:
+        shapes = [
+            None if shape is None else tuple(shape)
+            for shape in (grad_output, gate, up, input, gate_weight, up_weight)
+        ]
+        raise RuntimeError(
+            "fastlinear::gated_linear_backward takes grad_output, gate and up (*, N), input (*, K) "
+            "and both weights (N, K) or neither, but grad_output is {}, gate {}, up {}, input {}, "
+            "gate_weight {}, up_weight {}".format(*shapes)
         )

@@ -1,6 +1,6 @@
 """How products are formed.
 
-The operand types that matrix instructions take, and rounding to them.
+The operand types that matrix instructions take, rounding to them, and sums of their products.
 """
 
 import triton
@@ -23,3 +23,25 @@ def prepare_operand(tile, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr):
         # A NaN with a full mantissa would carry over into -0.0.
         tile = tl.where(tile == tile, rounded, tile)
     return tile
+
+
+@triton.jit
+def add_product(
+    acc,
+    a,
+    b,
+    fresh,
+    INPUT_PRECISION: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    SUM_STEPS_APART: tl.constexpr,
+):
+    """`acc + a @ b` for prepared operands.
+
+    SUM_STEPS_APART sums the product from `fresh`, zeros that are no constant, before it joins the
+    total (when and why: launch.sum_steps_apart). A constant Triton would fold into one sum.
+    """
+    if SUM_STEPS_APART:
+        acc += tl.dot(a, b, fresh, input_precision=INPUT_PRECISION, out_dtype=ACC_DTYPE)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION, out_dtype=ACC_DTYPE)
+    return acc

@@ -25,9 +25,10 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastlinear.kernels import backward, forward, launch
+from fastlinear.kernels import activation as activation_pass
+from fastlinear.kernels import backward, forward, gated, launch
 from fastlinear.kernels.configs import TARGETS, Config, arithmetic, legal_configs
-from fastlinear.kernels.operands import ACTIVATIONS
+from fastlinear.kernels.operands import ACTIVATIONS, FROM_OUTPUT
 
 GPU_TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -58,7 +59,8 @@ class Case:
 
     target: str
     # "output", "grad_input", "columns", "grad_weight", "grad_weight_partial", "sum_splits",
-    # "grad_input_and_sums" or "grad_preactivation"
+    # "grad_input_and_sums", "grad_preactivation", "gated_output", "grad_products" or
+    # "grad_input_of_two_and_sums"
     product: str
     dtype: str
     precision: str
@@ -79,7 +81,7 @@ class Case:
         notes = ("" if self.aligned else " unaligned") + (" int64" if self.wide else "")
         notes += f" {self.activation}" if self.activation else ""
         return (
-            f"{self.target:7} {self.product:19} {self.dtype:9} {self.precision:5} {blocks}{notes}"
+            f"{self.target:7} {self.product:26} {self.dtype:9} {self.precision:5} {blocks}{notes}"
         )
 
 
@@ -132,6 +134,28 @@ def cases(targets: list[str]) -> list[Case]:
                 for activation in ACTIVATIONS
                 if precision == "ieee"
             ]
+            gated_forwards = chosen("gated_forward", aligned=True, activation=True)
+            for gated_config in gated_forwards:
+                found += [
+                    Case(target, "gated_output", dtype, precision, gated_config, activation="silu")
+                ]
+            for activation in ("gelu", "gelu_tanh"):
+                given = {"activation": activation}
+                found += [
+                    Case(target, "gated_output", dtype, precision, gated_forwards[0], **given)
+                ]
+            found += [
+                Case(target, "grad_products", dtype, precision, None, activation=activation)
+                for activation in ACTIVATIONS
+                if precision == "ieee"
+            ]
+            found += [
+                Case(target, "grad_input_of_two_and_sums", dtype, precision, config)
+                for config in forwards
+            ]
+            for config in chosen("gated_forward", aligned=False, activation=True):
+                given = {"aligned": False, "activation": "silu"}
+                found += [Case(target, "gated_output", dtype, precision, config, **given)]
             for config in chosen("forward", aligned=False):
                 found += [Case(target, "output", dtype, precision, config, aligned=False)]
             for config in chosen("backward_weight", aligned=False):
@@ -165,14 +189,19 @@ def compile_case(case: Case) -> Any:
         pointers = {"partial_weight_ptr": accumulator, "partial_bias_ptr": accumulator}
         constants |= SUMS | {"SUM_OFFSET_DTYPE": constants["OFFSET_DTYPE"]}
         options = {}
-    elif case.product == "grad_preactivation":
-        kernel = backward.activation_backward_kernel
+    elif case.product in ("grad_preactivation", "grad_products"):
+        kernel = (
+            activation_pass.activation_backward_kernel
+            if case.product == "grad_preactivation"
+            else gated.gate_backward_kernel
+        )
         constants |= {
             "ACC_DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,
+            "FROM_OUTPUT": case.activation in FROM_OUTPUT,
             "NESTED_GRAD_OUTPUT": False,
             "stride_gn": 1,
-            "BLOCK_M": 1024 // backward.ACTIVATION_BLOCK,
-            "BLOCK_N": backward.ACTIVATION_BLOCK,
+            "BLOCK_M": 1024 // activation_pass.ACTIVATION_BLOCK,
+            "BLOCK_N": activation_pass.ACTIVATION_BLOCK,
         }
         options = {}
     else:
@@ -199,10 +228,24 @@ def compile_case(case: Case) -> Any:
             }
             if case.product == "grad_weight_partial":
                 pointers = {"grad_weight_ptr": accumulator, "grad_bias_ptr": accumulator}
+        elif case.product == "gated_output":
+            kernel = gated.gated_linear_forward_kernel
+            constants |= {
+                "HAS_GATE_BIAS": True,
+                "HAS_UP_BIAS": True,
+                "SAVE_PRODUCTS": True,
+                "stride_ik": 1,
+                "stride_gk": 1,
+                "stride_uk": 1,
+            }
         else:
             kernel = forward.linear_forward_kernel
-            layout, _, sums = case.product.partition("_and_")
+            products, _, sums = case.product.partition("_and_")
+            layout, _, two = products.partition("_of_")
             constants |= dict.fromkeys(FORWARD_LAYOUTS[layout], 1)
+            constants["SECOND_PRODUCT"] = bool(two)
+            if not two:
+                constants |= {"second_input_ptr": None, "second_weight_ptr": None}
             if layout == "grad_input":
                 constants |= {"HAS_BIAS": False, "bias_ptr": None}
             if sums:
@@ -359,7 +402,7 @@ def main() -> None:
     wanted = [case for case in cases(arguments.targets) if arguments.only in case.label]
     rows, failures = [], 0
     print(
-        f"{'target  product             dtype     prec. tile':71} "
+        f"{'target  product             dtype     prec. tile':78} "
         f"{'registers':>9} {'spilled':>7} {'shared':>7}  matrix instructions"
     )
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
@@ -368,13 +411,13 @@ def main() -> None:
             failures += bool(wrong)
             rows.append(found | {"faults": wrong})
             if found["error"]:
-                print(f"{case.label:71} {found['error']}")
+                print(f"{case.label:78} {found['error']}")
             else:
                 kinds = ", ".join(
                     sorted({".".join(name.split(".")[:2]) for name in found["instructions"]})
                 )
                 print(
-                    f"{case.label:71} "
+                    f"{case.label:78} "
                     f"{found['registers']:9} {found['spilled']:7} {found['shared']:7}  {kinds}"
                     + "".join(f"  FAULT: {fault}" for fault in wrong),
                     flush=True,

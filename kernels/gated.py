@@ -1,0 +1,462 @@
+"""A gated pair of layers: output = activation(input @ gate_weight.T) * (input @ up_weight.T).
+
+Forward is one launch that reads the input once for both products. Backward is one pass through
+gate and activation, and then the backward of one layer of twice as many features.
+"""
+
+import functools
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .backward import backward_input_and_sums, backward_weight_but_sums, run_sums
+from .configs import Config, choose
+from .epilogue import activate, activation_gradient
+from .indexing import locate_rows, locate_tile
+from .operands import (
+    FROM_OUTPUT,
+    Activation,
+    check_activation,
+    check_gated_shapes,
+    check_same_kind,
+)
+from .precision import add_product, prepare_operand
+
+# Most features, of 1024 elements, that one program of gate_backward_kernel takes.
+GATE_BLOCK = 128
+
+
+@triton.jit
+def gated_linear_forward_kernel(
+    input_ptr,
+    gate_weight_ptr,
+    up_weight_ptr,
+    gate_bias_ptr,
+    up_bias_ptr,
+    output_ptr,
+    gate_ptr,
+    up_ptr,
+    M,
+    N,
+    K,
+    zero,
+    input_inner_size,
+    stride_io,
+    stride_im,
+    stride_ik,
+    stride_gn,
+    stride_gk,
+    stride_un,
+    stride_uk,
+    stride_gate_bias,
+    stride_up_bias,
+    HAS_GATE_BIAS: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SAVE_PRODUCTS: tl.constexpr,
+    NESTED_INPUT: tl.constexpr,
+    OFFSET_DTYPE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    SUM_STEPS_APART: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """output[m, n] = activation(gate[m, n]) * up[m, n].
+
+    gate[m, n] = sum_k input[m, k] * gate_weight[n, k] + gate_bias[n], and up likewise. One program
+    computes one BLOCK_M x BLOCK_N tile of both, for which it loads each tile of input once.
+
+    input (M, K), the weights (N, K) and the biases (N,) have any strides; output, gate and up
+    (M, N) are contiguous, the latter two stored if asked for. `zero` is 0, which the compiler does
+    not know.
+    """
+    tile_m, tile_n = locate_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    offs_m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(OFFSET_DTYPE)
+    offs_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(OFFSET_DTYPE)
+    offs_k = tl.arange(0, BLOCK_K).to(OFFSET_DTYPE)
+    mask_m = offs_m < M
+    mask_n = offs_n < N
+
+    input_rows = locate_rows(offs_m, input_inner_size, stride_io, stride_im, NESTED_INPUT)
+    input_ptrs = input_ptr + input_rows[:, None] + offs_k[None, :] * stride_ik
+    gate_ptrs = gate_weight_ptr + offs_n[None, :] * stride_gn + offs_k[:, None] * stride_gk
+    up_ptrs = up_weight_ptr + offs_n[None, :] * stride_un + offs_k[:, None] * stride_uk
+    step_k = tl.full((), BLOCK_K, OFFSET_DTYPE)  # as in add_rows_by_rows
+    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
+    up = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
+    fresh = gate + zero
+    for k in range(0, tl.cdiv(K, BLOCK_K)):
+        mask_k = offs_k < K - k * BLOCK_K
+        input_tile = tl.load(input_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        gate_tile = tl.load(gate_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        up_tile = tl.load(up_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        input_tile = prepare_operand(input_tile, INPUT_PRECISION, UPCAST)
+        gate = add_product(
+            gate,
+            input_tile,
+            prepare_operand(gate_tile, INPUT_PRECISION, UPCAST),
+            fresh,
+            INPUT_PRECISION=INPUT_PRECISION,
+            ACC_DTYPE=ACC_DTYPE,
+            SUM_STEPS_APART=SUM_STEPS_APART,
+        )
+        up = add_product(
+            up,
+            input_tile,
+            prepare_operand(up_tile, INPUT_PRECISION, UPCAST),
+            fresh,
+            INPUT_PRECISION=INPUT_PRECISION,
+            ACC_DTYPE=ACC_DTYPE,
+            SUM_STEPS_APART=SUM_STEPS_APART,
+        )
+        input_ptrs += step_k * stride_ik
+        gate_ptrs += step_k * stride_gk
+        up_ptrs += step_k * stride_uk
+
+    if HAS_GATE_BIAS:
+        bias = tl.load(gate_bias_ptr + offs_n * stride_gate_bias, mask=mask_n, other=0.0)
+        gate += bias.to(ACC_DTYPE)[None, :]
+    if HAS_UP_BIAS:
+        bias = tl.load(up_bias_ptr + offs_n * stride_up_bias, mask=mask_n, other=0.0)
+        up += bias.to(ACC_DTYPE)[None, :]
+    offs = offs_m[:, None] * N + offs_n[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    if SAVE_PRODUCTS:
+        tl.store(gate_ptr + offs, gate.to(gate_ptr.dtype.element_ty), mask=mask)
+        tl.store(up_ptr + offs, up.to(up_ptr.dtype.element_ty), mask=mask)
+    output = activate(gate, ACTIVATION) * up
+    tl.store(output_ptr + offs, output.to(output_ptr.dtype.element_ty), mask=mask)
+
+
+class GatedForwardLaunch(NamedTuple):
+    """What `gated_linear_forward` launches, what it returns, and whether input is copied first."""
+
+    config: Config
+    kernel: launch.Launch
+    output: launch.Operand
+    copy_input: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_gated_forward(
+    operands: tuple[launch.Fields, launch.Fields, launch.Fields],
+    biases: tuple[launch.Fields | None, launch.Fields | None],
+    precision: str,
+    activation: Activation,
+    save_products: bool,
+    config: Config | None,
+) -> GatedForwardLaunch:
+    """How `gated_linear_forward` goes about tensors like these.
+
+    Args:
+        operands: `describe(input, gate_weight, up_weight)`.
+        biases: the fields of gate_bias and up_bias.
+        precision, activation, save_products, config: as in `gated_linear_forward`.
+    """
+    input, gate_weight, up_weight = (launch.Operand(*fields) for fields in operands)
+    gate_bias, up_bias = (fields and launch.Operand(*fields) for fields in biases)
+    check_activation(activation, optional=False)
+    check_same_kind(
+        input=input,
+        gate_weight=gate_weight,
+        up_weight=up_weight,
+        gate_bias=gate_bias,
+        up_bias=up_bias,
+    )
+    check_gated_shapes(
+        input.shape,
+        gate_weight.shape,
+        up_weight.shape,
+        gate_bias and gate_bias.shape,
+        up_bias and up_bias.shape,
+    )
+
+    target = launch.target_of(input.device)
+    out_features, in_features = gate_weight.shape
+    rows = launch.rows_of(input)
+    output = input.contiguous(*input.shape[:-1], out_features)
+    if config is None:
+        config = choose(
+            "gated_forward",
+            1,
+            rows.size,
+            out_features,
+            in_features,
+            input.dtype,
+            precision,
+            launch.aligned(rows.operand, gate_weight, up_weight),
+            target,
+            True,
+        )
+    return GatedForwardLaunch(
+        config,
+        launch.Launch(
+            grid=(
+                triton.cdiv(rows.size, config.block_m) * triton.cdiv(out_features, config.block_n),
+            ),
+            scalars=(
+                rows.size,
+                out_features,
+                in_features,
+                0.0,
+                rows.inner_size,
+                rows.stride_outer,
+                rows.stride_inner,
+                rows.stride_feature,
+                *gate_weight.strides,
+                *up_weight.strides,
+                0 if gate_bias is None else gate_bias.strides[0],
+                0 if up_bias is None else up_bias.strides[0],
+            ),
+            constants={
+                "HAS_GATE_BIAS": gate_bias is not None,
+                "HAS_UP_BIAS": up_bias is not None,
+                "ACTIVATION": activation,
+                "SAVE_PRODUCTS": save_products,
+                "NESTED_INPUT": rows.nested,
+                "OFFSET_DTYPE": launch.offset_dtype(
+                    rows.operand, gate_weight, up_weight, gate_bias, up_bias, output
+                ),
+                "ACC_DTYPE": launch.accumulator_dtype(input.dtype),
+                "INPUT_PRECISION": launch.input_precision(input.dtype, precision),
+                "UPCAST": launch.upcast(input.dtype),
+                "SUM_STEPS_APART": launch.sum_steps_apart(input.dtype, precision),
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "BLOCK_K": config.block_k,
+                "GROUP": config.group,
+                **config.compile_options(target),
+            },
+        ),
+        output,
+        rows.copied,
+    )
+
+
+def gated_linear_forward(
+    input: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    activation: Activation,
+    save_products: bool,
+    *,
+    precision: str = "ieee",
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Computes `activation(gate) * up` in one launch, from both products over one input.
+
+    gate is `input @ gate_weight.T + gate_bias`, up is `input @ up_weight.T + up_bias`. Both are
+    accumulated in float32 (float64 for float64), and so are activation and product, before the one
+    rounding to the output's dtype. Against two layers, an activation and a product that spares a
+    read of input and seven reads and writes of (*, N), or five where gate and up are saved.
+
+    Args:
+        input: (*, K); float16, bfloat16, float32 or float64; any strides.
+        gate_weight, up_weight: (N, K), in input's dtype and on its device; any strides.
+        gate_bias, up_bias: None or (N,), in input's dtype and on its device.
+        activation: one of `operands.ACTIVATIONS`.
+        save_products: whether gate and up are wanted too, for backward.
+        precision: how float32 products are formed: "ieee" or "tf32". Other dtypes ignore it.
+        config: block sizes to use; None chooses by shape, dtype and device.
+
+    Returns:
+        The output, and gate and up or None: (*, N), contiguous, in input's dtype.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices are none of these, or the kernels cannot run on the
+            device.
+    """
+    plan = plan_gated_forward(
+        launch.describe(input, gate_weight, up_weight),
+        (_described(gate_bias), _described(up_bias)),
+        precision,
+        activation,
+        save_products,
+        config,
+    )
+    if plan.copy_input:
+        input = input.contiguous()
+    output = launch.allocate(input, plan.output)
+    gate = launch.allocate(input, plan.output) if save_products else None
+    up = launch.allocate(input, plan.output) if save_products else None
+    if plan.kernel.grid != (0,):
+        pointers = (input, gate_weight, up_weight, gate_bias, up_bias, output, gate, up)
+        launch.run(gated_linear_forward_kernel, plan.kernel, pointers)
+    return output, gate, up
+
+
+def _described(bias: Tensor | None) -> launch.Fields | None:
+    return None if bias is None else launch.describe(bias, bias)[0]
+
+
+@triton.jit
+def gate_backward_kernel(
+    grad_output_ptr,
+    gate_ptr,
+    up_ptr,
+    grad_products_ptr,
+    M,
+    N,
+    grad_output_inner_size,
+    stride_go,
+    stride_gm,
+    stride_gn,
+    ACTIVATION: tl.constexpr,
+    FROM_OUTPUT: tl.constexpr,
+    NESTED_GRAD_OUTPUT: tl.constexpr,
+    OFFSET_DTYPE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """grad_gate = grad_output * up * activation'(gate); grad_up = grad_output * activation(gate).
+
+    Both go to one matrix, grad_products (M, 2 N): grad_gate in its first N columns, grad_up in the
+    others. One program computes one BLOCK_M x BLOCK_N tile of each. grad_output (M, N) has any
+    strides; gate, up and grad_products are contiguous. FROM_OUTPUT says that the derivative is
+    taken from the activation's output (operands.FROM_OUTPUT).
+    """
+    column_tiles = tl.cdiv(N, BLOCK_N)
+    # Before the arithmetic: with few features, rows alone may pass 2**31.
+    pid = tl.program_id(0).to(OFFSET_DTYPE)
+    offs_m = (pid // column_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (pid % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    offs = offs_m[:, None] * N + offs_n[None, :]
+    rows = locate_rows(offs_m, grad_output_inner_size, stride_go, stride_gm, NESTED_GRAD_OUTPUT)
+    grad_output_ptrs = grad_output_ptr + rows[:, None] + offs_n[None, :] * stride_gn
+    grad_output = tl.load(grad_output_ptrs, mask=mask, other=0.0).to(ACC_DTYPE)
+    gate = tl.load(gate_ptr + offs, mask=mask, other=0.0).to(ACC_DTYPE)
+    up = tl.load(up_ptr + offs, mask=mask, other=0.0).to(ACC_DTYPE)
+    activated = activate(gate, ACTIVATION)
+    saved = activated if FROM_OUTPUT else gate
+    grad_gate = activation_gradient(grad_output * up, saved, ACTIVATION)
+    grad_up = grad_output * activated
+    dtype = grad_products_ptr.dtype.element_ty
+    grad_ptrs = grad_products_ptr + offs_m[:, None] * 2 * N + offs_n[None, :]
+    tl.store(grad_ptrs, grad_gate.to(dtype), mask=mask)
+    tl.store(grad_ptrs + N, grad_up.to(dtype), mask=mask)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_gate_backward(
+    operands: tuple[launch.Fields, launch.Fields, launch.Fields], activation: Activation
+) -> tuple[launch.Launch, launch.Operand, bool]:
+    """The launch of `gate_backward`, what it returns, and whether grad_output is copied first.
+
+    It is for tensors like `describe(grad_output, gate, up)`.
+    """
+    grad_output, gate, up = (launch.Operand(*fields) for fields in operands)
+    check_activation(activation, optional=False)
+    check_same_kind(grad_output=grad_output, gate=gate, up=up)
+    rows = launch.rows_of(grad_output)
+    features = grad_output.shape[-1]
+    grad_products = gate.contiguous(*gate.shape[:-1], 2 * features)
+    block_n = min(GATE_BLOCK, triton.next_power_of_2(max(features, 1)))
+    block_m = 1024 // block_n
+    plan = launch.Launch(
+        grid=(triton.cdiv(rows.size, block_m) * triton.cdiv(features, block_n),),
+        scalars=(
+            rows.size,
+            features,
+            rows.inner_size,
+            rows.stride_outer,
+            rows.stride_inner,
+            rows.stride_feature,
+        ),
+        constants={
+            "ACTIVATION": activation,
+            "FROM_OUTPUT": activation in FROM_OUTPUT,
+            "NESTED_GRAD_OUTPUT": rows.nested,
+            "OFFSET_DTYPE": launch.offset_dtype(rows.operand, grad_products),
+            "ACC_DTYPE": launch.accumulator_dtype(gate.dtype),
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+        },
+    )
+    return plan, grad_products, rows.copied
+
+
+def gate_backward(grad_output: Tensor, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """Computes the gradients of gate and up, side by side.
+
+    Args:
+        grad_output: (*, N), the gradient of the output; any strides.
+        gate, up: (*, N), contiguous, in grad_output's dtype.
+        activation: one of `operands.ACTIVATIONS`.
+
+    Returns:
+        (*, 2 N), contiguous: the gradient of gate, then that of up; computed in float32 (float64
+        for float64) and rounded once.
+    """
+    plan, products, copied = plan_gate_backward(launch.describe(grad_output, gate, up), activation)
+    if copied:
+        grad_output = grad_output.contiguous()
+    grad_products = launch.allocate(gate, products)
+    if plan.grid != (0,):
+        launch.run(gate_backward_kernel, plan, (grad_output, gate, up, grad_products))
+    return grad_products
+
+
+def gated_linear_backward(
+    grad_output: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    input: Tensor | None,
+    gate_weight: Tensor | None,
+    up_weight: Tensor | None,
+    bias: bool,
+    activation: Activation,
+    *,
+    precision: str = "ieee",
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """The gradients of `activation(gate) * up`, in three launches at most.
+
+    The first pass reads grad_output, gate and up and writes the gradients of gate and up as one
+    matrix of 2 N columns: of M x N elements, five reads and writes. Then the gradients of both
+    weights and biases are those of one layer with that many outputs, in one launch, and grad_input
+    is the sum of two products in one accumulator, in another: neither of its parts is written.
+
+    Args:
+        grad_output: (*, N); any strides.
+        gate, up: (*, N), as `gated_linear_forward` gives them.
+        input: (*, K); None where no gradient of a weight is wanted.
+        gate_weight, up_weight: (N, K); None where no grad_input is wanted.
+        bias: whether the gradients of biases are wanted; they come with those of weights only.
+        activation: one of `operands.ACTIVATIONS`.
+        precision: as in `gated_linear_forward`.
+
+    Returns:
+        grad_input (*, K), grad_weight (2 N, K), the gate's before up's, grad_bias (2 N,) likewise,
+        None for what is not wanted, and the gradients of gate and up (*, 2 N).
+    """
+    grad_products = gate_backward(grad_output, gate.contiguous(), up.contiguous(), activation)
+    grad_input = grad_weight = grad_bias = sums = None
+    if input is not None:
+        grad_weight, grad_bias, sums = backward_weight_but_sums(
+            grad_products, input, bias, precision=precision
+        )
+    if gate_weight is not None and up_weight is not None:
+        features = grad_output.shape[-1]
+        if gate_weight.stride() != up_weight.stride():
+            gate_weight, up_weight = gate_weight.contiguous(), up_weight.contiguous()
+        grad_input = backward_input_and_sums(
+            grad_products[..., :features],
+            gate_weight,
+            sums,
+            grad_products[..., features:],
+            up_weight,
+            precision=precision,
+        )
+    elif sums is not None:
+        run_sums(sums)
+    return grad_input, grad_weight, grad_bias, grad_products
