@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils import parametrize
 
+from fastlinear.gated_mlp import gate, ungate
 from fastlinear.modules import Linear
 
 # Set on a converted layer, so that `revert` leaves alone the layers that were made as Linear.
@@ -19,13 +20,16 @@ class Report:
     converted: names of the layers whose class was changed, as `model.named_modules()` has them; the
         model's own is "".
     skipped: (name, reason) of each linear layer that was left alone.
+    gated: (name, activation) of each gated MLP that takes `fastlinear.gated_linear` from now on.
     """
 
     converted: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...]
+    gated: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         rows = [(name, "converted") for name in self.converted]
+        rows += [(name, f"gated pair with {activation}") for name, activation in self.gated]
         rows += [(name, f"skipped: {reason}") for name, reason in self.skipped]
         width = max((len(name or "(model)") for name, _ in rows), default=0)
         lines = [f"{name or '(model)':{width}}  {outcome}" for name, outcome in rows]
@@ -40,6 +44,11 @@ def convert(
     Only the layer's class changes. Parameters, buffers, hooks and parametrizations stay the same
     objects, so optimizers, tied weights and checkpoints stay valid. What is not exactly an
     `nn.Linear` is left alone: a subclass may mean something else by its forward.
+
+    A gated MLP as Llama and its kin have it, a module of `gate_proj`, `up_proj`, `down_proj` and
+    `act_fn` whose forward a trace shows to be `down_proj(act_fn(gate_proj(x)) * up_proj(x))`, gets
+    a subclass of its class that takes `fastlinear.gated_linear` where both its projections are
+    plain layers of fastlinear. With an adapter in it or a hook on a part, it computes as before.
 
     Args:
         model: any module; itself an `nn.Linear`, or with layers at any depth.
@@ -65,7 +74,7 @@ def convert(
     for _, layer in layers:
         _rebase(layer, Linear)
         setattr(layer, _MARK, True)
-    return Report(tuple(name for name, _ in layers), tuple(skipped))
+    return Report(tuple(name for name, _ in layers), tuple(skipped), gate(model))
 
 
 def revert(model: nn.Module) -> Report:
@@ -99,6 +108,7 @@ def revert(model: nn.Module) -> Report:
                 layers.append((name, layer))
         elif isinstance(layer, Linear):
             skipped.append((name, "was made as fastlinear.Linear, not converted"))
+    ungate(model)
     for _, layer in layers:
         _rebase(layer, nn.Linear)
         delattr(layer, _MARK)

@@ -30,6 +30,8 @@ ACTIVATED = ("tests/test_activations.py::test_activation_is_as_exact_as_pytorch_
 ACTIVATED_BACKWARD = (
     "tests/test_activations.py::test_activation_gradients_are_as_exact_as_pytorch_s",
 )
+GATED = ("tests/test_gated.py::test_gated_values_and_gradients_are_as_exact_as_pytorch_s",)
+GATED_MLP = ("tests/test_gated_mlp.py",)
 
 
 @dataclass(frozen=True)
@@ -166,16 +168,15 @@ MUTANTS = [
     Mutant(
         "existing output kept",
         "kernels/forward.py",
-        "    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)\n    #",
-        "    acc = tl.load(output_ptr + tl.zeros((BLOCK_M, BLOCK_N), tl.int32)).to(ACC_DTYPE)\n"
-        "    #",
+        "    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)\n",
+        "    acc = tl.load(output_ptr + tl.zeros((BLOCK_M, BLOCK_N), tl.int32)).to(ACC_DTYPE)\n",
         FORWARD,
     ),
     Mutant(
         "each step replaces the last",
-        "kernels/forward.py",
-        "            acc += tl.dot(",
-        "            acc = tl.dot(",
+        "kernels/precision.py",
+        "        acc += tl.dot(",
+        "        acc = tl.dot(",
         FORWARD,
     ),
     Mutant(
@@ -307,10 +308,66 @@ MUTANTS = [
     ),
     Mutant(
         "activation's gradient left out of the pass",
-        "kernels/backward.py",
+        "kernels/activation.py",
         "grad = activation_gradient(grad_output.to(ACC_DTYPE), saved.to(ACC_DTYPE), ACTIVATION)",
         "grad = grad_output.to(ACC_DTYPE)",
         ACTIVATED_BACKWARD,
+    ),
+    Mutant(
+        "up's bias added to the gate",
+        "kernels/gated.py",
+        "        up += bias.to(ACC_DTYPE)[None, :]",
+        "        gate += bias.to(ACC_DTYPE)[None, :]",
+        GATED,
+    ),
+    Mutant(
+        "gate's gradient without up",
+        "kernels/gated.py",
+        "activation_gradient(grad_output * up, saved, ACTIVATION)",
+        "activation_gradient(grad_output, saved, ACTIVATION)",
+        GATED,
+    ),
+    Mutant(
+        "slope of tanh taken from the gate itself",
+        "kernels/gated.py",
+        "saved = activated if FROM_OUTPUT else gate\n",
+        "saved = gate\n",
+        ("tests/test_gated.py::test_gated_activation",),
+    ),
+    Mutant(
+        "grad_input of the gate alone",
+        "kernels/forward.py",
+        "    if SECOND_PRODUCT:\n",
+        "    if SECOND_PRODUCT and K < 0:\n",
+        GATED,
+    ),
+    Mutant(
+        "weights that lie differently read alike",
+        "kernels/gated.py",
+        "if gate_weight.stride() != up_weight.stride():",
+        "if False:",
+        ("tests/test_gated.py::test_gated_operands_of_every_stride",),
+    ),
+    Mutant(
+        "offsets of a far up_bias in 32 bits",
+        "kernels/gated.py",
+        "rows.operand, gate_weight, up_weight, gate_bias, up_bias, output",
+        "rows.operand, gate_weight, up_weight, gate_bias, output",
+        ("tests/test_gated.py::test_gated_offsets_are_64_bits_wide_where_an_operand_is_far",),
+    ),
+    Mutant(
+        "a gated MLP calls the act_fn that it had",
+        "fastlinear/gated_mlp.py",
+        "            act_fn is not self.act_fn\n            or ",
+        "            ",
+        GATED_MLP,
+    ),
+    Mutant(
+        "a gated MLP traced in one mode",
+        "fastlinear/gated_mlp.py",
+        "for training in (True, False)}",
+        "for training in (False, False)}",
+        GATED_MLP,
     ),
 ]
 

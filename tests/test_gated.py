@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+import triton.language as tl
 from oracle import (
     DTYPES,
     assert_as_exact,
@@ -31,7 +32,11 @@ from fastlinear.activations import ACTIVATIONS
 from fastlinear.gated import backward_op, forward_op, gated_linear_op
 from fastlinear.kernels import launch
 from fastlinear.kernels.configs import Config
-from fastlinear.kernels.gated import gated_linear_forward
+from fastlinear.kernels.gated import (
+    gated_linear_forward,
+    plan_gate_backward,
+    plan_gated_forward,
+)
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -459,6 +464,34 @@ def test_gated_takes_one_launch_and_three(
     assert launched == ["gated_linear_forward_kernel"]
     output.sum().backward()
     assert launched[1:] == backward
+
+
+FAR = 2**31  # the stride of an operand of two rows or features, whose second is that far off
+
+
+@pytest.mark.parametrize("far", range(5), ids=["input", "gate", "up", "gate_bias", "up_bias"])
+def test_gated_offsets_are_64_bits_wide_where_an_operand_is_far(
+    far: int, device: torch.device
+) -> None:
+    shapes = ((2, 3), (2, 3), (2, 3), (2,), (2,))
+    near = [(shape, (3, 1)[-len(shape) :], torch.float32, device, True) for shape in shapes]
+    operands = [
+        (*one[:1], (FAR, 1)[: len(one[0])], *one[2:]) if index == far else one
+        for index, one in enumerate(near)
+    ]
+    for given, width in ((near, tl.int32), (operands, tl.int64)):
+        plan = plan_gated_forward(tuple(given[:3]), tuple(given[3:]), "ieee", "silu", True, None)
+        assert plan.kernel.constants["OFFSET_DTYPE"] == width
+
+
+def test_gated_gradients_take_64_bits_for_both_side_by_side(device: torch.device) -> None:
+    shape = (2**19, 2**11)  # 2**30 elements, and twice as many for both gradients
+    one = (shape, (2**11, 1), torch.float32, device, True)
+    plan, products, _ = plan_gate_backward((one, one, one), "silu")
+    assert products.shape == (2**19, 2**12)
+    assert plan.constants["OFFSET_DTYPE"] == tl.int32
+    one = ((2**19 + 1, 2**11), *one[1:])
+    assert plan_gate_backward((one, one, one), "silu")[0].constants["OFFSET_DTYPE"] == tl.int64
 
 
 # What cannot be taken.

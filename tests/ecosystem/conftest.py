@@ -11,20 +11,25 @@ from twins import Backend
 
 import fastlinear
 import fastlinear.kernels.backward  # takes the launcher that the fixture replaces: before it does
-from fastlinear.kernels import forward
+from fastlinear.kernels import forward, gated
 
 
 @pytest.fixture(params=["auto", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     """Runs the test with each backend, and sees to it that the kernels ran with theirs alone."""
     backend = Backend(request.param)
-    linear_forward = forward.linear_forward
 
-    def counted(*operands, **options):  # type: ignore[no-untyped-def]
-        backend.calls += 1
-        return linear_forward(*operands, **options)
+    def count(kernels, launcher: str, layers: int) -> None:  # type: ignore[no-untyped-def]
+        plain = getattr(kernels, launcher)
 
-    monkeypatch.setattr(forward, "linear_forward", counted)
+        def counted(*operands, **options):  # type: ignore[no-untyped-def]
+            backend.calls += layers
+            return plain(*operands, **options)
+
+        monkeypatch.setattr(kernels, launcher, counted)
+
+    count(forward, "linear_forward", 1)
+    count(gated, "gated_linear_forward", 2)
     with fastlinear.use_backend(backend.name):
         yield backend
     assert (backend.calls > 0) == (backend.name == "triton"), f"{backend.calls} kernels ran"

@@ -54,6 +54,7 @@ def converted_lora(base: nn.Module, order: str, seed: int) -> PeftModel:
         report = fastlinear.convert(model)
         assert set(report.converted) == {*base_names(), *lora_names()}
         assert report.skipped == ()
+        assert report.gated == ((f"{PREFIX}model.layers.0.mlp", "silu"),)
         return model
     assert fastlinear.convert(base).converted == LLAMA_LAYERS
     model = lora(base, seed)

@@ -32,6 +32,7 @@ def test_llama_logits_and_gradients(tied: bool, backend: Backend, device: torch.
 
     assert report.converted == LLAMA_LAYERS
     assert report.skipped == ()
+    assert report.gated == (("model.layers.0.mlp", "silu"),)
     assert kinds(model) == {fastlinear.Linear}
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied

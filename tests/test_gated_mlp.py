@@ -1,0 +1,296 @@
+"""`convert` and gated MLPs: which it finds, that they compute what they did, and what undoes it."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastlinear
+from fastlinear import convert, revert
+from fastlinear.kernels import launch
+
+
+class MLP(nn.Module):
+    """As Llama has it."""
+
+    def __init__(self, act_fn: nn.Module | None = None) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(5, 7, bias=False)
+        self.up_proj = nn.Linear(5, 7, bias=False)
+        self.down_proj = nn.Linear(7, 5, bias=False)
+        self.act_fn = nn.SiLU() if act_fn is None else act_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    def width(self) -> int:
+        return self.gate_proj.out_features
+
+
+class Swapped(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(torch.mul(self.up_proj(x), self.act_fn(self.gate_proj(x))))
+
+
+class GELUTanh(nn.Module):
+    """An activation of a library's own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.gelu(input, approximate="tanh")
+
+
+class Sigmoid(nn.Module):
+    def forward(self, input: Tensor) -> Tensor:
+        return input.sigmoid()
+
+
+FOUND = {
+    "as Llama": (MLP(), "silu"),
+    "factors swapped": (Swapped(), "silu"),
+    "gelu": (MLP(nn.GELU()), "gelu"),
+    "gelu_tanh": (MLP(nn.GELU("tanh")), "gelu_tanh"),
+    "gelu_tanh of its own": (MLP(GELUTanh()), "gelu_tanh"),
+    "sigmoid of its own": (MLP(Sigmoid()), "sigmoid"),
+    "relu in place": (MLP(nn.ReLU(inplace=True)), "relu"),
+    "tanh": (MLP(nn.Tanh()), "tanh"),
+}
+
+
+def results(model: nn.Module, input: Tensor) -> list[Any]:
+    model.zero_grad()
+    input = input.detach().requires_grad_()
+    output = model(input)
+    output.pow(2).sum().backward()
+    return [output, input.grad, *(one.grad for one in model.parameters())]
+
+
+@pytest.fixture
+def gated_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    names: list[str] = []
+    run_kernel = launch.run
+
+    def run(kernel: Any, *arguments: Any) -> None:
+        if kernel.fn.__name__ == "gated_linear_forward_kernel":
+            names.append(kernel.fn.__name__)
+        run_kernel(kernel, *arguments)
+
+    monkeypatch.setattr(launch, "run", run)
+    return names
+
+
+@pytest.mark.parametrize(("mlp", "activation"), FOUND.values(), ids=FOUND)
+def test_convert_gates_mlps_and_revert_undoes_it(
+    mlp: MLP,
+    activation: str,
+    backend: str,
+    gated_launches: list[str],
+    device: torch.device,
+) -> None:
+    model = nn.Sequential(nn.Linear(5, 5), mlp).to(device, torch.float64)
+    kind, keys, parameters = type(mlp), list(model.state_dict()), list(model.parameters())
+    input = torch.randn(4, 5, dtype=torch.float64, device=device)
+    before = results(model, input)
+    report = convert(model)
+    assert report.gated == (("1", activation),)
+    assert f"gated pair with {activation}" in str(report)
+    torch.testing.assert_close(results(model, input), before)
+    assert len(gated_launches) == (backend == "triton")
+    assert isinstance(mlp, kind)
+    assert mlp.width() == 7
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+
+    assert revert(model).skipped == ()
+    assert type(mlp) is kind
+    assert not [name for name in vars(mlp) if "fastlinear" in name]
+    torch.testing.assert_close(results(model, input), before)
+    assert len(gated_launches) == (backend == "triton")
+
+
+class Dropping(MLP):
+    """Something between, in training only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.act_fn(self.gate_proj(x))
+        if self.training:
+            gate = gate * 2
+        return self.down_proj(gate * self.up_proj(x))
+
+
+class Residual(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x)
+        return self.down_proj(self.act_fn(gate) * self.up_proj(x)) + gate.sum()
+
+
+class ByValue(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+class UpFirst(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+class Added(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
+
+
+def with_hook(mlp: MLP) -> MLP:
+    mlp.act_fn.register_forward_hook(lambda module, inputs, output: output)
+    return mlp
+
+
+def with_forward(mlp: MLP) -> MLP:
+    mlp.forward = lambda x: x  # type: ignore[method-assign]
+    return mlp
+
+
+LEFT = {
+    "training differs": Dropping(),
+    "evaluation differs": Dropping().eval(),
+    "gate read twice": Residual(),
+    "ways by value": ByValue(),
+    "gate and up exchanged": UpFirst(),
+    "sum": Added(),
+    "another activation": MLP(nn.Softplus()),
+    "leaky with another slope": MLP(nn.LeakyReLU(0.2)),
+    "hook on act_fn": with_hook(MLP()),
+    "forward of its own": with_forward(MLP()),
+}
+
+
+@pytest.mark.parametrize("mlp", LEFT.values(), ids=LEFT)
+def test_convert_leaves_what_is_no_gated_mlp(mlp: MLP) -> None:
+    kind, input = type(mlp), torch.randn(4, 5)
+    before, modes = mlp(input), [part.training for part in mlp.modules()]
+    report = convert(mlp)
+    assert report.gated == ()
+    assert report.converted == ("gate_proj", "up_proj", "down_proj")
+    assert type(mlp) is kind
+    assert [part.training for part in mlp.modules()] == modes
+    torch.testing.assert_close(mlp(input), before)
+
+
+def test_convert_gates_no_mlp_whose_layers_the_filter_left() -> None:
+    report = convert(MLP(), filter=lambda name, layer: name != "up_proj")
+    assert report.gated == ()
+
+
+class Adapted(nn.Module):
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + 1
+
+
+def adapt(mlp: MLP) -> None:
+    mlp.up_proj = Adapted(mlp.up_proj)  # type: ignore[assignment]
+
+
+def hook(mlp: MLP) -> None:
+    mlp.gate_proj.register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+def hook_activation(mlp: MLP) -> None:
+    mlp.act_fn.register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+def replace_activation(mlp: MLP) -> None:
+    mlp.act_fn = nn.ReLU()
+
+
+def test_a_gated_mlp_has_any_module_for_down_proj() -> None:
+    mlp, input = MLP(), torch.randn(4, 5)
+    mlp.down_proj = nn.Sequential(mlp.down_proj, nn.ReLU())  # type: ignore[assignment]
+    before = mlp(input)
+    assert convert(mlp).gated == (("", "silu"),)
+    torch.testing.assert_close(mlp(input), before)
+
+
+CHANGES = [adapt, hook, hook_activation, replace_activation]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_gated_mlp_computes_what_it_has_become(change: Callable[[MLP], None]) -> None:
+    mlp = MLP()
+    plain, input = copy.deepcopy(mlp), torch.randn(4, 5)
+    assert convert(mlp).gated
+    change(mlp)
+    change(plain)
+    torch.testing.assert_close(mlp(input), plain(input))
+    assert not torch.equal(mlp(input), MLP.forward(MLP(), input))
+    torch.testing.assert_close(mlp(x=input), plain(x=input))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_gated_mlp_copied_is_the_same(duplicate: Callable[[Any], Any], backend: str) -> None:
+    mlp, input = MLP(), torch.randn(4, 5)
+    before = mlp(input)
+    convert(mlp)
+    twin = duplicate(mlp)
+    assert type(twin) is type(mlp)
+    torch.testing.assert_close(twin(x=input), before)
+    assert twin.act_fn is vars(twin)["_fastlinear_gate"][0] is not mlp.act_fn
+    revert(twin)
+    assert type(twin) is MLP
+    torch.testing.assert_close(twin(input), before)
+
+
+def test_a_gated_mlp_reverted_in_part_computes_the_same(backend: str) -> None:
+    mlp, input = MLP(), torch.randn(4, 5)
+    before = mlp(input)
+    convert(mlp)
+    revert(mlp.up_proj)
+    torch.testing.assert_close(mlp(input), before)
+    convert(mlp)
+    torch.testing.assert_close(mlp(input), before)
+
+
+def test_converting_twice_gates_once() -> None:
+    mlp = MLP()
+    assert convert(mlp).gated == (("", "silu"),)
+    assert convert(mlp).gated == ()
+    assert revert(mlp).converted == ("gate_proj", "up_proj", "down_proj")
+    assert type(mlp) is MLP
+
+
+def test_a_gated_mlp_compiles_whole(backend: str) -> None:
+    torch._dynamo.reset()
+    mlp, input = MLP(), torch.randn(4, 5)
+    before = mlp(input)
+    convert(mlp)
+    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(input), before)
+
+
+def test_a_gated_pair_of_an_activation_that_is_unknown_stays(device: torch.device) -> None:
+    mlp = MLP(nn.GELU(approximate="none"))
+    mlp.act_fn.approximate = "other"  # type: ignore[union-attr]
+    assert convert(mlp).gated == ()
+
+
+def test_gated_linear_stands_in_a_model_of_its_own(backend: str, device: torch.device) -> None:
+    class Block(fastlinear.GatedLinear):
+        """Llama's MLP, written with GatedLinear: its checkpoints load."""
+
+        def __init__(self) -> None:
+            super().__init__(5, 7, bias=False)
+            self.down_proj = nn.Linear(7, 5, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(super().forward(x))
+
+    plain, block = MLP(), Block()
+    block.load_state_dict(plain.state_dict())
+    input = torch.randn(4, 5, device=device)
+    torch.testing.assert_close(block.to(device)(input), plain.to(device)(input))
