@@ -1,12 +1,13 @@
 """Converts models in place: every `nn.Linear` becomes a `fastlinear.Linear`, and back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastlinear.gated_mlp import gate, ungate
+from fastlinear.fold import FOLD, find_pairs, fold, stay_folded, unfold
+from fastlinear.gated_mlp import gate, gated_layers, ungate
 from fastlinear.modules import Linear
 
 # Set on a converted layer, so that `revert` leaves alone the layers that were made as Linear.
@@ -19,25 +20,37 @@ class Report:
 
     converted: names of the layers whose class was changed, as `model.named_modules()` has them; the
         model's own is "".
-    skipped: (name, reason) of each linear layer that was left alone.
-    gated: (name, activation) of each gated MLP that takes `fastlinear.gated_linear` from now on.
+    skipped: (name, reason) of each linear layer, or activation of one, that was left alone.
+    gated: (name, activation) of each gated MLP that `convert` has `fastlinear.gated_linear`
+        compute, or that `revert` has computed by its own forward again.
+    folded: (layer's name, module's name, activation) of each activation that `convert` folded into
+        a layer, or `revert` took out of it.
     """
 
     converted: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...]
     gated: tuple[tuple[str, str], ...] = ()
+    folded: tuple[tuple[str, str, str], ...] = ()
 
     def __str__(self) -> str:
         rows = [(name, "converted") for name in self.converted]
         rows += [(name, f"gated pair with {activation}") for name, activation in self.gated]
+        rows += [
+            (layer, f"folded: {activation} of {act}") for layer, act, activation in self.folded
+        ]
         rows += [(name, f"skipped: {reason}") for name, reason in self.skipped]
         width = max((len(name or "(model)") for name, _ in rows), default=0)
         lines = [f"{name or '(model)':{width}}  {outcome}" for name, outcome in rows]
-        return "\n".join([*lines, f"{len(self.converted)} converted, {len(self.skipped)} skipped"])
+        counts = f"{len(self.converted)} converted, {len(self.skipped)} skipped"
+        counts += f", {len(self.folded)} folded" if self.folded else ""
+        return "\n".join([*lines, counts])
 
 
 def convert(
-    model: nn.Module, *, filter: Callable[[str, nn.Linear], object] | None = None
+    model: nn.Module,
+    *,
+    filter: Callable[[str, nn.Linear], object] | None = None,
+    fold_activations: bool = False,
 ) -> Report:
     """Makes every `nn.Linear` of `model` a `fastlinear.Linear`, in place.
 
@@ -50,69 +63,114 @@ def convert(
     a subclass of its class that takes `fastlinear.gated_linear` where both its projections are
     plain layers of fastlinear. With an adapter in it or a hook on a part, it computes as before.
 
+    With `fold_activations`, a layer applies the activation that alone reads its output, and the
+    activation's module, the same object under the same name, passes its input on. Results and
+    gradients are the same to rounding, and state_dict has the same keys. Which activations those
+    are, torch.fx finds out by tracing the forward of the model, or of the modules within that it
+    can trace, in training and in evaluation. So it is assumed that these are used through their
+    forward, and as they are set up now: a trace does not see an attribute that later sends a
+    forward another way, nor code elsewhere that calls a layer or an activation within by itself.
+    What takes a layer's output for `input @ weight.T + bias`, as LoRA and hooks do, has to be there
+    before.
+
     Args:
         model: any module; itself an `nn.Linear`, or with layers at any depth.
-        filter: called with the name and the module of every layer that would be converted, before
-            any is; where it returns something false, the layer is left alone.
+        filter: called with the name and the module of every layer that would be converted, or given
+            an activation, before any is; where it returns something false, the layer is left alone.
+        fold_activations: whether layers take over modules that are exactly an `nn.ReLU`, `nn.GELU`,
+            `nn.SiLU`, `nn.Sigmoid`, `nn.Tanh`, or an `nn.LeakyReLU` of slope 0.01.
 
     Returns:
-        A Report of what was converted, and what was not and why.
+        A Report of what was converted and folded, and what was not and why.
 
     Raises:
         TypeError: model is not an `nn.Module`.
         Exception: whatever filter raises; then nothing has been converted.
     """
-    layers, skipped = [], []
+    layers, foldable = [], []
+    skipped: dict[nn.Module, str] = {}
     for name, layer in _linear_layers(model, "convert"):
         reason = _why_not(layer)
-        if reason is None and filter is not None and not filter(name, layer):
-            reason = "filter returned False"
+        takes_activation = fold_activations and (reason is None or _is_bare(layer))
+        if (reason is None or takes_activation) and filter is not None and not filter(name, layer):
+            reason, takes_activation = "filter returned False", False
         if reason is None:
-            layers.append((name, layer))
+            layers.append(layer)
         else:
-            skipped.append((name, reason))
-    for _, layer in layers:
+            skipped[layer] = reason
+        if takes_activation:
+            foldable.append(layer)
+    for layer in layers:
         _rebase(layer, Linear)
         setattr(layer, _MARK, True)
-    return Report(tuple(name for name, _ in layers), tuple(skipped), gate(model))
+    gated = gate(model)
+    in_pairs = gated_layers(model)  # these have their activation already
+    foldable = [layer for layer in foldable if layer not in in_pairs]
+    pairs, not_folded = find_pairs(model, foldable) if foldable else ({}, {})
+    fold(pairs)
+    skipped = {layer: reason for layer, reason in skipped.items() if layer not in pairs}
+    skipped |= {layer: f"activation not folded: {why}" for layer, why in not_folded.items()}
+    return _report(model, layers, skipped, gated, pairs)
 
 
 def revert(model: nn.Module) -> Report:
     """Undoes `convert`: every layer that it converted is again what it was, in place.
 
-    A layer is left alone where something has given it another class or forward since.
+    So is every activation that it folded, if all the layers that it was folded into are in `model`
+    and can be reverted; else these are left alone. So is a layer where something has given it
+    another class or forward since.
 
     Args:
         model: a module that `convert` was called on, a copy of one, or a part of one.
 
     Returns:
-        A Report whose `converted` are the layers that are `nn.Linear` again, and whose `skipped`
-        are the other layers of fastlinear, each with the reason.
+        A Report whose `converted` are the layers that are `nn.Linear` again, whose `gated` are the
+        MLPs that compute by themselves again, whose `folded` are the activations that are modules
+        again, and whose `skipped` are the other layers of fastlinear, and activations without a
+        layer, each with the reason.
 
     Raises:
         TypeError: model is not an `nn.Module`.
     """
-    layers: list[tuple[str, Linear]] = []
-    skipped: list[tuple[str, str]] = []
-    for name, layer in _linear_layers(model, "revert"):
-        kind = parametrize.type_before_parametrizations(layer)
-        if _MARK in vars(layer):
-            if kind is not Linear:
-                skipped.append((name, f"has become a {kind.__name__} since it was converted"))
-            elif "forward" in vars(layer):
-                # What replaced it may end in Linear's own, which an nn.Linear cannot run.
-                skipped.append((name, "its forward was replaced since it was converted"))
-            elif layer.activation is not None:
-                skipped.append((name, "has got an activation since it was converted"))
+    ready: list[nn.Linear] = []
+    skipped: dict[nn.Module, str] = {}
+    for _, layer in _linear_layers(model, "revert"):
+        if _MARK in vars(layer) or FOLD in vars(layer):
+            reason = _changed_since(layer)
+            if reason is None:
+                ready.append(layer)
             else:
-                layers.append((name, layer))
+                skipped[layer] = reason
         elif isinstance(layer, Linear):
-            skipped.append((name, "was made as fastlinear.Linear, not converted"))
-    ungate(model)
-    for _, layer in layers:
+            skipped[layer] = "was made as fastlinear.Linear, not converted"
+    skipped |= stay_folded(model, ready)
+    ready = [layer for layer in ready if layer not in skipped]
+    converted = [layer for layer in ready if _MARK in vars(layer)]
+    folded = [layer for layer in ready if FOLD in vars(layer)]
+    report = _report(model, converted, skipped, ungate(model), folded)
+    for layer in folded:
+        unfold(layer)
+    for layer in converted:
         _rebase(layer, nn.Linear)
         delattr(layer, _MARK)
-    return Report(tuple(name for name, _ in layers), tuple(skipped))
+    return report
+
+
+def _report(
+    model: nn.Module,
+    converted: Collection[nn.Module],
+    skipped: dict[nn.Module, str],
+    gated: tuple[tuple[str, str], ...],
+    folded: Collection[nn.Module],
+) -> Report:
+    names = {module: name for name, module in model.named_modules()}
+    pairs = [(layer, *vars(layer)[FOLD]) for layer in names if layer in folded]
+    return Report(
+        tuple(names[layer] for layer in converted),
+        tuple((name, skipped[module]) for module, name in names.items() if module in skipped),
+        gated,
+        tuple((names[layer], names[act], activation) for layer, act, activation in pairs),
+    )
 
 
 def _linear_layers(model: nn.Module, caller: str) -> list[tuple[str, nn.Linear]]:
@@ -134,6 +192,26 @@ def _why_not(layer: nn.Linear) -> str | None:
         return "its forward is replaced on the instance, and would not be fastlinear's"
     if hasattr(layer, "activation"):
         return "has an attribute of its own called activation, which fastlinear.Linear would apply"
+    return None
+
+
+def _is_bare(layer: nn.Linear) -> bool:
+    """Whether `layer` is a `fastlinear.Linear` without activation already."""
+    kind = parametrize.type_before_parametrizations(layer)
+    return kind is Linear and layer.activation is None and "forward" not in vars(layer)
+
+
+def _changed_since(layer: nn.Linear) -> str | None:
+    """What was done to `layer` since `convert` that `revert` cannot undo, or None."""
+    kind = parametrize.type_before_parametrizations(layer)
+    if kind is not Linear:
+        return f"has become a {kind.__name__} since it was converted"
+    if "forward" in vars(layer):
+        # What replaced it may end in Linear's own, which an nn.Linear cannot run.
+        return "its forward was replaced since it was converted"
+    _, activation = vars(layer).get(FOLD, (None, None))
+    if layer.activation != activation:
+        return "has got an activation since it was converted"
     return None
 
 

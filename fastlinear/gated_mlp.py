@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastlinear import _torch_internals as internals
 from fastlinear.functional import gated_linear
-from fastlinear.modules import Linear, is_plain
+from fastlinear.modules import GatedLinear, Linear, is_plain
 
 _FUNCTIONS: dict[Any, str] = {
     F.silu: "silu",
@@ -99,13 +99,22 @@ def gate(model: nn.Module) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def ungate(model: nn.Module) -> None:
-    """Undoes `gate`."""
+def ungate(model: nn.Module) -> tuple[tuple[str, str], ...]:
+    """Undoes `gate`, and returns what it would."""
+    found = []
     module: Any
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, GatedMLP):
+            _, activation = vars(module).pop("_fastlinear_gate")
             module.__class__ = module.kind  # type: ignore[assignment]
-            del vars(module)["_fastlinear_gate"]
+            found.append((name, activation))
+    return tuple(found)
+
+
+def gated_layers(model: nn.Module) -> set[nn.Module]:
+    """The layers of the gated pairs in `model`, which have their activation already."""
+    pairs = [part for part in model.modules() if isinstance(part, (GatedMLP, GatedLinear))]
+    return {layer for pair in pairs for layer in (pair.gate_proj, pair.up_proj)}
 
 
 class _Tracer(torch.fx.Tracer):

@@ -32,6 +32,7 @@ ACTIVATED_BACKWARD = (
 )
 GATED = ("tests/test_gated.py::test_gated_values_and_gradients_are_as_exact_as_pytorch_s",)
 GATED_MLP = ("tests/test_gated_mlp.py",)
+FOLDED = ("tests/test_fold.py",)
 
 
 @dataclass(frozen=True)
@@ -368,6 +369,39 @@ MUTANTS = [
         "for training in (True, False)}",
         "for training in (False, False)}",
         GATED_MLP,
+        "activation folded though something else reads the layer's output",
+        "fastlinear/fold.py",
+        "if [called.get(reader) for reader in call.users] != [act]:",
+        "if act not in [called.get(reader) for reader in call.users]:",
+        FOLDED,
+    ),
+    Mutant(
+        "activation folded though it also follows something else",
+        "fastlinear/fold.py",
+        "if all(acts.get(called.get(source)) is acts[layer] for source in sources):",
+        "if any(acts.get(called.get(source)) is acts[layer] for source in sources):",
+        FOLDED,
+    ),
+    Mutant(
+        "activation folded though another part uses it or its layer",
+        "fastlinear/fold.py",
+        "max(reached[layer], reached[act]) > 1:",
+        "max(reached[layer], reached[act]) > 2:",
+        FOLDED,
+    ),
+    Mutant(
+        "activations folded by a trace in evaluation alone",
+        "fastlinear/fold.py",
+        "module.training = training",
+        "module.training = False",
+        FOLDED,
+    ),
+    Mutant(
+        "activation put back though a layer still applies it",
+        "fastlinear/fold.py",
+        "ready[act] == vars(act)[FOLD][1]",
+        "ready[act] > 0",
+        FOLDED,
     ),
 ]
 

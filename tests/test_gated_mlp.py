@@ -256,6 +256,31 @@ def test_a_gated_mlp_reverted_in_part_computes_the_same(backend: str) -> None:
     torch.testing.assert_close(mlp(input), before)
 
 
+def test_folding_leaves_gated_pairs_and_what_they_share(backend: str) -> None:
+    class Block(nn.Module):
+        """An MLP whose activation another layer has as well, and a pair of fastlinear's own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp, self.first = MLP(), nn.Linear(5, 5)
+            self.own = fastlinear.GatedLinear(5, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.own(self.mlp(self.mlp.act_fn(self.first(x))))
+
+    block, input = Block(), torch.randn(4, 5)
+    before = block(input)
+    report = convert(block, fold_activations=True)
+    assert report.gated == (("mlp", "silu"),)
+    assert report.folded == ()
+    assert {name for name, _ in report.skipped} == {"first", "own.gate_proj", "own.up_proj"}
+    torch.testing.assert_close(block(input), before)
+    block.mlp.up_proj.register_forward_hook(lambda module, inputs, output: output)
+    torch.testing.assert_close(block(input), before)
+    assert revert(block).gated == report.gated
+    torch.testing.assert_close(block(input), before)
+
+
 def test_converting_twice_gates_once() -> None:
     mlp = MLP()
     assert convert(mlp).gated == (("", "silu"),)
