@@ -59,8 +59,8 @@ def convert(
     `nn.Linear` is left alone: a subclass may mean something else by its forward.
 
     A gated MLP as Llama and its kin have it, a module of `gate_proj`, `up_proj`, `down_proj` and
-    `act_fn` whose forward a trace shows to be `down_proj(act_fn(gate_proj(x)) * up_proj(x))`, gets
-    a subclass of its class that takes `fastlinear.gated_linear` where both its projections are
+    `act_fn` whose forward says `down_proj(act_fn(gate_proj(x)) * up_proj(x))` and nothing else,
+    gets a subclass of its class that takes `fastlinear.gated_linear` where both its projections are
     plain layers of fastlinear. With an adapter in it or a hook on a part, it computes as before.
 
     With `fold_activations`, a layer applies the activation that alone reads its output, and the

@@ -77,8 +77,7 @@ def linear(
                 return _linear(input, weight, bias)
             return _linear_activation(input, weight, bias, activation)
         except RuntimeError:
-            broadcasts = bias is not None and bias.shape != weight.shape[:1]
-            if why_not(input, weight, bias) is None and not broadcasts:
+            if why_not(input, weight, bias) is None and not _broadcasts(weight, bias):
                 raise
     return _by_the_kernels(input, weight, bias, activation)
 
@@ -144,7 +143,7 @@ def gated_linear(
     (float64 for float64), and activate and multiply there, before the one rounding to the output's
     dtype; float32 products follow `torch.set_float32_matmul_precision`. For backward they keep gate
     and up, where PyTorch also keeps `activation(gate)`. Gradients of every order, forward and
-    reverse, are defined.
+    reverse, are defined; those of both weights are halves of one tensor.
 
     Args:
         input: (*, in_features); the kernels take float16, bfloat16, float32 and float64, with any
@@ -177,7 +176,8 @@ def gated_linear(
         try:  # as `linear` does, and why
             return _gated_linear(*operands, activation)
         except RuntimeError:
-            if _why_no_gated(*operands) is None and not _broadcasts(*operands):
+            expands = _broadcasts(gate_weight, gate_bias) or _broadcasts(up_weight, up_bias)
+            if _why_no_gated(*operands) is None and not expands:
                 raise
     reason = _why_no_gated(*operands)
     if reason is not None:
@@ -227,18 +227,9 @@ def _why_no_gated(
     return reason
 
 
-def _broadcasts(
-    input: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-) -> bool:
-    """Whether a bias is to be expanded."""
-    return any(
-        bias is not None and bias.shape != weight.shape[:1]
-        for weight, bias in ((gate_weight, gate_bias), (up_weight, up_bias))
-    )
+def _broadcasts(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `bias` is to be expanded."""
+    return bias is not None and bias.shape != weight.shape[:1]
 
 
 def _batched_by_pytorch(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,69 +1,75 @@
 """Finds the gated MLPs of Llama and its kin in a model, and has `gated_linear` compute them."""
 
-import operator
+import ast
+import copyreg
+import functools
+import inspect
+import textwrap
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from fastlinear import _torch_internals as internals
 from fastlinear.functional import gated_linear
 from fastlinear.modules import GatedLinear, Linear, is_plain
 
-_FUNCTIONS: dict[Any, str] = {
-    F.silu: "silu",
-    F.relu: "relu",
-    torch.relu: "relu",
-    torch.sigmoid: "sigmoid",
-    Tensor.sigmoid: "sigmoid",  # as F.sigmoid is traced
-    torch.tanh: "tanh",
-    Tensor.tanh: "tanh",
-}
+torch.fx.wrap("gated_linear")  # as in modules.py
+
+# What the forward of a gated MLP says: the product, with its factors in either order, returned at
+# once or by a name.
+_GATED = (
+    "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))",
+    "self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x)))",
+)
 _MODULES: dict[type[nn.Module], str] = {
     nn.SiLU: "silu",
     nn.ReLU: "relu",
     nn.Sigmoid: "sigmoid",
     nn.Tanh: "tanh",
 }
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
 class GatedMLP(nn.Module):
     """What `convert` adds to the class of a module that computes a gated MLP.
 
-    `down_proj(act_fn(gate_proj(input)) * up_proj(input))` takes `gated_linear`, as long as the
-    module is made of what it was made of; else, with an adapter in it or a hook on a part, its own
-    forward computes it.
+    `down_proj(act_fn(gate_proj(x)) * up_proj(x))` takes `gated_linear`, as long as the module is
+    made of what it was made of; else, with an adapter in it or a hook on a part, its own forward
+    computes it.
     """
 
-    kind: ClassVar[type[nn.Module]]  # the module's own class, which made these:
+    _fastlinear_kind: ClassVar[type[nn.Module]]  # the module's own class, which made these:
     gate_proj: Linear
     up_proj: Linear
     down_proj: nn.Module
     act_fn: nn.Module
     # What `convert` found: the module act_fn, and its name in fastlinear.
-    _fastlinear_gate: tuple[nn.Module, str]
+    _fastlinear_gate: tuple[nn.Module, str] | None = None
 
-    def forward(self, *arguments: Any, **named: Any) -> Any:
+    def forward(self, x: Tensor) -> Any:
         gate, up = self.gate_proj, self.up_proj
-        act_fn, activation = self._fastlinear_gate
         if (
-            act_fn is not self.act_fn
-            or internals.has_hooks(act_fn)
+            self._fastlinear_gate is None
+            or self._fastlinear_gate[0] is not self.act_fn
+            or not _is_untouched(self.act_fn)
             or not is_plain(gate)
             or not is_plain(up)
-            or len(arguments) + len(named) != 1
         ):
-            return super().forward(*arguments, **named)
-        (input,) = arguments or named.values()
-        hidden: Tensor = gated_linear(input, gate.weight, up.weight, gate.bias, up.bias, activation)
+            return super().forward(x)
+        _, activation = self._fastlinear_gate
+        hidden = gated_linear(x, gate.weight, up.weight, gate.bias, up.bias, activation)
         return self.down_proj(hidden)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made at run time: a copy, or a pickle, makes it again.
-        return _empty, (self.kind,), self.__dict__
+        reduced: Any = super().__reduce_ex__(protocol)
+        if reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
+            return _empty, (self._fastlinear_kind,), *reduced[2:]
+        return reduced
 
 
 _classes: dict[Any, type[GatedMLP]] = {}
@@ -72,7 +78,8 @@ _classes: dict[Any, type[GatedMLP]] = {}
 def _gated(kind: type[nn.Module]) -> type[GatedMLP]:
     """`kind` computing its gated MLP by `gated_linear`; the same class each time."""
     if kind not in _classes:
-        _classes[kind] = type(f"Gated{kind.__name__}", (GatedMLP, kind), {"kind": kind})
+        members = {"_fastlinear_kind": kind}
+        _classes[kind] = type(f"Gated{kind.__name__}", (GatedMLP, kind), members)
     return _classes[kind]
 
 
@@ -100,14 +107,23 @@ def gate(model: nn.Module) -> tuple[tuple[str, str], ...]:
 
 
 def ungate(model: nn.Module) -> tuple[tuple[str, str], ...]:
-    """Undoes `gate`, and returns what it would."""
+    """Undoes `gate`, and returns what it would.
+
+    A module that has got another class since, as by a parametrization, or another forward, which
+    may end in its own, stays what it is.
+    """
     found = []
     module: Any
     for name, module in model.named_modules():
-        if isinstance(module, GatedMLP):
-            _, activation = vars(module).pop("_fastlinear_gate")
-            module.__class__ = module.kind  # type: ignore[assignment]
-            found.append((name, activation))
+        if (
+            isinstance(module, GatedMLP)
+            and type(module) is _classes.get(module._fastlinear_kind)
+            and "forward" not in vars(module)
+        ):
+            gate = vars(module).pop("_fastlinear_gate", None)
+            module.__class__ = module._fastlinear_kind  # type: ignore[assignment]
+            if gate is not None:
+                found.append((name, gate[1]))
     return tuple(found)
 
 
@@ -117,68 +133,75 @@ def gated_layers(model: nn.Module) -> set[nn.Module]:
     return {layer for pair in pairs for layer in (pair.gate_proj, pair.up_proj)}
 
 
-class _Tracer(torch.fx.Tracer):
-    """Goes into act_fn, if that is not torch's, but not into the projections."""
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return name in _PROJECTIONS or super().is_leaf_module(module, name)
-
-
 def _activation_of(module: Any) -> str | None:
-    """The activation of a gated MLP that `gated_linear` can compute, or None.
-
-    By the names of its parts and by what its forward does with them.
-    """
-    if isinstance(module, GatedMLP) or not all(
-        isinstance(getattr(module, part, None), nn.Module) for part in (*_PROJECTIONS, "act_fn")
+    """The activation of a gated MLP that `gated_linear` can compute, or None."""
+    if (
+        isinstance(module, GatedMLP)
+        or parametrize.is_parametrized(module)
+        or "forward" in vars(module)
+        or not _says_gated(type(module).forward)
     ):
         return None
-    if not (is_plain(module.gate_proj) and is_plain(module.up_proj)):
+    parts: list[Any] = [getattr(module, part, None) for part in ("gate_proj", "up_proj", "act_fn")]
+    gate, up, act_fn = parts
+    if not all(isinstance(part, nn.Module) for part in parts):
         return None
-    if "forward" in vars(module) or internals.has_hooks(module.act_fn):
+    if not (is_plain(gate) and is_plain(up) and _is_untouched(act_fn)):
         return None
-    in_both_modes = {_traced_activation(module, training) for training in (True, False)}
-    return in_both_modes.pop() if len(in_both_modes) == 1 else None
-
-
-def _traced_activation(module: nn.Module, training: bool) -> str | None:
-    modes = {part: part.training for part in module.modules()}
     try:
-        module.train(training)
-        output = next(reversed(_Tracer().trace(module).nodes))
-    except Exception:  # its forward takes ways that a trace cannot follow, or is no such MLP's
+        _gated(type(module))
+    except Exception:  # its class asks something of subclasses
         return None
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-    match _expression(output):
-        case ("output", ("down_proj", (operator.mul | torch.mul, first, second))):
-            for activated, other in ((first, second), (second, first)):
-                match activated, other:
-                    case (act_fn, ("gate_proj", "input"), *options), ("up_proj", "input"):
-                        return _name_of(act_fn, dict(options), module)
-    return None
+    return _name_of(act_fn)
 
 
-def _expression(node: Any) -> Any:
-    """What `node` computes: (function or module's name, its arguments, its options as pairs)."""
-    if not isinstance(node, torch.fx.Node):
-        return node
-    if node.op == "placeholder":
-        return "input"
-    target: Any = node.target
-    if node.op == "call_method":
-        target = getattr(Tensor, target)
-    return target, *map(_expression, node.args), *node.kwargs.items()
+@functools.cache
+def _says_gated(forward: Any) -> bool:
+    """Whether the source of `forward` is that of a gated MLP, and nothing else.
+
+    A trace would not do: it shows one way through a forward, and none of its side effects.
+    """
+    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
+        return False
+    try:
+        (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
+    except (OSError, SyntaxError, ValueError):
+        return False
+    if not isinstance(function, ast.FunctionDef):
+        return False
+    names = [argument.arg for argument in function.args.args]
+    if names != ["self", "x"] or len(inspect.signature(forward).parameters) != 2:
+        return False
+    statements = function.body[ast.get_docstring(function) is not None :]
+    match statements:
+        case [ast.Return(value=product)]:
+            pass
+        case [
+            ast.Assign(targets=[ast.Name(id=assigned)], value=product),
+            ast.Return(value=ast.Name(id=returned)),
+        ] if assigned == returned:
+            pass
+        case _:
+            return False
+    return product is not None and ast.unparse(product) in _GATED
 
 
-def _name_of(act_fn: Any, options: dict[str, Any], module: nn.Module) -> str | None:
-    """The name in fastlinear of an activation, traced to a function or to a module's name."""
-    if isinstance(act_fn, str):
-        part = module.get_submodule(act_fn)
-        if type(part) is nn.GELU:
-            return _GELUS.get(part.approximate)
-        return None if "forward" in vars(part) else _MODULES.get(type(part))
-    if act_fn is F.gelu:
-        return _GELUS.get(options.get("approximate", "none"))
-    return _FUNCTIONS.get(act_fn)
+def _is_untouched(act_fn: nn.Module) -> bool:
+    """Whether calling `act_fn` calls the forward of its class alone."""
+    return "forward" not in vars(act_fn) and not internals.has_hooks(act_fn)
+
+
+def _name_of(act_fn: Any) -> str | None:
+    """The name in fastlinear of an activation of torch's or of transformers'."""
+    kind = type(act_fn)
+    if kind is nn.GELU:
+        return _GELUS.get(act_fn.approximate)
+    if kind.__module__ != "transformers.activations":
+        return _MODULES.get(kind)
+    function = getattr(act_fn, "act", None)
+    if kind.__name__ == "GELUActivation" and function is F.gelu:
+        return "gelu"
+    if kind.__name__ == "GELUTanh" and isinstance(function, functools.partial):
+        tanh = (F.gelu, (), {"approximate": "tanh"})
+        return "gelu_tanh" if (function.func, function.args, function.keywords) == tanh else None
+    return "silu" if kind.__name__ == "SiLUActivation" else None

@@ -257,7 +257,7 @@ def gated_linear_forward(
     gate is `input @ gate_weight.T + gate_bias`, up is `input @ up_weight.T + up_bias`. Both are
     accumulated in float32 (float64 for float64), and so are activation and product, before the one
     rounding to the output's dtype. Against two layers, an activation and a product that spares a
-    read of input and seven reads and writes of (*, N), or five where gate and up are saved.
+    read of input and six reads and writes of (*, N), or four where gate and up are saved.
 
     Args:
         input: (*, K); float16, bfloat16, float32 or float64; any strides.
@@ -447,7 +447,7 @@ def gated_linear_backward(
         )
     if gate_weight is not None and up_weight is not None:
         features = grad_output.shape[-1]
-        if gate_weight.stride() != up_weight.stride():
+        if gate_weight.stride() != up_weight.stride():  # rare: copied, so that they lie alike
             gate_weight, up_weight = gate_weight.contiguous(), up_weight.contiguous()
         grad_input = backward_input_and_sums(
             grad_products[..., :features],

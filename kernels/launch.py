@@ -132,8 +132,9 @@ def rows_of(operand: Operand, *, batched: bool = False) -> Rows:
 
     It asks for no copy where the leading dimensions lie on at most two strides.
 
-    This is the one place that may ask for a copy of an operand: leading dimensions on three or more
-    strides, which takes a permutation of a tensor of at least four dimensions or the like.
+    This is the one place that asks for a copy of an operand, besides a gated pair's weights that
+    lie differently: leading dimensions on three or more strides, which takes a permutation of a
+    tensor of at least four dimensions or the like.
 
     Args:
         operand: (*, F), or (B, M, F) if batched.

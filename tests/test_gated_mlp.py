@@ -1,7 +1,9 @@
 """`convert` and gated MLPs: which it finds, that they compute what they did, and what undoes it."""
 
 import copy
+import functools
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import fastlinear
 from fastlinear import convert, revert
@@ -34,7 +37,9 @@ class MLP(nn.Module):
 
 class Swapped(MLP):
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(torch.mul(self.up_proj(x), self.act_fn(self.gate_proj(x))))
+        """The factors the other way round."""
+        down_proj = self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x)))
+        return down_proj
 
 
 class GELUTanh(nn.Module):
@@ -44,18 +49,11 @@ class GELUTanh(nn.Module):
         return F.gelu(input, approximate="tanh")
 
 
-class Sigmoid(nn.Module):
-    def forward(self, input: Tensor) -> Tensor:
-        return input.sigmoid()
-
-
 FOUND = {
     "as Llama": (MLP(), "silu"),
     "factors swapped": (Swapped(), "silu"),
     "gelu": (MLP(nn.GELU()), "gelu"),
     "gelu_tanh": (MLP(nn.GELU("tanh")), "gelu_tanh"),
-    "gelu_tanh of its own": (MLP(GELUTanh()), "gelu_tanh"),
-    "sigmoid of its own": (MLP(Sigmoid()), "sigmoid"),
     "relu in place": (MLP(nn.ReLU(inplace=True)), "relu"),
     "tanh": (MLP(nn.Tanh()), "tanh"),
 }
@@ -143,6 +141,36 @@ class Added(MLP):
         return self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
 
 
+class Optional(MLP):
+    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Keeping(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Decorated(MLP):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ParticularOfSubclasses(MLP):
+    def __init_subclass__(cls, *, why: str) -> None: ...
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class OfNoSource(MLP):
+    forward = eval(
+        "lambda self, x: self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
+    )
+
+
 def with_hook(mlp: MLP) -> MLP:
     mlp.act_fn.register_forward_hook(lambda module, inputs, output: output)
     return mlp
@@ -160,7 +188,13 @@ LEFT = {
     "ways by value": ByValue(),
     "gate and up exchanged": UpFirst(),
     "sum": Added(),
+    "optional argument": Optional(),
+    "sets an attribute": Keeping(),
+    "decorated": Decorated(),
+    "no subclass without a reason": ParticularOfSubclasses(),
+    "no source": OfNoSource(),
     "another activation": MLP(nn.Softplus()),
+    "an activation of its own": MLP(GELUTanh()),
     "leaky with another slope": MLP(nn.LeakyReLU(0.2)),
     "hook on act_fn": with_hook(MLP()),
     "forward of its own": with_forward(MLP()),
@@ -244,6 +278,66 @@ def test_a_gated_mlp_copied_is_the_same(duplicate: Callable[[Any], Any], backend
     revert(twin)
     assert type(twin) is MLP
     torch.testing.assert_close(twin(input), before)
+
+
+class Locked(MLP):
+    """Says itself what of it is copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock, self.kind = threading.Lock(), "dense"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def train(self, mode: bool = True) -> "Locked":
+        raise AssertionError("convert is not to call train()")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_gating_leaves_a_class_its_own_ways() -> None:
+    mlp, input = Locked(), torch.randn(4, 5)
+    before = mlp(input)
+    assert convert(mlp).gated == (("", "silu"),)
+    twin = copy.deepcopy(mlp)
+    assert not hasattr(twin, "lock")
+    assert twin.kind == mlp.kind == "dense"
+    torch.testing.assert_close(twin(input), before)
+    another = type(mlp)()
+    torch.testing.assert_close(another(input), MLP.forward(another, input))
+    assert revert(mlp).gated == (("", "silu"),)
+    assert type(mlp) is Locked
+
+
+def test_reverting_leaves_mlps_whose_class_or_forward_has_changed() -> None:
+    wrapped, parametrized = MLP(), MLP()
+    parametrized.register_parameter("scale", nn.Parameter(torch.ones(1)))
+    input = torch.randn(4, 5)
+    before = wrapped(input), parametrized(input)
+    convert(wrapped)
+    convert(parametrized)
+    wrapped.forward = functools.partial(wrapped.forward)  # type: ignore[method-assign]
+    parametrize.register_parametrization(parametrized, "scale", nn.Identity())
+    assert revert(wrapped).gated == revert(parametrized).gated == ()
+    torch.testing.assert_close((wrapped(input), parametrized(input)), before)
+    torch.testing.assert_close(parametrized.scale, torch.ones(1))
+    parametrize.remove_parametrizations(parametrized, "scale")
+    assert revert(parametrized).gated == (("", "silu"),)
+    assert convert(parametrized).gated == (("", "silu"),)
+    assert convert(nn.Sequential(MLP()), filter=None).gated == (("0", "silu"),)
+
+
+def test_a_gated_mlp_under_symbolic_trace_and_export() -> None:
+    model, input = nn.Sequential(MLP()), torch.randn(4, 5)
+    before = model(input)
+    convert(model)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(input), before)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model[0])(input), before)
+    shapes = {"x": {0: torch.export.Dim("rows", min=2, max=64)}}
+    program = torch.export.export(model[0], (input,), dynamic_shapes=shapes)
+    torch.testing.assert_close(program.module()(input), before)
 
 
 def test_a_gated_mlp_reverted_in_part_computes_the_same(backend: str) -> None:

@@ -171,3 +171,16 @@ def test_llama_reverted_is_as_it_was(tied: bool, device: torch.device) -> None:
     tokens = some_tokens(device)
     with fastlinear.use_backend("triton"):
         assert torch.equal(model(input_ids=tokens).logits, plain(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("hidden_act", "activation"),
+    [("silu", "silu"), ("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("relu", "relu")],
+)
+def test_llama_mlps_of_every_activation_are_gated(
+    hidden_act: str, activation: str, tied: bool, backend: Backend, device: torch.device
+) -> None:
+    model = small_llama(device, tied, hidden_act=hidden_act)
+    plain, tokens = copy.deepcopy(model), some_tokens(device)
+    assert fastlinear.convert(model).gated == (("model.layers.0.mlp", activation),)
+    torch.testing.assert_close(model(input_ids=tokens).logits, plain(input_ids=tokens).logits)

@@ -72,10 +72,13 @@ def values_and_gradients(model: nn.Module, output: Tensor, grad_output: Tensor) 
     return {"output": output.detach(), **gradients}
 
 
-def small_llama(device: torch.device, tied: bool = False) -> LlamaForCausalLM:
+def small_llama(
+    device: torch.device, tied: bool = False, hidden_act: str = "silu"
+) -> LlamaForCausalLM:
     """A Llama of one block of random weights, wide enough to tell tokens apart."""
     config = LlamaConfig(
         vocab_size=37,
+        hidden_act=hidden_act,
         hidden_size=16,
         intermediate_size=40,
         num_hidden_layers=1,
