@@ -7,7 +7,7 @@ SUPPORTED = import sys; version = sys.version_info[:2]; (3, 10) <= version <= (3
 	"name another one, as in: make PYTHON=python3.12 test")
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-oldest test-ecosystem lint mutation compile demo host-time clean
+.PHONY: help test test-oldest test-ecosystem lint mutation compile demo bench bench-pytest report host-time clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,15 @@ compile: .venv/installed ## compile the kernels for GPUs that need not be there
 
 demo: .venv/installed ## train a classifier with the layer and with nn.Linear, for several batch sizes
 	.venv/bin/python -m benchmarks.train $(ARGS)
+
+bench: .venv/installed ## time layers of real models at many batch sizes: ARGS="--quick", "--help"
+	.venv/bin/python -m benchmarks.linear $(ARGS)
+
+bench-pytest: .venv/installed ## the same in small with pytest-benchmark: ARGS="--benchmark-autosave", "--benchmark-compare"
+	.venv/bin/pytest -o addopts= benchmarks $(ARGS)
+
+report: .venv/installed ## draw the README's tables and pictures from benchmarks/results
+	.venv/bin/python -m benchmarks.report $(ARGS)
 
 host-time: .venv/installed ## measure the microseconds that a call takes besides its kernels
 	.venv/bin/python -m benchmarks.host_time $(ARGS)

@@ -1,0 +1,485 @@
+"""What a batch costs, and whether fastlinear is faster than what you have: the sweep.
+
+`python -m benchmarks.linear` computes layers of real models (benchmarks/shapes.py) at many batch
+sizes with nn.Linear, torch.compile, fastlinear, a naive Triton kernel and whatever peers can be
+imported. Before an arm is timed at a point, its results there are checked against float64; where
+they are wrong it is dropped, and said so. Arms take turns, so that a slow moment of the machine
+strikes all; a ratio is the median, over rounds, of nn.Linear's time by the arm's in that round.
+Ratios are of device times on a GPU, of wall times on a CPU: above 1 is faster than nn.Linear.
+
+--json and --csv are written after every point, so that Ctrl-C keeps what was measured.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import math
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.arms import NATIVE, Arm, Call, arms
+from benchmarks.environment import environment
+from benchmarks.measure import Clock, ceilings, peak_bytes
+from benchmarks.shapes import BATCH_SIZES, LAYERS, Layer, least_bytes, memory, operations
+from fastlinear import use_backend
+from fastlinear.activations import ACTIVATIONS
+
+MODES = ("forward", "backward", "forward+backward")
+QUICK_LAYERS = ("mnist-1", "dlrm-2", "vit-b-qkv", "bert-base-up")
+QUICK_BATCHES = (1, 8, 64, 512)
+# A point of more operations takes a CPU a good part of a second, many times over.
+MOST_ON_CPU, MOST_ON_CPU_QUICK = 5e9, 2e9
+CHECKED = 64  # rows, or features, that are computed in float64
+
+Point = dict[str, Any]
+
+
+def points(
+    layers: list[Layer],
+    batch_sizes: list[int],
+    activations: list[str],
+    bias: str,
+    modes: list[str],
+    most_operations: float,
+    most_bytes: float,
+    itemsize: int,
+) -> list[Point]:
+    """What to measure: every layer, batch size and variant that fits; the modes go together.
+
+    In an order of few batch sizes for all layers first, so that a run cut short covers them.
+    """
+    found = []
+    for rows, layer in itertools.product(_coarse_first(batch_sizes), layers):
+        if 3 * 2 * rows * layer.in_features * layer.out_features > most_operations:
+            continue
+        if memory(layer, rows, itemsize) > most_bytes:
+            continue
+        variants = {layer.activation if name == "model" else name for name in activations}
+        for activation in sorted(variants - {"none", None}) + [None] * (
+            "none" in activations or variants == {None}
+        ):
+            found.append(
+                {
+                    "layer": layer,
+                    "rows": rows,
+                    "activation": activation,
+                    "bias": layer.bias if bias == "model" else bias == "yes",
+                    "modes": modes,
+                }
+            )
+    return found
+
+
+def _coarse_first(sizes: list[int]) -> list[int]:
+    """Every eighth, then every fourth of the rest, and so on."""
+    order: list[int] = []
+    for step in (8, 4, 2, 1):
+        order += [size for size in sizes[::step] if size not in order]
+    return order
+
+
+class Problem:
+    """One point's operands, and its exact results where they are checked."""
+
+    def __init__(self, point: Point, dtype: torch.dtype, device: torch.device) -> None:
+        layer: Layer = point["layer"]
+        rows, n, k = point["rows"], layer.out_features, layer.in_features
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(shape, device=device) * scale).to(dtype)
+
+        self.activation: str | None = point["activation"]
+        self.input = normal(rows, k).requires_grad_()
+        self.weight = nn.Parameter(normal(n, k, scale=k**-0.5))  # outputs of about 1, as in models
+        self.bias = nn.Parameter(normal(n)) if point["bias"] else None
+        self.grad_output = normal(rows, n)
+        # Some rows of output and grad_input, some features of the weight's and bias's gradients.
+        self.rows = torch.randperm(rows, device=device)[:CHECKED]
+        self.features = torch.randperm(n, device=device)[:CHECKED]
+        self.exact = self._exact()
+
+    def wanted(self) -> list[Tensor]:
+        return [self.input, self.weight] + ([] if self.bias is None else [self.bias])
+
+    def _exact(self) -> dict[str, Tensor]:
+        """The checked part of every result, in float64."""
+        weight, input = self.weight.detach(), self.input.detach()
+        bias = None if self.bias is None else self.bias.detach().double()
+        by_rows = input[self.rows].double() @ weight.double().t()
+        by_features = input.double() @ weight[self.features].double().t()
+        if bias is not None:
+            by_rows, by_features = by_rows + bias, by_features + bias[self.features]
+        output, grad_rows = self._activate(by_rows, self.grad_output[self.rows])
+        _, grad_features = self._activate(by_features, self.grad_output[:, self.features])
+        exact = {
+            "output": output,
+            "grad_input": grad_rows @ weight.double(),
+            "grad_weight": grad_features.t() @ input.double(),
+        }
+        return exact if bias is None else exact | {"grad_bias": grad_features.sum(0)}
+
+    def _activate(self, preactivation: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, and the gradient of the pre-activation."""
+        if self.activation is None:
+            return preactivation, grad_output.double()
+        preactivation = preactivation.requires_grad_()
+        output = ACTIVATIONS[self.activation](preactivation)
+        (grad,) = torch.autograd.grad(output, preactivation, grad_output.double())
+        return output.detach(), grad
+
+    def results(self, call: Call) -> dict[str, Tensor]:
+        """The checked part of what an arm gives."""
+        output = call(self.input)
+        gradients = torch.autograd.grad(output, self.wanted(), self.grad_output)
+        named = dict(zip(("grad_input", "grad_weight", "grad_bias"), gradients, strict=False))
+        return {
+            "output": output.detach()[self.rows],
+            "grad_input": named["grad_input"][self.rows],
+            **{
+                name: named[name][self.features]
+                for name in ("grad_weight", "grad_bias")
+                if name in named
+            },
+        }
+
+
+def errors(results: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """The largest error of each result; infinite where there is a NaN or another shape."""
+    found = {}
+    for name, truth in exact.items():
+        fits = results[name].shape == truth.shape
+        error = (results[name].double() - truth).abs().max().item() if fits else math.inf
+        found[name] = math.inf if math.isnan(error) else error
+    return found
+
+
+def why_wrong(problem: Problem, found: dict[str, float], native: dict[str, float]) -> str | None:
+    """What an arm of these errors gets wrong, or None.
+
+    Its errors may be twice nn.Linear's and four roundings at the size of the largest result.
+    """
+    dtype = problem.input.dtype
+    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    rounding = 2.0**-10 if tf32 else torch.finfo(dtype).eps
+    for name, error in found.items():
+        budget = 2 * native[name] + 4 * rounding * problem.exact[name].abs().max().item()
+        if error > budget:
+            return f"{name} is off by {error:.2g}, nn.Linear by {native[name]:.2g}"
+    return None
+
+
+def steps(problem: Problem, call: Call) -> dict[str, Callable[[], object]]:
+    """What is timed, by mode."""
+
+    def forward() -> object:
+        with torch.no_grad():
+            return call(problem.input)
+
+    wanted, grad_output = problem.wanted(), problem.grad_output
+    output = call(problem.input)
+    return {
+        "forward": forward,
+        "backward": lambda: torch.autograd.grad(output, wanted, grad_output, retain_graph=True),
+        "forward+backward": lambda: torch.autograd.grad(call(problem.input), wanted, grad_output),
+    }
+
+
+def measure(
+    point: Point,
+    contestants: list[Arm],
+    clock: Clock,
+    dtype: torch.dtype,
+    rounds: int,
+    roof: dict[str, float],
+    dropped: list[dict[str, Any]],
+) -> Iterator[dict[str, Any]]:
+    """The rows of a point: one for each arm and mode that is right."""
+    problem = Problem(point, dtype, clock.device)
+    layer: Layer = point["layer"]
+    about = {
+        "shape": layer.name,
+        "batch_size": point["rows"],
+        "activation": point["activation"],
+        "bias": point["bias"],
+    }
+    timed: dict[str, dict[str, Callable[[], object]]] = {}
+    native: dict[str, float] = {}
+    for arm in contestants:
+        reason = None
+        with use_backend(arm.backend):
+            try:
+                call = arm.make(problem.weight, problem.bias, problem.activation)
+                found = errors(problem.results(call), problem.exact)
+                native = found if arm.name == NATIVE else native
+                reason = why_wrong(problem, found, native)
+                timed[arm.name] = steps(problem, call)
+            except Exception as error:  # a peer may raise anything for what it does not take
+                reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+        if reason is not None:
+            timed.pop(arm.name, None)
+            dropped.append({"arm": arm.name, **about, "reason": reason})
+            tqdm.write(f"DROPPED {arm.name} at {layer.name}, {point['rows']} rows: {reason}")
+
+    backends = {arm.name: arm.backend for arm in contestants}
+    for mode in point["modes"]:
+        prepared = {}
+        for name in timed:
+            with use_backend(backends[name]):
+                prepared[name] = clock.prepare(timed[name][mode])
+        once = max(clock.wall_seconds(timed[NATIVE][mode], 3), 1e-7)
+        in_a_row = max(1, min(100, int(2e-3 / once)))
+        device: dict[str, list[float]] = {name: [] for name in timed}
+        wall: dict[str, list[float]] = {name: [] for name in timed}
+        turns = list(timed)
+        for _ in range(rounds):
+            random.shuffle(turns)
+            for name in turns:
+                with use_backend(backends[name]):
+                    wall[name].append(clock.wall_seconds(timed[name][mode], in_a_row))
+                    seconds = clock.device_seconds(prepared[name][0])
+                if seconds is not None:
+                    device[name].append(seconds)
+        least = {
+            "operations": operations(layer, point["rows"], mode),
+            "bytes": least_bytes(layer, point["rows"], mode, dtype.itemsize, point["bias"]),
+        }
+        floor = max(
+            least["operations"] / roof["operations_per_second"],
+            least["bytes"] / roof["bytes_per_second"],
+        )
+        for name in timed:
+            times, natives = (device, device) if clock.gpu else (wall, wall)
+            ratios = [a / b for a, b in zip(natives[NATIVE], times[name], strict=True)]
+            seconds = statistics.median(times[name])
+            low, ratio, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+            yield {
+                **about,
+                "mode": mode,
+                "arm": name,
+                "device_us": _microseconds(device[name]),
+                "captured": prepared[name][1],
+                "wall_us": _microseconds(wall[name]),
+                "ratio": round(ratio, 4),
+                "ratio_low": round(low, 4),
+                "ratio_high": round(high, 4),
+                "tflops": float(f"{least['operations'] / seconds / 1e12:.4g}"),
+                "gbps": float(f"{least['bytes'] / seconds / 1e9:.4g}"),
+                "of_roofline": round(floor / seconds, 4),
+                "operations": least["operations"],
+                "bytes": least["bytes"],
+                "peak_bytes": (
+                    peak_bytes(timed[name][mode], [problem.weight, *problem.wanted()[2:]])
+                    if mode == "forward+backward"
+                    else None
+                ),
+            }
+
+
+def _microseconds(seconds: list[float]) -> float | None:
+    return round(1e6 * statistics.median(seconds), 3) if seconds else None
+
+
+def write(results: dict[str, Any], json_path: Path | None, csv_path: Path | None) -> None:
+    """Writes beside, then renames: a reader, or a kill, never meets half a file."""
+    if json_path is not None:
+        rows = ",\n".join(json.dumps(row) for row in results["points"])
+        head = {key: value for key, value in results.items() if key != "points"}
+        text = json.dumps(head, indent=1)[:-2] + f',\n "points": [\n{rows}\n]\n}}\n'
+        _replace(json_path, text)
+    if csv_path is not None and results["points"]:
+        partial = csv_path.with_name(csv_path.name + ".part")
+        with partial.open("w", newline="") as file:
+            table = csv.DictWriter(file, list(results["points"][0]))
+            table.writeheader()
+            table.writerows(results["points"])
+        os.replace(partial, csv_path)
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Ratios to nn.Linear by layer and batch size, a column an arm, and nn.Linear's own time."""
+    names = [name for name in results["arms"] if name != NATIVE]
+    by_device = any(row["device_us"] is not None for row in results["points"])
+    which = "device" if by_device else "wall"
+    lines = [f"{'':47} {NATIVE:>12}" + "".join(f"  {name:>27}" for name in names)]
+    lines.append(
+        f"{'layer':17} {'rows':>5}  {'mode':16} {'':5} {which + ' us':>12}"
+        + "".join(f"  {'ratio (quartiles)  roofline':>27}" for _ in names)
+    )
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in results["points"]:
+        key = (row["shape"], row["batch_size"], row["mode"], row["activation"] or "")
+        groups.setdefault(key, {})[row["arm"]] = row
+    order = {name: index for index, name in enumerate(LAYERS)}
+    for key in sorted(groups, key=lambda key: (order.get(key[0], 99), key[3], key[2], key[1])):
+        rows = groups[key]
+        shape, size, mode, activation = key
+        native = rows[NATIVE][f"{which}_us"]
+        line = f"{shape:17} {size:5}  {mode:16} {activation[:5]:5} {native:12.1f}"
+        for name in names:
+            row = rows.get(name)
+            line += "  " + (
+                f"{row['ratio']:5.2f} ({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"
+                f"  {100 * row['of_roofline']:5.1f} %".rjust(27)
+                if row
+                else f"{'-':>27}"
+            )
+        lines.append(line)
+    for name in names:
+        ratios = [row["ratio"] for row in results["points"] if row["arm"] == name]
+        if ratios:
+            mean = math.exp(statistics.fmean(map(math.log, ratios)))
+            lines.append(f"{name}: {mean:.3f} times as fast as {NATIVE}, as a geometric mean")
+    return "\n".join(lines)
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="few layers, batch sizes and rounds")
+    parser.add_argument("--shapes", nargs="+", choices=list(LAYERS), metavar="LAYER")
+    parser.add_argument("--batch-sizes", nargs="+", type=_positive, metavar="ROWS")
+    parser.add_argument(
+        "--dtype",
+        default=None,
+        choices=["bfloat16", "float16", "float32", "float64"],
+        help="float32 on a CPU, bfloat16 on a GPU",
+    )
+    parser.add_argument(
+        "--precision", default="highest", choices=["highest", "high"], help="of float32 products"
+    )
+    parser.add_argument("--mode", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument(
+        "--activation",
+        nargs="+",
+        default=["none", "model"],
+        choices=["none", "model", *ACTIVATIONS],
+        help="model: the one that the layer has there",
+    )
+    parser.add_argument("--bias", default="model", choices=["model", "yes", "no"])
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="besides nn.Linear")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
+    parser.add_argument("--rounds", type=_positive, help="of all arms at a point")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--csv", type=Path, metavar="FILE")
+    chosen = parser.parse_args(given)
+    for path in (chosen.json, chosen.csv):
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"there is no folder {path.parent} to write {path.name} into")
+    return chosen
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"takes 1 or more, not {text}")
+    return number
+
+
+def main() -> int:
+    chosen = arguments()
+    gpu = torch.cuda.is_available() and chosen.device != "cpu"
+    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+    if chosen.device == "cuda" and not gpu:
+        print("--device cuda needs a GPU, and torch sees none", file=sys.stderr)
+        return 2
+    dtype = getattr(torch, chosen.dtype or ("bfloat16" if gpu else "float32"))
+    everything = arms(device)
+    unknown = set(chosen.arms or ()) - set(everything)
+    if unknown:
+        print(f"--arms takes {', '.join(everything)}, not {min(unknown)}", file=sys.stderr)
+        return 2
+    torch.manual_seed(chosen.seed)
+    random.seed(chosen.seed)
+    torch.set_float32_matmul_precision(chosen.precision)
+
+    contestants = []
+    for arm in everything.values():
+        if chosen.arms is None or arm.name in (NATIVE, *chosen.arms):
+            if arm.absent is None:
+                contestants.append(arm)
+            else:
+                print(f"without {arm.name}: {arm.absent}")
+    results = sweep(chosen, contestants, device, dtype)
+    if results["points"]:
+        print(table(results))
+    for drop in results["dropped"]:
+        print(
+            f"DROPPED {drop['arm']} at {drop['shape']}, {drop['batch_size']} rows: {drop['reason']}"
+        )
+    return 130 if results["interrupted"] else int(bool(results["dropped"]))
+
+
+def sweep(
+    chosen: argparse.Namespace, contestants: list[Arm], device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Measures every point that `chosen` asks for; what it returns is what --json holds."""
+    quick, gpu = chosen.quick, device.type == "cuda"
+    most_operations = math.inf if gpu else MOST_ON_CPU_QUICK if quick else MOST_ON_CPU
+    free = torch.cuda.mem_get_info(device)[0] if gpu else 4e9
+    wanted = points(
+        [LAYERS[name] for name in chosen.shapes or (QUICK_LAYERS if quick else LAYERS)],
+        list(chosen.batch_sizes or (QUICK_BATCHES if quick else BATCH_SIZES)),
+        chosen.activation,
+        chosen.bias,
+        chosen.mode,
+        most_operations,
+        0.3 * free,
+        dtype.itemsize,
+    )
+    clock = Clock(device)
+    results: dict[str, Any] = {
+        "environment": environment(),
+        "date": date.today().isoformat(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "precision": chosen.precision,
+        "seed": chosen.seed,
+        "arms": [arm.name for arm in contestants],
+        "interrupted": False,
+        "dropped": [],
+        "points": [],
+    }
+    started = time.monotonic()
+    rounds = chosen.rounds or (9 if quick else 15)
+    try:
+        with torch.cuda.stream(clock.stream):
+            results["ceilings"] = roof = ceilings(clock, dtype)
+            for point in tqdm(wanted, unit="point", leave=False, disable=None):
+                if time.monotonic() - started > 60 * chosen.minutes:
+                    results["stopped_after_minutes"] = chosen.minutes
+                    break
+                for row in measure(
+                    point, contestants, clock, dtype, rounds, roof, results["dropped"]
+                ):
+                    common = {"dtype": results["dtype"], "precision": chosen.precision}
+                    results["points"].append(row | common)
+                write(results, chosen.json, chosen.csv)
+    except KeyboardInterrupt:
+        results["interrupted"] = True
+        print("interrupted: what follows was measured before", file=sys.stderr)
+    write(results, chosen.json, chosen.csv)
+    return results
+
+
+if __name__ == "__main__":
+    sys.exit(main())
