@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.environment import environment
+from benchmarks.measure import peak_bytes
 
 NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
 FAST, NATIVE = "fastlinear.Linear", "nn.Linear"
@@ -137,34 +138,11 @@ class Training:
     def step_memory(self) -> int:
         """Bytes that a step needs beside the parameters and the set of digits.
 
-        On a GPU: the peak of the allocator during the step, over what was allocated before it.
-        On a CPU, where PyTorch keeps no such count: what the forward leaves for the backward (the
-        batch and every other saved tensor, each storage once, parameters not) and the gradients
-        of the parameters. What lives only within the forward or within the backward is part of
-        the first figure and not of the second, so the two are not to be compared.
+        `peak_bytes` says what that is; on a CPU the batch is part of it.
         """
         rows = torch.arange(self.batch_size, device=self.digits.labels.device)
         self.optimizer.zero_grad()
-        if rows.is_cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            self.step(rows)
-            return torch.cuda.max_memory_allocated() - before
-
-        saved: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            self.step(rows)
-        parameters = list(self.network.parameters())
-        for parameter in parameters:
-            saved.pop(parameter.untyped_storage().data_ptr(), None)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        return sum(saved.values()) + sum(gradient.nbytes for gradient in gradients)
+        return peak_bytes(lambda: self.step(rows), list(self.network.parameters()))
 
 
 HEADER = (

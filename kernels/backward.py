@@ -430,16 +430,8 @@ def plan_backward_weight(
                 "OFFSET_DTYPE": launch.offset_dtype(
                     grad_output_rows.operand, input_rows.operand, partial_weight
                 ),
-                "ACC_DTYPE": launch.accumulator_dtype(dtype),
-                "INPUT_PRECISION": launch.input_precision(dtype, precision),
-                "UPCAST": launch.upcast(dtype),
-                "SUM_STEPS_APART": launch.sum_steps_apart(dtype, precision),
                 "SUM_BY_DOT": dtype.itemsize == 2,
-                "BLOCK_M": config.block_m,
-                "BLOCK_N": config.block_n,
-                "BLOCK_K": config.block_k,
-                "GROUP": config.group,
-                **config.compile_options(target),
+                **launch.product_constants(input.dtype, precision, config, target),
             },
         ),
         grad_weight=input.contiguous(*layers, out_features, in_features),

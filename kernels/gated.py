@@ -224,15 +224,7 @@ def plan_gated_forward(
                 "OFFSET_DTYPE": launch.offset_dtype(
                     rows.operand, gate_weight, up_weight, gate_bias, up_bias, output
                 ),
-                "ACC_DTYPE": launch.accumulator_dtype(input.dtype),
-                "INPUT_PRECISION": launch.input_precision(input.dtype, precision),
-                "UPCAST": launch.upcast(input.dtype),
-                "SUM_STEPS_APART": launch.sum_steps_apart(input.dtype, precision),
-                "BLOCK_M": config.block_m,
-                "BLOCK_N": config.block_n,
-                "BLOCK_K": config.block_k,
-                "GROUP": config.group,
-                **config.compile_options(target),
+                **launch.product_constants(input.dtype, precision, config, target),
             },
         ),
         output,

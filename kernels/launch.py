@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import INTERPRETER, Target
+from .configs import INTERPRETER, Config, Target
 from .indexing import locate_tile
 
 # Kernels interpret, or compile, for the life of the process:
@@ -232,6 +232,23 @@ def sum_steps_apart(dtype: torch.dtype, precision: str) -> bool:
 def upcast(dtype: torch.dtype) -> bool:
     """The interpreter holds bfloat16 as bit patterns and would multiply those."""
     return INTERPRETING and dtype == torch.bfloat16
+
+
+def product_constants(
+    dtype: torch.dtype, precision: str, config: Config, target: Target
+) -> dict[str, Any]:
+    """The constexprs, and Triton's options, that every kernel with a matrix product has."""
+    return {
+        "ACC_DTYPE": accumulator_dtype(dtype),
+        "INPUT_PRECISION": input_precision(dtype, precision),
+        "UPCAST": upcast(dtype),
+        "SUM_STEPS_APART": sum_steps_apart(dtype, precision),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP": config.group,
+        **config.compile_options(target),
+    }
 
 
 @functools.lru_cache
