@@ -7,7 +7,7 @@ SUPPORTED = import sys; version = sys.version_info[:2]; (3, 10) <= version <= (3
 	"name another one, as in: make PYTHON=python3.12 test")
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-oldest test-ecosystem lint mutation compile demo bench bench-pytest report host-time clean
+.PHONY: help test test-oldest test-ecosystem lint mutation resources demo bench bench-pytest report host-time clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -30,8 +30,8 @@ lint: .venv/installed ## ruff check, ruff format --check, mypy
 mutation: .venv/installed ## break the code in known ways, and see that the tests fail
 	.venv/bin/python tests/mutation.py $(ARGS)
 
-compile: .venv/installed ## compile the kernels for GPUs that need not be there
-	.venv/bin/python tests/ahead_of_time.py $(ARGS)
+resources: .venv/installed ## compile the kernels for GPUs that need not be there: registers, spills, occupancy
+	.venv/bin/python -m benchmarks.resources $(ARGS)
 
 demo: .venv/installed ## train a classifier with the layer and with nn.Linear, for several batch sizes
 	.venv/bin/python -m benchmarks.train $(ARGS)

@@ -247,7 +247,7 @@ def why_illegal(
     words = max(4, dtype.itemsize) // 4
     accumulators = products * rows * columns * words // threads
     kind = arithmetic(dtype, precision)
-    # As measured by compiling (tests/ahead_of_time.py): more than these spill.
+    # As measured by compiling (python -m benchmarks.resources): more than these spill.
     if kernel != "gated_forward":
         most = 64 if activation else 128
     elif kind in ("float32", "float64"):

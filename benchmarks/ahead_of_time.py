@@ -1,22 +1,10 @@
-"""Compiles the kernels for GPUs that are not there, and reads what came of it.
+"""Compiles the kernels for GPUs that are not there; `python -m benchmarks.resources` runs it.
 
-Run it as `python tests/ahead_of_time.py`.
-
-Runs without the interpreter (TRITON_INTERPRET unset): tests/test_compile.py starts it as a process
-of its own.
+It needs Triton without its interpreter (TRITON_INTERPRET unset).
 """
 
-import argparse
 import functools
-import json
-import multiprocessing
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +15,7 @@ from triton.compiler import ASTSource
 
 from fastlinear.kernels import activation as activation_pass
 from fastlinear.kernels import backward, forward, gated, launch
-from fastlinear.kernels.configs import TARGETS, Config, arithmetic, legal_configs
+from fastlinear.kernels.configs import TARGETS, Config, legal_configs
 from fastlinear.kernels.operands import ACTIVATIONS, FROM_OUTPUT
 
 GPU_TARGETS = {
@@ -83,6 +71,11 @@ class Case:
         return (
             f"{self.target:7} {self.product:26} {self.dtype:9} {self.precision:5} {blocks}{notes}"
         )
+
+    @property
+    def name(self) -> str:
+        """The label without its padding."""
+        return " ".join(self.label.split())
 
 
 def cases(targets: list[str]) -> list[Case]:
@@ -270,163 +263,3 @@ def compile_case(case: Case) -> Any:
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPU_TARGETS[case.target], options=options)
-
-
-def _nvidia_tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def resources(case: Case) -> dict[str, Any]:
-    """Registers, spilled bytes, shared memory and matrix instructions of `case`.
-
-    Where it does not compile, the compiler's error.
-    """
-    try:
-        compiled = compile_case(case)
-    except Exception as error:  # whatever the compiler raises is a result here
-        return asdict(case) | {
-            "label": case.label,
-            "error": f"{type(error).__name__}: {error}"[:2000],
-        }
-    found = {"label": case.label, "shared": compiled.metadata.shared, "error": None}
-    loop = compiled.asm["ttir"].partition("scf.for")[2].rpartition("scf.yield")[0]
-    found["sums_apart"] = bool(re.search(r"arith\.addf .*tensor<\d+x\d+xf\d+>", loop))
-    if case.target == "gfx942":
-        text = compiled.asm["amdgcn"]
-        found["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))
-        found["spilled"] = 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text).group(1))
-        found["instructions"] = sorted(set(re.findall(r"v_mfma_\w+", text)))
-    else:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            usage = subprocess.run(
-                [_nvidia_tool("cuobjdump"), "-res-usage", file.name],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-        found["registers"] = int(re.search(r"REG:(\d+)", usage).group(1))
-        found["spilled"] = int(re.search(r"STACK:(\d+)", usage).group(1)) + int(
-            re.search(r"LOCAL:(\d+)", usage).group(1)
-        )
-        ptx = compiled.asm["ptx"]
-        pipelined = re.findall(
-            r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x\w+,[^>]*mutable>",
-            compiled.asm["ttgir"],
-        )
-        found["buffers"] = sorted({int(count) for count in pipelined})
-        found["instructions"] = sorted(
-            set(re.findall(r"(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*", ptx))
-        )
-    return asdict(case) | found
-
-
-def triton_version() -> tuple[int, ...]:
-    return tuple(int(part) for part in triton.__version__.split(".")[:2])
-
-
-def expected_instruction(case: Case) -> str | None:
-    """The matrix instruction that `case` has to contain on its target, as a prefix.
-
-    None where plain cores do the work.
-    """
-    if case.config is None:
-        return None
-    kind = arithmetic(getattr(torch, case.dtype), case.precision)
-    rows, _, _ = case.config.tile(
-        "backward_weight" if case.product.startswith("grad_weight") else "forward"
-    )
-    if case.target == "gfx942":
-        return "v_mfma"
-    if kind == "float32":
-        return None
-    if kind == "float64":
-        # Triton before 3.9 has no float64 matrix instruction for sm_100.
-        return None if case.target == "sm_100" and triton_version() < (3, 9) else "mma.sync"
-    if case.target == "sm_90" and rows >= 64:
-        return "wgmma.mma_async"
-    if case.target == "sm_100" and rows >= 64:
-        return "tcgen05.mma"
-    return "mma.sync"
-
-
-def faults(case: Case, found: dict[str, Any]) -> list[str]:
-    """What is wrong with a compiled case, in words; empty where nothing is."""
-    if found["error"]:
-        return [found["error"]]
-    wrong = []
-    if found["spilled"]:
-        wrong.append(f"spills {found['spilled']} bytes a thread")
-    if found["shared"] > TARGETS[case.target].shared_memory:
-        wrong.append(
-            f"needs {found['shared']} bytes of shared memory "
-            f"of {TARGETS[case.target].shared_memory}"
-        )
-    wanted_apart = launch.sum_steps_apart(getattr(torch, case.dtype), case.precision)
-    if case.config is not None and found["sums_apart"] != wanted_apart:
-        wrong.append("sums steps apart" if found["sums_apart"] else "has one running sum")
-    expected = expected_instruction(case)
-    if expected == "wgmma.mma_async" and case.precision == "ieee" and case.aligned:
-        # An asynchronous product still reads the last step's operands while
-        # the next ones are loaded.
-        short = [count for count in found["buffers"] if count < case.config.num_stages]
-        if short or not found["buffers"]:
-            wrong.append(
-                f"has {found['buffers']} buffers for operands {case.config.num_stages} stages deep"
-            )
-    if expected and not any(
-        instruction.startswith(expected) for instruction in found["instructions"]
-    ):
-        wrong.append(f"has no {expected} but {found['instructions']}")
-    if expected is None and found["instructions"]:
-        wrong.append(f"has {found['instructions']} where plain multiply-adds were asked for")
-    return wrong
-
-
-def _run(case: Case) -> tuple[Case, dict[str, Any]]:
-    return case, resources(case)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--targets", nargs="+", default=list(GPU_TARGETS), choices=list(GPU_TARGETS)
-    )
-    parser.add_argument("--only", default="", help="compile the cases whose label contains this")
-    parser.add_argument("--json", type=Path, help="also write the findings to this file")
-    arguments = parser.parse_args()
-    if os.environ.get("TRITON_INTERPRET"):
-        sys.exit("TRITON_INTERPRET is set: nothing would be compiled; unset it")
-
-    wanted = [case for case in cases(arguments.targets) if arguments.only in case.label]
-    rows, failures = [], 0
-    print(
-        f"{'target  product             dtype     prec. tile':78} "
-        f"{'registers':>9} {'spilled':>7} {'shared':>7}  matrix instructions"
-    )
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        for case, found in pool.imap(_run, wanted, chunksize=4):
-            wrong = faults(case, found)
-            failures += bool(wrong)
-            rows.append(found | {"faults": wrong})
-            if found["error"]:
-                print(f"{case.label:78} {found['error']}")
-            else:
-                kinds = ", ".join(
-                    sorted({".".join(name.split(".")[:2]) for name in found["instructions"]})
-                )
-                print(
-                    f"{case.label:78} "
-                    f"{found['registers']:9} {found['spilled']:7} {found['shared']:7}  {kinds}"
-                    + "".join(f"  FAULT: {fault}" for fault in wrong),
-                    flush=True,
-                )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
-    print(f"{len(rows)} compiled, {failures} at fault")
-    sys.exit(bool(failures))
-
-
-if __name__ == "__main__":
-    main()

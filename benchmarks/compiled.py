@@ -1,0 +1,207 @@
+"""What came of compiling a case: resources, matrix instructions, and what is wrong with them."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from benchmarks import occupancy
+from benchmarks.ahead_of_time import Case, compile_case
+from fastlinear.kernels import launch
+from fastlinear.kernels.configs import TARGETS, arithmetic
+
+MATRIX_INSTRUCTION = re.compile(
+    r"(?:wgmma\.mma_async|tcgen05\.mma\b|mma\.sync)[\w.:]*|\bv_mfma_\w+"
+)
+# Of PTX and of AMD's assembly. The labels that Triton's inline assembly brings along, to wait at,
+# are none of these.
+LABEL = re.compile(r"^(\$L__BB\d+_\d+|\.LBB\d+_\d+):")
+BRANCH = re.compile(r"\b(bra|bra\.uni|s_branch|s_cbranch_\w+)\s+(\$L__BB\d+_\d+|\.LBB\d+_\d+)")
+END = re.compile(r"^\s*(?:ret;|exit;|trap;|s_endpgm)")
+
+
+def instructions_in_loops(assembly: str) -> int:
+    """How many matrix instructions of `assembly`, PTX or AMD's, can be reached from themselves.
+
+    Both sides of a branch within a loop count, and so do both loops where there are two; what a
+    pipeline does before and after its loop does not. In PTX, ptxas may still unroll.
+    """
+    # Straight runs of instructions, with the matrix instructions of each and where it may go on.
+    runs: list[tuple[int, list[int | str]]] = [(0, [])]
+    labels: dict[str, int] = {}
+
+    def start_run(after: bool) -> None:
+        if after:
+            runs[-1][1].append(len(runs))
+        runs.append((0, []))
+
+    for line in assembly.splitlines():
+        if label := LABEL.match(line):
+            start_run(after=True)
+            labels[label[1]] = len(runs) - 1
+        elif branch := BRANCH.search(line):
+            runs[-1][1].append(branch[2])
+            start_run(after="@" in line or "cbranch" in line)
+        elif END.match(line):
+            start_run(after=False)
+        elif MATRIX_INSTRUCTION.search(line):
+            runs[-1] = (runs[-1][0] + 1, runs[-1][1])
+
+    def returns(start: int) -> bool:
+        """Whether what is run after `start` leads back to it."""
+        seen: set[int] = set()
+        ahead = [start]
+        while ahead:
+            for place in runs[ahead.pop()][1]:
+                place = labels[place] if isinstance(place, str) else place
+                if place == start:
+                    return True
+                if place not in seen and place < len(runs):
+                    seen.add(place)
+                    ahead.append(place)
+        return False
+
+    return sum(count for place, (count, _) in enumerate(runs) if count and returns(place))
+
+
+def _usage(cubin: bytes) -> str:
+    """What cuobjdump says that `cubin` uses."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run(
+            [str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern + r"(\d+)", text)
+    assert found is not None, f"no {pattern} in {text}"
+    return int(found[1])
+
+
+def read(case: Case) -> dict[str, Any]:
+    """Compiles `case`, and reads from the result what it takes.
+
+    Returns:
+        registers: of one thread.
+        spilled: bytes of one thread.
+        shared: bytes of shared memory of one program.
+        matrix: how many matrix instructions one pass of its loops has.
+        resident: programs that one multiprocessor is predicted to hold.
+        occupancy: their warps, in percent of the most that it could hold.
+        waves: how many times over the GPU is filled by occupancy.SIDE rows, outputs and inputs.
+        instructions: the kinds of matrix instructions.
+        sums_apart: whether steps are summed apart.
+        buffers: how many of each operand there are, on NVIDIA's.
+        error: the compiler's error; there is nothing else then. None where it compiles.
+    """
+    try:
+        compiled = compile_case(case)
+    except Exception as error:  # whatever the compiler raises is a result here
+        return {"error": f"{type(error).__name__}: {error}"[:2000]}
+    metadata = compiled.metadata
+    loop = compiled.asm["ttir"].partition("scf.for")[2].rpartition("scf.yield")[0]
+    buffers = []
+    if case.target == "gfx942":
+        text = compiled.asm["amdgcn"]
+        registers = _number(r"\.vgpr_count:\s+", text)
+        spilled = 4 * _number(r"\.vgpr_spill_count:\s+", text)
+    else:
+        text = compiled.asm["ptx"]
+        usage = _usage(compiled.asm["cubin"])
+        registers = _number("REG:", usage)
+        spilled = _number("STACK:", usage) + _number("LOCAL:", usage)
+        buffers = re.findall(
+            r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x\w+,[^>]*mutable>",
+            compiled.asm["ttgir"],
+        )
+    resident = occupancy.resident_programs(
+        case.target,
+        registers,
+        metadata.shared,
+        metadata.num_warps,
+        getattr(metadata, "tmem_size", None) or 0,
+    )
+    return {
+        "registers": registers,
+        "spilled": spilled,
+        "shared": metadata.shared,
+        "matrix": instructions_in_loops(text),
+        "resident": resident,
+        "occupancy": occupancy.occupancy(case.target, resident, metadata.num_warps),
+        "waves": occupancy.waves(case, resident),
+        "instructions": sorted(set(MATRIX_INSTRUCTION.findall(text))),
+        "sums_apart": bool(re.search(r"arith\.addf .*tensor<\d+x\d+xf\d+>", loop)),
+        "buffers": sorted({int(count) for count in buffers}),
+        "error": None,
+    }
+
+
+def triton_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+def expected_instruction(case: Case) -> str | None:
+    """The matrix instruction that `case` has to contain on its target, as a prefix.
+
+    None where plain cores do the work.
+    """
+    if case.config is None:
+        return None
+    kind = arithmetic(getattr(torch, case.dtype), case.precision)
+    rows, _, _ = case.config.tile(
+        "backward_weight" if case.product.startswith("grad_weight") else "forward"
+    )
+    if case.target == "gfx942":
+        return "v_mfma"
+    if kind == "float32":
+        return None
+    if kind == "float64":
+        # Triton before 3.9 has no float64 matrix instruction for sm_100.
+        return None if case.target == "sm_100" and triton_version() < (3, 9) else "mma.sync"
+    if case.target == "sm_90" and rows >= 64:
+        return "wgmma.mma_async"
+    if case.target == "sm_100" and rows >= 64:
+        return "tcgen05.mma"
+    return "mma.sync"
+
+
+def faults(case: Case, found: dict[str, Any]) -> list[str]:
+    """What is wrong with a compiled case, in words; empty where nothing is."""
+    if found["error"]:
+        return [found["error"]]
+    wrong = []
+    if found["spilled"]:
+        wrong.append(f"spills {found['spilled']} bytes a thread")
+    if found["shared"] > TARGETS[case.target].shared_memory:
+        wrong.append(
+            f"needs {found['shared']} bytes of shared memory "
+            f"of {TARGETS[case.target].shared_memory}"
+        )
+    wanted_apart = launch.sum_steps_apart(getattr(torch, case.dtype), case.precision)
+    if case.config is not None and found["sums_apart"] != wanted_apart:
+        wrong.append("sums steps apart" if found["sums_apart"] else "has one running sum")
+    expected = expected_instruction(case)
+    if expected == "wgmma.mma_async" and case.precision == "ieee" and case.aligned:
+        # An asynchronous product still reads the last step's operands while
+        # the next ones are loaded.
+        short = [count for count in found["buffers"] if count < case.config.num_stages]
+        if short or not found["buffers"]:
+            wrong.append(
+                f"has {found['buffers']} buffers for operands {case.config.num_stages} stages deep"
+            )
+    if expected and not any(
+        instruction.startswith(expected) for instruction in found["instructions"]
+    ):
+        wrong.append(f"has no {expected} but {found['instructions']}")
+    elif expected and not found["matrix"]:
+        wrong.append(f"has no {expected} in a loop")
+    if expected is None and found["instructions"]:
+        wrong.append(f"has {found['instructions']} where plain multiply-adds were asked for")
+    return wrong

@@ -1,0 +1,180 @@
+"""What every shipped configuration takes on every target: evidence that needs no GPU.
+
+`python -m benchmarks.resources` compiles each for GPUs that are not there, and prints registers of
+a thread, spilled bytes, shared memory of a program, matrix instructions of one pass of the loop,
+and, as predicted from those, the programs that share a multiprocessor, their warps in percent of
+the most, and the waves of programs that 4096 rows, outputs and inputs make on the whole GPU.
+
+With `--check` it also compares with benchmarks/results/resources.json, and names what got worse;
+`--json benchmarks/results/resources.json` writes that table anew.
+"""
+
+import argparse
+import collections
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from benchmarks import compiled, occupancy
+from benchmarks.ahead_of_time import GPU_TARGETS, Case, cases
+
+Row = dict[str, Any]
+Table = dict[str, Row]  # by the case's name
+
+COMMITTED = Path(__file__).with_name("results") / "resources.json"
+COLUMNS = ("registers", "spilled", "shared", "matrix", "resident", "occupancy", "waves")
+REGISTER_SLACK = 8  # the step that GPUs give registers out in
+# The columns that are compared: whether more of it is worse, and how much worse is let pass.
+# `resident` decides `occupancy` and `waves`.
+COMPARED = {
+    "spilled": (True, 0),
+    "shared": (True, 0),
+    "matrix": (False, 0),
+    "registers": (True, REGISTER_SLACK),
+    "resident": (False, 0),
+}
+WORDS = {
+    "registers": "registers a thread",
+    "spilled": "spilled bytes a thread",
+    "shared": "bytes of shared memory",
+    "matrix": "matrix instructions in the loop",
+    "resident": "programs a multiprocessor",
+}
+
+
+def write_table(table: Table, path: Path) -> None:
+    """One case a line, in the order of their names."""
+    rows = ",\n".join(
+        f"  {json.dumps(name)}: {json.dumps({column: row[column] for column in COLUMNS})}"
+        for name, row in sorted(table.items())
+        if not row.get("error")
+    )
+    head = f'{{\n "triton": "{triton.__version__}",\n "waves of": {occupancy.SIDE},\n "cases": {{\n'
+    path.write_text(head + rows + "\n }\n}\n")
+
+
+def minor(version: str) -> str:
+    """3.7 of 3.7.1."""
+    return ".".join(version.split(".")[:2])
+
+
+def why_incomparable(version: str, committed_version: str) -> str | None:
+    """Another compiler makes other code: no better or worse of ours. None where both are one."""
+    if minor(version) == minor(committed_version):
+        return None
+    return (
+        f"not compared: the table is of Triton {minor(committed_version)}, "
+        f"this is Triton {minor(version)}"
+    )
+
+
+def worsened(table: Table, committed: Table) -> list[str]:
+    """What is worse in `table` than in `committed`, in words, each with the case's name.
+
+    Cases that are missing from either are named too.
+    """
+    worse = [f"{name}: missing, but in the committed table" for name in committed.keys() - table]
+    for name, row in table.items():
+        if row.get("error"):
+            continue  # a fault already
+        if name not in committed:
+            worse.append(f"{name}: new, not in the committed table")
+            continue
+        for column, (more_is_worse, slack) in COMPARED.items():
+            before, after = committed[name][column], row[column]
+            if (after - before if more_is_worse else before - after) > slack:
+                worse.append(f"{name}: {after} {WORDS[column]}, was {before}")
+    return sorted(worse)
+
+
+def _run(case: Case) -> tuple[Case, Row]:
+    return case, compiled.read(case)
+
+
+def measure(wanted: list[Case]) -> tuple[Table, list[str]]:
+    """Compiles, prints a line a case, and returns the table and what is at fault, in words."""
+    table: Table = {}
+    faults: list[str] = []
+    print(
+        f"{'target  product                    dtype     prec. tile (M x N x K)':84} "
+        "registers spilled  shared matrix resident occupancy  waves"
+    )
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        for case, row in pool.imap(_run, wanted, chunksize=4):
+            table[case.name] = row
+            wrong = compiled.faults(case, row)
+            faults += [f"{case.name}: {fault}" for fault in wrong]
+            line = f"{case.label:84} "
+            if not row["error"]:
+                waves = "-" if row["waves"] is None else format(row["waves"], ".2f")
+                line += (
+                    f"{row['registers']:9} {row['spilled']:7} {row['shared']:7} {row['matrix']:6} "
+                    f"{row['resident']:8} {row['occupancy']:8}% {waves:>6}"
+                )
+            print(line + "".join(f"  FAULT: {fault}" for fault in wrong), flush=True)
+    return table, faults
+
+
+def print_totals(table: Table) -> None:
+    by_target: dict[str, list[Row]] = collections.defaultdict(list)
+    for name, row in table.items():
+        if not row["error"]:
+            by_target[name.split()[0]].append(row)
+    for target, rows in by_target.items():
+        print(
+            f"{target:7} {len(rows)} compiled, {sum(row['spilled'] > 0 for row in rows)} spill; "
+            f"at most {max(row['registers'] for row in rows)} registers "
+            f"and {max(row['shared'] for row in rows)} bytes of shared memory; "
+            f"occupancy {min(row['occupancy'] for row in rows)}% or more"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--targets", nargs="+", default=list(GPU_TARGETS), choices=list(GPU_TARGETS)
+    )
+    parser.add_argument("--only", default="", help="the cases whose name contains this")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    parser.add_argument(
+        "--check",
+        type=Path,
+        nargs="?",
+        const=COMMITTED,
+        help="compare with this table, the committed one unless another is named",
+    )
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET"):
+        sys.exit("TRITON_INTERPRET is set: nothing would be compiled; unset it")
+
+    committed = json.loads(arguments.check.read_text()) if arguments.check else None
+    wanted = [case for case in cases(arguments.targets) if arguments.only in case.name]
+    table, faults = measure(wanted)
+    print_totals(table)
+    if arguments.json:
+        write_table(table, arguments.json)
+
+    failures = [f"FAULT: {fault}" for fault in faults]
+    if committed:
+        incomparable = why_incomparable(triton.__version__, committed["triton"])
+        asked_for = {
+            name: row
+            for name, row in committed["cases"].items()
+            if name.split()[0] in arguments.targets and arguments.only in name
+        }
+        worse = [] if incomparable else worsened(table, asked_for)
+        failures += [f"WORSE: {one}" for one in worse]
+        print(incomparable or f"{len(asked_for)} compared, {len(worse)} worse ({arguments.check})")
+    print(*failures, f"{len(table)} compiled, {len(faults)} at fault", sep="\n")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
