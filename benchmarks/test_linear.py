@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from benchmarks.arms import Arm, arms
-from benchmarks.linear import MODES, Problem, errors, steps, why_wrong
+from benchmarks.linear import MODES
 from benchmarks.measure import Clock
+from benchmarks.problem import Problem, errors, steps, why_wrong
 from benchmarks.shapes import LAYERS
 from fastlinear import use_backend
 
