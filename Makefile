@@ -1,13 +1,14 @@
-# PYTHON makes the environments; ARGS is passed on to the command that a target runs.
+# PYTHON makes the environments; ARGS is passed on to the command that a target runs; OUT is where results go.
 PYTHON ?= python3
 ARGS ?=
+OUT ?=
 
 SUPPORTED = import sys; version = sys.version_info[:2]; (3, 10) <= version <= (3, 13) or sys.exit( \
 	"fastlinear is developed with Python 3.10 to 3.13, but $(PYTHON) is Python %d.%d; " % version + \
 	"name another one, as in: make PYTHON=python3.12 test")
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-oldest test-ecosystem lint mutation resources demo bench bench-pytest report host-time clean
+.PHONY: help test test-oldest test-ecosystem lint mutation resources demo bench bench-pytest report host-time gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +48,13 @@ report: .venv/installed ## draw the README's tables and pictures from benchmarks
 
 host-time: .venv/installed ## measure the microseconds that a call takes besides its kernels
 	.venv/bin/python -m benchmarks.host_time $(ARGS)
+
+# Nothing is downloaded: the machine's own torch and Triton are what is measured.
+gpu: ## check and measure everything on this machine's GPU, with its own Python; OUT=FOLDER takes the results
+	@test -n "$(OUT)" || { echo 'make gpu needs a folder for its results, as in: make gpu OUT=results'; exit 2; }
+	@$(PYTHON) -m benchmarks.gpu --check
+	$(PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps -e .
+	@$(PYTHON) -m benchmarks.gpu --out "$(OUT)" $(ARGS)
 
 clean: ## remove the environments, caches and build products
 	rm -rf .venv .venv-oldest .venv-ecosystem build dist fastlinear.egg-info .pytest_cache .mypy_cache .ruff_cache

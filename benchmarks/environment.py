@@ -1,11 +1,18 @@
 """What a measurement was taken on: device, driver, versions, commit."""
 
+import argparse
+import contextlib
+import json
 import os
 import platform
 import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.files import write_json
 
 _CHANGES = ("git", "status", "--porcelain", "--untracked-files=no", "--", ".")
 _NOT_RESULTS = ":!benchmarks/results"  # what a measurement itself writes does not count
@@ -58,3 +65,25 @@ def environment() -> dict[str, Any]:
         "commit": os.environ.get("FASTLINEAR_COMMIT") or _first_line("git", "rev-parse", "HEAD"),
         "uncommitted": bool(_first_line(*_CHANGES, _NOT_RESULTS)),
     }
+
+
+def main() -> None:
+    """Prints what there is to know of the machine, and writes the short of it to a file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="file to write")
+    arguments = parser.parse_args()
+    found = environment() | {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found["compute_capability"] = f"{properties.major}.{properties.minor}"
+        found["multiprocessors"] = properties.multi_processor_count
+        found["memory_bytes"] = properties.total_memory
+        with contextlib.suppress(OSError):
+            subprocess.run(["nvidia-smi"], check=False)
+    if arguments.json:
+        write_json(arguments.json, found)
+    print(json.dumps(found), found["device"], sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,8 @@
-"""Every kernel in every legal configuration on the GPU at hand.
-
-Each is checked against float64, then timed against cuBLAS.
+"""The time of every product in every legal configuration, beside cuBLAS's, on the GPU at hand.
 
 `python -m benchmarks.kernels --out FOLDER` writes FOLDER/kernels.json as it goes, so that an
 interrupted run keeps what it has measured, and prints a summary. Times are device times (CUDA
-events, median), in microseconds.
+events, median), in microseconds. Whether results are right says `benchmarks.numerics`.
 """
 
 import argparse
@@ -18,13 +16,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from benchmarks.environment import environment
+from benchmarks.files import write_json
 from fastlinear.kernels import launch
 from fastlinear.kernels.backward import linear_backward_input, linear_backward_weight
 from fastlinear.kernels.configs import choose, legal_configs
@@ -37,13 +35,6 @@ ARITHMETICS = [
     (torch.float32, "tf32"),
     (torch.float64, "ieee"),
 ]
-CHECKED = [  # (M, N, K, aligned) with a reason each
-    (512, 512, 512, True),  # whole blocks
-    (272, 400, 336, True),  # aligned, off every block boundary
-    (77, 130, 61, False),  # nothing divides by anything
-    (1, 10, 64, False),  # one datapoint
-    (4096, 48, 32, True),  # many rows, few tiles: the M reduction is split
-]
 LAYERS = [(3072, 768), (4096, 4096), (14336, 4096), (1024, 8192)]  # (N, K)
 ROUNDS = 3
 ROWS = [1, 16, 64, 256, 1024, 4096, 16384]
@@ -55,24 +46,6 @@ def products(x: Tensor, w: Tensor, b: Tensor, g: Tensor) -> dict[str, Callable[[
         "output": lambda: F.linear(x, w, b),
         "grad_input": lambda: g @ w,
         "grad_weight": lambda: (g.mT @ x, g.sum(0)),
-    }
-
-
-def exact_products(x: Tensor, w: Tensor, b: Tensor, g: Tensor) -> dict[str, Callable[[], Any]]:
-    """The same in float64; float64 operands in the CPU's extended precision."""
-    if x.dtype != torch.float64:
-        return products(x.double(), w.double(), b.double(), g.double())
-    wide_x, wide_w, wide_b, wide_g = (
-        tensor.cpu().numpy().astype(np.longdouble) for tensor in (x, w, b, g)
-    )
-
-    def rounded(result: Any) -> Tensor:
-        return torch.from_numpy(result.astype(np.float64)).cuda()
-
-    return {
-        "output": lambda: rounded(wide_x @ wide_w.T + wide_b),
-        "grad_input": lambda: rounded(wide_g @ wide_w),
-        "grad_weight": lambda: (rounded(wide_g.T @ wide_x), rounded(wide_g.sum(0))),
     }
 
 
@@ -95,111 +68,8 @@ def configs(product: str, dtype: torch.dtype, precision: str, aligned: bool) -> 
     )
 
 
-def as_tuple(result: Any) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
-
-
-def largest_error(results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
-    return [
-        (result.double() - reference).abs().max().item()
-        for result, reference in zip(results, exact, strict=True)
-    ]
-
-
 def set_tf32(precision: str) -> None:
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-
-
-def check(record: Callable[[dict[str, Any]], None]) -> int:
-    """Errors of every configuration against float64.
-
-    A fault is more than twice PyTorch's, plus one rounding step.
-    """
-    faults = 0
-    for (dtype, precision), (m, n, k, aligned) in itertools.product(ARITHMETICS, CHECKED):
-        set_tf32(precision)
-        x, w, b, g = (
-            torch.randn(shape, device="cuda").to(dtype) for shape in ((m, k), (n, k), (n,), (m, n))
-        )
-        exact = exact_products(x, w, b, g)
-        native = products(x, w, b, g)
-        step = 2**-10 if precision == "tf32" else torch.finfo(dtype).eps
-        for product in exact:
-            references = as_tuple(exact[product]())
-            native_errors = largest_error(as_tuple(native[product]()), references)
-            budgets = [
-                2 * error + step * reference.abs().max().item()
-                for error, reference in zip(native_errors, references, strict=True)
-            ]
-            for config in configs(product, dtype, precision, aligned):
-                row = {
-                    "part": "numerics",
-                    "product": product,
-                    "dtype": str(dtype)[6:],
-                    "precision": precision,
-                }
-                row |= {
-                    "m": m,
-                    "n": n,
-                    "k": k,
-                    "config": str(config),
-                    "native_errors": native_errors,
-                    "budgets": budgets,
-                }
-                try:
-                    call = kernel_call(product, x, w, b, g, precision, config)
-                    results = as_tuple(call())
-                    row["errors"] = largest_error(results, references)
-                    row["repeatable"] = all(
-                        torch.equal(result, again)
-                        for _ in range(5)
-                        for result, again in zip(results, as_tuple(call()), strict=True)
-                    )
-                    row["fault"] = not row["repeatable"] or not all(
-                        error <= budget
-                        for error, budget in zip(row["errors"], budgets, strict=True)
-                    )
-                except Exception as error:  # a configuration that does not launch is a finding
-                    row |= {"fault": True, "error": f"{type(error).__name__}: {error}"[:500]}
-                faults += row["fault"]
-                if row["fault"]:
-                    print("FAULT", row, flush=True)
-                record(row)
-    return faults
-
-
-def check_far_offsets(record: Callable[[dict[str, Any]], None]) -> int:
-    """Rows past 2**31 elements from the first, where a 32-bit offset would wrap around."""
-    rows, width = 2**21 + 300, 1024
-    x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
-    w = torch.randn(32, width, device="cuda", dtype=torch.bfloat16)
-    last = linear_forward(x, w)[-256:]
-    native = F.linear(x[-256:], w)
-    exact = x[-256:].double() @ w.double().T
-    g = torch.randn(rows, 32, device="cuda", dtype=torch.bfloat16)
-    grad_weight, _ = linear_backward_weight(g, x, False)
-    exact_weight = sum(
-        g_part.double().T @ x_part.double()
-        for g_part, x_part in zip(g.split(2**18), x.split(2**18), strict=True)
-    )
-    native_weight = g.T @ x
-    row = {"part": "far offsets", "rows": rows, "width": width}
-    row["errors"] = [
-        (last.double() - exact).abs().max().item(),
-        (grad_weight.double() - exact_weight).abs().max().item(),
-    ]
-    row["native"] = [
-        (native.double() - exact).abs().max().item(),
-        (native_weight.double() - exact_weight).abs().max().item(),
-    ]
-    row["fault"] = any(
-        error > 2 * budget + 1e-9
-        for error, budget in zip(row["errors"], row["native"], strict=True)
-    )
-    if row["fault"]:
-        print("FAULT", row)
-    record(row)
-    return int(row["fault"])
 
 
 class Timer:
@@ -299,11 +169,9 @@ def table(results: dict[str, Any]) -> str:
 
 
 def summary(results: dict[str, Any]) -> str:
-    """How the errors compare with PyTorch's, and how close the choice comes to the best tile."""
-    checked = [row for row in results["rows"] if row["part"] == "numerics"]
+    """How close the choice comes to the best tile."""
     timed = [row for row in results["rows"] if row["part"] == "time"]
-    faults = sum(row["fault"] for row in results["rows"] if "fault" in row)
-    lines = [f"{len(checked)} configurations checked against float64, {faults} faults"]
+    lines = []
     for dtype in dict.fromkeys(row["dtype"] for row in timed):
         of_best = [
             min(map(statistics.median, row["kernel_us"].values()))
@@ -324,7 +192,6 @@ def main() -> None:
         "--minutes", type=float, default=8, help="stop measuring after this many minutes"
     )
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32", "tf32"])
-    parser.add_argument("--only", choices=["numerics", "time"])
     arguments = parser.parse_args()
     if arguments.read:
         results = json.loads(arguments.read.read_text())
@@ -353,15 +220,11 @@ def main() -> None:
             written = time.monotonic()
 
     def save() -> None:
-        (arguments.out / "kernels.json").write_text(json.dumps(results, indent=1))
+        write_json(arguments.out / "kernels.json", results)
 
     print(json.dumps(results["environment"]), f"triton {triton.__version__}", flush=True)
     try:
-        if arguments.only != "time":
-            faults = check(record) + check_far_offsets(record)
-            print(f"numerics: {len(results['rows'])} checked, {faults} at fault", flush=True)
-        if arguments.only != "numerics":
-            measure(record, arguments.dtypes, deadline)
+        measure(record, arguments.dtypes, deadline)
     finally:
         save()
     print(table(results), summary(results), sep="\n\n")
