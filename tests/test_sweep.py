@@ -233,5 +233,26 @@ def test_the_readme_is_what_the_results_give() -> None:
             assert path.read_bytes() == content, f"python -m benchmarks.report changes {path}"
 
 
+TABLES = {
+    "kernels": "benchmarks.kernels --dtypes bfloat16 --read nvidia-h100-80gb-hbm3/kernels.json",
+    "host time": "benchmarks.host_time --read cpu/host-time.json",
+}
+
+
+@pytest.mark.parametrize("command", TABLES.values(), ids=TABLES)
+def test_the_readme_s_other_tables_are_what_the_results_give(command: str) -> None:
+    *arguments, file = command.split()
+    printed = subprocess.run(
+        [sys.executable, "-m", *arguments, str(report.RESULTS / file)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    ).stdout
+    rows = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(rows) > 5
+    assert "\n".join(rows) in (ROOT / "README.md").read_text()
+
+
 def test_the_report_gives_the_same_bytes_twice() -> None:
     assert report.files() == report.files()
