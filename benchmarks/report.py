@@ -3,10 +3,13 @@
 `python -m benchmarks.report` reads every `linear*.json` in the folders of benchmarks/results,
 writes pictures beside it, and the part of README.md between its two markers. `--check` writes
 nothing, and exits with 1 where that would change a file. The same files give the same bytes, with
-the same matplotlib.
+the same matplotlib on the same processor; of pictures it therefore compares what they say that
+they were drawn from.
 """
 
 import argparse
+import hashlib
+import io
 import json
 import math
 import statistics
@@ -35,7 +38,7 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
     chosen = parser.parse_args()
-    different = [path for path, content in files().items() if _current(path) != content]
+    different = [path for path, content in files().items() if not is_current(path, content)]
     if chosen.check:
         for path in different:
             print(f"{path.relative_to(ROOT)} is not what benchmarks/results give")
@@ -48,8 +51,20 @@ def main() -> int:
     return 0
 
 
-def _current(path: Path) -> bytes | None:
-    return path.read_bytes() if path.exists() else None
+def is_current(path: Path, content: bytes) -> bool:
+    """Whether the file at `path` is what was drawn anew as `content`."""
+    if not path.exists():
+        return False
+    if path.suffix != ".png":
+        return path.read_bytes() == content
+    return _source(path) == _source(io.BytesIO(content))
+
+
+def _source(picture: Any) -> str | None:
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        return image.info.get("Source")
 
 
 def files() -> dict[Path, bytes]:
@@ -57,9 +72,12 @@ def files() -> dict[Path, bytes]:
     written: dict[Path, bytes] = {}
     sections = []
     for path in sorted(RESULTS.glob("*/linear*.json")):
-        results = json.loads(path.read_text())
+        text = path.read_bytes()
+        results = json.loads(text)
+        # What a picture is drawn from: the results, and this code.
+        drawn_from = hashlib.sha256(text + Path(__file__).read_bytes()).hexdigest()
         pictures = {
-            path.with_name(f"{path.stem}-{name}.png"): draw(results)
+            path.with_name(f"{path.stem}-{name}.png"): draw(results, drawn_from)
             for name, draw in (
                 ("ratio", draw_ratios),
                 ("roofline", draw_roofline),
@@ -187,12 +205,10 @@ def _batch_axis(panel: Any, rows: list[Row]) -> None:
     panel.grid(alpha=0.3)
 
 
-def _png(figure: Any, results: dict[str, Any]) -> bytes:
-    import io
-
+def _png(figure: Any, results: dict[str, Any], drawn_from: str) -> bytes:
     figure.supxlabel(caption(results), fontsize=7)
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150, format="png", metadata={"Software": None})
+    figure.savefig(buffer, dpi=150, format="png", metadata={"Software": None, "Source": drawn_from})
     return buffer.getvalue()
 
 
@@ -203,7 +219,7 @@ def _figure(columns: int) -> tuple[Any, Any]:
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def draw_ratios(results: dict[str, Any]) -> bytes:
+def draw_ratios(results: dict[str, Any], drawn_from: str) -> bytes:
     """nn.Linear's time by fastlinear's against batch size, forward and forward + backward."""
     arm = _ours(results)[-1]
     modes = ("forward", "forward+backward")
@@ -224,10 +240,10 @@ def draw_ratios(results: dict[str, Any]) -> bytes:
         panel.set_ylim(min(low, 0.8), max(high, 1.2))
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside right center", fontsize=7)
-    return _png(figure, results)
+    return _png(figure, results, drawn_from)
 
 
-def draw_roofline(results: dict[str, Any]) -> bytes:
+def draw_roofline(results: dict[str, Any], drawn_from: str) -> bytes:
     """Operations a second against operations a byte, under the ceilings of the same run."""
     roof = results["ceilings"]
     figure, (panel,) = _figure(1)
@@ -266,10 +282,10 @@ def draw_roofline(results: dict[str, Any]) -> bytes:
     panel.set_title("Forward, every layer and batch size")
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8, loc="lower right")
-    return _png(figure, results)
+    return _png(figure, results, drawn_from)
 
 
-def draw_costs(results: dict[str, Any]) -> bytes:
+def draw_costs(results: dict[str, Any], drawn_from: str) -> bytes:
     """What a datapoint costs of a training step: time and memory against batch size."""
     arm = _ours(results)[0]
     which = "device_us" if device_times(results) else "wall_us"
@@ -292,7 +308,7 @@ def draw_costs(results: dict[str, Any]) -> bytes:
         panel.yaxis.set_major_formatter("{x:g}")
     handles = times.get_legend_handles_labels()
     figure.legend(*handles, loc="outside right center", fontsize=7)
-    return _png(figure, results)
+    return _png(figure, results, drawn_from)
 
 
 if __name__ == "__main__":

@@ -225,12 +225,20 @@ def test_bad_options_are_named(
 
 
 def test_the_readme_is_what_the_results_give() -> None:
-    import matplotlib
-
-    pinned = "matplotlib==" + matplotlib.__version__ in (ROOT / "requirements.txt").read_text()
     for path, content in report.files().items():
-        if path.suffix == ".md" or pinned:  # another version draws other bytes
-            assert path.read_bytes() == content, f"python -m benchmarks.report changes {path}"
+        assert report.is_current(path, content), f"python -m benchmarks.report changes {path}"
+
+
+def test_the_report_sees_pictures_and_text_of_other_results(tmp_path: Path) -> None:
+    files = report.files()
+    (picture, *_), readme = [path for path in files if path.suffix == ".png"], ROOT / "README.md"
+    results = json.loads((report.RESULTS / "cpu" / "linear.json").read_text())
+    other = tmp_path / "other.png"
+    other.write_bytes(report.draw_ratios(results, "another file"))
+    assert report.is_current(picture, files[picture])
+    assert not report.is_current(other, files[picture])
+    assert not report.is_current(tmp_path / "missing.png", files[picture])
+    assert not report.is_current(readme, files[readme].replace(b"| mnist-1 |", b"| mnist-0 |"))
 
 
 TABLES = {
