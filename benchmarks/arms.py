@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 
 import fastlinear
@@ -55,7 +56,8 @@ def _native(weight: Tensor, bias: Tensor | None, activation: str | None) -> Call
 
 def _compiled(mode: str) -> Callable[..., Call]:
     def make(weight: Tensor, bias: Tensor | None, activation: str | None) -> Call:
-        torch._dynamo.reset()  # each size has a compilation of its own
+        # Backward alone is timed again and again over one forward, whose tensors it must not reuse.
+        torch._functorch.config.donated_buffer = False
         call = _native(weight, bias, activation)
         return torch.compile(call, mode=mode, dynamic=False)
 

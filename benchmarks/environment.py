@@ -46,9 +46,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def environment() -> dict[str, Any]:
-    """Device, driver, versions and commit, as JSON takes them."""
-    gpu = torch.cuda.is_available()
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Device (None: the GPU, if there is one), driver, versions and commit, as JSON takes them."""
+    gpu = torch.cuda.is_available() and (device is None or device.type == "cuda")
     return {
         "device": torch.cuda.get_device_name() if gpu else _processor(),
         "driver": (

@@ -7,7 +7,7 @@ runs; killed at any time, FOLDER holds what there is by then:
     summary.txt         the page, written anew after each part
     run.json            how each part ended
     log.txt             what the parts printed
-    environment.json, numerics.json, sweep.json, kernels.json   what they measured
+    environment.json, numerics.json, linear.json, kernels.json   what they measured
 
 `--only` runs some parts, into a FOLDER that may hold others already. It exits with 0 if all is
 well, 1 if anything failed, 2 if there is no GPU, and 130 if it was interrupted.
@@ -88,13 +88,34 @@ def tests(run: Run) -> list[str]:
     ]
 
 
-def sweep(dtype: str, precision: str) -> Command:
+# Few points of every layer and of all sizes: a part has half a minute.
+SIZES = ("1", "16", "64", "256", "1024", "4096", "16384")
+UNCOMPILED = ("fastlinear auto", "fastlinear triton", "naive triton")
+
+
+def sweep(name: str, dtype: str, precision: str, *options: str) -> Command:
     def command(run: Run) -> list[str]:
-        written = run.scratch / f"sweep-{dtype}-{precision}.json"
+        written = run.scratch / f"sweep-{name}.json"
         arguments = ["--dtype", dtype, "--precision", precision, "--minutes", run.minutes]
-        return module("benchmarks.linear", "--json", str(written), *arguments)
+        arguments += ["--rounds", "7", "--json", str(written), *options]
+        return module("benchmarks.linear", *arguments)
 
     return command
+
+
+def plain_sweep(dtype: str, precision: str = "highest") -> Command:
+    options = ("--arms", *UNCOMPILED, "--activation", "none", "--batch-sizes", *SIZES)
+    return sweep(f"{dtype}-{precision}", dtype, precision, *options)
+
+
+# A compilation takes longer than all else of a point: few of them, at the end.
+COMPILED_SWEEP = sweep(
+    "compiled", "bfloat16", "highest",
+    "--arms", "fastlinear auto", "fastlinear triton",
+    "torch.compile", "torch.compile max-autotune",
+    "--shapes", "bert-base-up", "square", "--batch-sizes", "64", "4096",
+    "--activation", "model", "--mode", "forward", "forward+backward",
+)  # fmt: skip
 
 
 def sanitizer(tool: str) -> Command:
@@ -116,10 +137,11 @@ PARTS = [
         "benchmarks.numerics", "--json", str(run.out / "numerics.json"), "--minutes", run.minutes
     )),
     Part("tests", 26, tests),
-    Part("sweep bfloat16", 9, sweep("bfloat16", "highest")),
-    Part("sweep float16", 6, sweep("float16", "highest")),
-    Part("sweep float32", 7, sweep("float32", "highest")),
-    Part("sweep float32 high", 6, sweep("float32", "high")),
+    Part("sweep bfloat16", 9, plain_sweep("bfloat16")),
+    Part("sweep float16", 6, plain_sweep("float16")),
+    Part("sweep float32", 7, plain_sweep("float32")),
+    Part("sweep float32 high", 6, plain_sweep("float32", "high")),
+    Part("sweep compiled", 6, COMPILED_SWEEP),
     Part("tuner", 8, lambda run: module(
         "benchmarks.kernels", "--out", str(run.out), "--minutes", run.minutes
     )),
@@ -164,9 +186,14 @@ def gather_sweeps(run: Run) -> None:
     sweeps = [read_json(path) for path in sorted(run.scratch.glob("sweep-*.json"))]
     if sweeps:
         merged: dict[str, Any] = {"environment": sweeps[0].get("environment")}
+        # What each says of itself: benchmarks.report tells them apart by it.
+        merged["sweeps"] = [
+            {key: value for key, value in one.items() if key not in ("points", "dropped")}
+            for one in sweeps
+        ]
         for key in ("points", "dropped"):
             merged[key] = [row for one in sweeps for row in one.get(key, [])]
-        write_json(run.out / "sweep.json", merged)
+        write_json(run.out / "linear.json", merged)
 
 
 FINDINGS = [  # lines that say what is wrong, in what pytest and compute-sanitizer print

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.files import read_json
+from benchmarks.linear import not_a_peer
 
 LIMIT = 12_000  # characters of the page
 FAILURES, PARTS, RATIOS = 3_200, 1_300, 5_300  # of these sections
@@ -42,20 +43,31 @@ def failures(folder: Path) -> list[str]:
             lines.append(f"numerics: {case}: {row['fault']}"[:300])
     for name, run in runs.items():
         lines += [f"{name}: {finding}" for finding in run["findings"]]
-    dropped = Counter(
-        (row.get("arm"), row.get("reason"))
-        for row in read_json(folder / "sweep.json").get("dropped", [])
-    )
-    lines += [
-        f"sweep: {arm} dropped {count} times: {reason}"[:400]
-        for (arm, reason), count in dropped.most_common()
-    ]
+    lines += dropped(folder, ours=True)
     for name, run in runs.items():
         if run["status"] == "stopped":
             lines.append(f"{name}: not finished in its {run['of']:.0f} s: {run['last']}")
         elif run["status"] not in ("passed", "skipped"):
             lines.append(f"{name}: {run['status']}, exit {run['exit']}: {run['last']}")
     return lines
+
+
+def dropped(folder: Path, ours: bool) -> list[str]:
+    """The arms that a sweep left out, a line for each and each dtype, with one of the reasons.
+
+    fastlinear's, and whatever all arms failed at, are failures; a peer that is wrong is left out.
+    """
+    rows = [
+        row
+        for row in read_json(folder / "linear.json").get("dropped", [])
+        if not_a_peer(str(row.get("arm"))) == ours
+    ]
+    counts = Counter((row.get("arm"), row.get("dtype")) for row in rows)
+    reasons = {(row.get("arm"), row.get("dtype")): row.get("reason") for row in rows}
+    return [
+        f"sweep: {arm} dropped {count} times in {dtype}: {reasons[arm, dtype]}"[:400]
+        for (arm, dtype), count in counts.most_common()
+    ]
 
 
 def parts(folder: Path) -> list[str]:
@@ -113,11 +125,11 @@ def summary(folder: Path) -> str:
     known = (f"{kind} {environment[kind]}" for kind in kinds if environment.get(kind))
     failed = failures(folder)
     points = [
-        point for point in read_json(folder / "sweep.json").get("points", []) if point.get("ratio")
+        point for point in read_json(folder / "linear.json").get("points", []) if point.get("ratio")
     ]
     lines = [f"fastlinear on {', '.join(known) or 'a machine that is not known yet'}"[:300], ""]
     lines += [f"FAILURES: {len(failed) or 'none'}", *cut(failed, FAILURES), ""]
-    lines += ["PARTS", *cut(parts(folder), PARTS), ""]
+    lines += ["PARTS", *cut([*parts(folder), *dropped(folder, ours=False)], PARTS), ""]
     if points:
         lines += [
             "RATIOS: nn.Linear's device time over the arm's, by batch size; above 1 is faster"

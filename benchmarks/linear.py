@@ -12,6 +12,8 @@ Ratios are of device times on a GPU, of wall times on a CPU: above 1 is faster t
 
 import argparse
 import csv
+import functools
+import gc
 import itertools
 import json
 import math
@@ -28,10 +30,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.arms import NATIVE, Arm, arms
+from benchmarks.arms import NATIVE, Arm, Call, arms
 from benchmarks.environment import environment
 from benchmarks.measure import Clock, ceilings, peak_bytes
-from benchmarks.problem import Problem, errors, steps, why_wrong
+from benchmarks.problem import Problem, errors, step, why_wrong
 from benchmarks.shapes import BATCH_SIZES, LAYERS, Layer, least_bytes, memory, operations
 from fastlinear import use_backend
 from fastlinear.activations import ACTIVATIONS
@@ -41,6 +43,7 @@ QUICK_LAYERS = ("mnist-1", "dlrm-2", "vit-b-qkv", "bert-base-up")
 QUICK_BATCHES = (1, 8, 64, 512)
 # A point of more operations takes a CPU a good part of a second, many times over.
 MOST_ON_CPU, MOST_ON_CPU_QUICK = 5e9, 2e9
+MOST_SECONDS = 3.0  # for the rounds of a point's mode, once there are three
 
 Point = dict[str, Any]
 
@@ -57,18 +60,19 @@ def points(
 ) -> list[Point]:
     """What to measure: every layer, batch size and variant that fits; the modes go together.
 
-    In an order of few batch sizes for all layers first, so that a run cut short covers them.
+    Each layer comes in turn, with another batch size each, so that a run cut short has seen all of
+    both.
     """
+    sizes = _coarse_first(batch_sizes)
     found = []
-    for rows, layer in itertools.product(_coarse_first(batch_sizes), layers):
+    for turn, (index, layer) in itertools.product(range(len(sizes)), enumerate(layers)):
+        rows = sizes[(turn + index) % len(sizes)]
         if 3 * 2 * rows * layer.in_features * layer.out_features > most_operations:
             continue
         if memory(layer, rows, itemsize) > most_bytes:
             continue
-        variants = {layer.activation if name == "model" else name for name in activations}
-        for activation in sorted(variants - {"none", None}) + [None] * (
-            "none" in activations or variants == {None}
-        ):
+        names = [layer.activation if name == "model" else name for name in activations]
+        for activation in dict.fromkeys(None if name == "none" else name for name in names):
             found.append(
                 {
                     "layer": layer,
@@ -84,9 +88,38 @@ def points(
 def _coarse_first(sizes: list[int]) -> list[int]:
     """Every eighth, then every fourth of the rest, and so on."""
     order: list[int] = []
-    for step in (8, 4, 2, 1):
-        order += [size for size in sizes[::step] if size not in order]
+    for stride in (8, 4, 2, 1):
+        order += [size for size in sizes[::stride] if size not in order]
     return order
+
+
+def right_calls(
+    problem: Problem, contestants: list[Arm], drop: Callable[[str, str], None]
+) -> dict[str, Call]:
+    """The arms that compute the point as nn.Linear does, which is the first of them."""
+    calls: dict[str, Call] = {}
+    native: dict[str, float] = {}
+    for arm in contestants:
+        with use_backend(arm.backend):
+            try:
+                call = arm.make(problem.weight, problem.bias, problem.activation)
+                found = errors(problem.results(call), problem.exact)
+            except Exception as error:  # a peer may raise anything for what it does not take
+                drop(arm.name, _said(error))
+                if arm.name == NATIVE:
+                    return {}
+                continue
+        native = found if arm.name == NATIVE else native
+        reason = why_wrong(problem, found, native)
+        if reason is None:
+            calls[arm.name] = call
+        else:
+            drop(arm.name, reason)
+    return calls
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
 def measure(
@@ -96,52 +129,49 @@ def measure(
     dtype: torch.dtype,
     rounds: int,
     roof: dict[str, float],
-    dropped: list[dict[str, Any]],
+    drop: Callable[[str, str], None],
+    deadline: float = math.inf,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a point: one for each arm and mode that is right."""
+    """The rows of a point: one for each arm and mode that is right, until `deadline`."""
     problem = Problem(point, dtype, clock.device)
     layer: Layer = point["layer"]
-    about = {
-        "shape": layer.name,
-        "batch_size": point["rows"],
-        "activation": point["activation"],
-        "bias": point["bias"],
-    }
-    timed: dict[str, dict[str, Callable[[], object]]] = {}
-    native: dict[str, float] = {}
-    for arm in contestants:
-        reason = None
-        with use_backend(arm.backend):
-            try:
-                call = arm.make(problem.weight, problem.bias, problem.activation)
-                found = errors(problem.results(call), problem.exact)
-                native = found if arm.name == NATIVE else native
-                reason = why_wrong(problem, found, native)
-                timed[arm.name] = steps(problem, call)
-            except Exception as error:  # a peer may raise anything for what it does not take
-                reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-        if reason is not None:
-            timed.pop(arm.name, None)
-            dropped.append({"arm": arm.name, **about, "reason": reason})
-            tqdm.write(f"DROPPED {arm.name} at {layer.name}, {point['rows']} rows: {reason}")
-
+    calls = right_calls(problem, contestants, drop)
     backends = {arm.name: arm.backend for arm in contestants}
     for mode in point["modes"]:
-        prepared = {}
-        for name in timed:
+        if time.monotonic() > deadline:
+            return
+        timed: dict[str, Callable[[], object]] = {}
+        replays: dict[str, tuple[Callable[[], object], str | None]] = {}
+        for name, call in calls.items():
             with use_backend(backends[name]):
-                prepared[name] = clock.prepare(timed[name][mode])
-        once = max(clock.wall_seconds(timed[NATIVE][mode], 3), 1e-7)
+                try:
+                    timed[name] = step(problem, call, mode)
+                    replays[name] = clock.prepare(timed[name])
+                except Exception as error:  # not the others' fault
+                    timed.pop(name, None)
+                    drop(name, f"{mode}: {_said(error)}")
+        if NATIVE not in timed:
+            continue
+        uncaptured = {name: why for name, (_, why) in replays.items() if why is not None}
+        if clock.gpu and uncaptured:  # then none is, or it would be no comparison
+            tqdm.write(
+                f"no CUDA graphs at {layer.name}, {point['rows']} rows, {mode}: {uncaptured}"
+            )
+        prepared = timed if uncaptured else {name: replay for name, (replay, _) in replays.items()}
+        timed[NATIVE]()
+        once = max(clock.wall_seconds(timed[NATIVE], 3), 1e-7)
         in_a_row = max(1, min(100, int(2e-3 / once)))
         device: dict[str, list[float]] = {name: [] for name in timed}
         wall: dict[str, list[float]] = {name: [] for name in timed}
-        turns = list(timed)
-        for _ in range(rounds):
+        turns, started = list(timed), time.monotonic()
+        for done in range(rounds):
+            if done >= 3 and time.monotonic() - started > MOST_SECONDS:
+                break
             random.shuffle(turns)
             for name in turns:
                 with use_backend(backends[name]):
-                    wall[name].append(clock.wall_seconds(timed[name][mode], in_a_row))
-                    seconds = clock.device_seconds(prepared[name][0])
+                    wall[name].append(clock.wall_seconds(timed[name], in_a_row))
+                    seconds = clock.device_seconds(prepared[name])
                 if seconds is not None:
                     device[name].append(seconds)
         least = {
@@ -152,32 +182,41 @@ def measure(
             least["operations"] / roof["operations_per_second"],
             least["bytes"] / roof["bytes_per_second"],
         )
+        times = device if clock.gpu else wall
         for name in timed:
-            times, natives = (device, device) if clock.gpu else (wall, wall)
-            ratios = [a / b for a, b in zip(natives[NATIVE], times[name], strict=True)]
-            seconds = statistics.median(times[name])
+            ratios = [a / b for a, b in zip(times[NATIVE], times[name], strict=True)]
+            median = statistics.median(times[name])
             low, ratio, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+            peak = None
+            if mode == "forward+backward":
+                with use_backend(backends[name]):
+                    peak = peak_bytes(timed[name], [problem.weight, *problem.wanted()[2:]])
             yield {
-                **about,
+                **_about(point),
                 "mode": mode,
                 "arm": name,
                 "device_us": _microseconds(device[name]),
-                "captured": prepared[name][1],
+                "captured": clock.gpu and not uncaptured,
                 "wall_us": _microseconds(wall[name]),
                 "ratio": round(ratio, 4),
                 "ratio_low": round(low, 4),
                 "ratio_high": round(high, 4),
-                "tflops": float(f"{least['operations'] / seconds / 1e12:.4g}"),
-                "gbps": float(f"{least['bytes'] / seconds / 1e9:.4g}"),
-                "of_roofline": round(floor / seconds, 4),
+                "tflops": float(f"{least['operations'] / median / 1e12:.4g}"),
+                "gbps": float(f"{least['bytes'] / median / 1e9:.4g}"),
+                "of_roofline": round(floor / median, 4),
                 "operations": least["operations"],
                 "bytes": least["bytes"],
-                "peak_bytes": (
-                    peak_bytes(timed[name][mode], [problem.weight, *problem.wanted()[2:]])
-                    if mode == "forward+backward"
-                    else None
-                ),
+                "peak_bytes": peak,
             }
+
+
+def _about(point: Point) -> dict[str, Any]:
+    return {
+        "shape": point["layer"].name,
+        "batch_size": point["rows"],
+        "activation": point["activation"],
+        "bias": point["bias"],
+    }
 
 
 def _microseconds(seconds: list[float]) -> float | None:
@@ -223,6 +262,8 @@ def table(results: dict[str, Any]) -> str:
     order = {name: index for index, name in enumerate(LAYERS)}
     for key in sorted(groups, key=lambda key: (order.get(key[0], 99), key[3], key[2], key[1])):
         rows = groups[key]
+        if NATIVE not in rows:  # cut short
+            continue
         shape, size, mode, activation = key
         native = rows[NATIVE][f"{which}_us"]
         line = f"{shape:17} {size:5}  {mode:16} {activation[:5]:5} {native:12.1f}"
@@ -320,7 +361,13 @@ def main() -> int:
         print(
             f"DROPPED {drop['arm']} at {drop['shape']}, {drop['batch_size']} rows: {drop['reason']}"
         )
-    return 130 if results["interrupted"] else int(bool(results["dropped"]))
+    # A peer that is wrong is left out; an arm of fastlinear's that is wrong is a failure.
+    ours = any(not_a_peer(drop["arm"]) for drop in results["dropped"])
+    return 130 if results["interrupted"] else int(ours)
+
+
+def not_a_peer(arm: str) -> bool:
+    return arm.startswith("fastlinear") or arm in (NATIVE, "every arm")
 
 
 def sweep(
@@ -342,7 +389,7 @@ def sweep(
     )
     clock = Clock(device)
     results: dict[str, Any] = {
-        "environment": environment(),
+        "environment": environment(device),
         "date": date.today().isoformat(),
         "dtype": str(dtype).removeprefix("torch."),
         "precision": chosen.precision,
@@ -352,21 +399,44 @@ def sweep(
         "dropped": [],
         "points": [],
     }
-    started = time.monotonic()
+    common = {"dtype": results["dtype"], "precision": chosen.precision}
+    deadline = time.monotonic() + 60 * chosen.minutes
+    written = -math.inf
     rounds = chosen.rounds or (9 if quick else 15)
+
+    def drop(point: Point, arm: str, reason: str) -> None:
+        results["dropped"].append({"arm": arm, **_about(point), **common, "reason": reason})
+        tqdm.write(f"DROPPED {arm} at {point['layer'].name}, {point['rows']} rows: {reason}")
+
     try:
         with torch.cuda.stream(clock.stream):
             results["ceilings"] = roof = ceilings(clock, dtype)
             for point in tqdm(wanted, unit="point", leave=False, disable=None):
-                if time.monotonic() - started > 60 * chosen.minutes:
+                if gpu:
+                    torch.compiler.reset()  # each point has compilations of its own
+                try:
+                    for row in measure(
+                        point,
+                        contestants,
+                        clock,
+                        dtype,
+                        rounds,
+                        roof,
+                        functools.partial(drop, point),
+                        deadline,
+                    ):
+                        results["points"].append(row | common)
+                        if time.monotonic() > min(written + 2, deadline):
+                            write(results, chosen.json, chosen.csv)
+                            written = time.monotonic()
+                except Exception as error:  # out of memory, say: the next point may fit
+                    drop(point, "every arm", _said(error))
+                    gc.collect()
+                    if gpu:
+                        torch.cuda.empty_cache()
+                if time.monotonic() > deadline:
                     results["stopped_after_minutes"] = chosen.minutes
                     break
-                for row in measure(
-                    point, contestants, clock, dtype, rounds, roof, results["dropped"]
-                ):
-                    common = {"dtype": results["dtype"], "precision": chosen.precision}
-                    results["points"].append(row | common)
-                write(results, chosen.json, chosen.csv)
     except KeyboardInterrupt:
         results["interrupted"] = True
         print("interrupted: what follows was measured before", file=sys.stderr)

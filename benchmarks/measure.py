@@ -14,8 +14,9 @@ class Clock:
     """Times single calls, with the GPU's L2 cache flushed before each.
 
     On a GPU, `device_seconds` is the time between two events around a replay of the call's CUDA
-    graph, or around the call itself where it cannot be captured (`captured` says which): then it
-    has the gaps in which the GPU waits for Python in it. On a CPU there is no device time.
+    graph, or around the call itself where one of the arms cannot be captured (`captured` says
+    which): then it has the gaps in which the GPU waits for Python in it. A graph's own start, some
+    microseconds, is in both times of a ratio. On a CPU there is no device time.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,26 +28,28 @@ class Clock:
             # Backward runs on the stream of its forward, and only what is on the captured stream
             # is captured: so all is on one.
             self.stream = torch.cuda.Stream(device)
-            l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-            self.flushed = torch.empty(2 * l2_bytes, dtype=torch.int8, device=device)
+            # More than any L2, and long enough a fill to hide the launch that follows.
+            self.flushed = torch.empty(2**28, dtype=torch.int8, device=device)
+            # Graphs share their memory: they run one after another, and nobody reads their outputs.
+            self.pool = torch.cuda.graph_pool_handle()
 
-    def prepare(self, step: Step) -> tuple[Step, bool]:
-        """What to time for `step`, warmed up, and whether it is a CUDA graph's replay."""
+    def prepare(self, step: Step) -> tuple[Step, str | None]:
+        """A CUDA graph's replay of `step`; or `step`, warmed up, and why it is none."""
         for _ in range(3):
             step()
         if not self.gpu:
-            return step, False
+            return step, "no GPU"
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
+            with torch.cuda.graph(graph, stream=self.stream, pool=self.pool):
                 step()
-        except RuntimeError:  # what it calls cannot be captured
+        except RuntimeError as error:  # what it calls cannot be captured
             torch.cuda.synchronize()
-            return step, False
+            return step, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
         graph.replay()
         torch.cuda.synchronize()
-        return graph.replay, True
+        return graph.replay, None
 
     def device_seconds(self, prepared: Step) -> float | None:
         """One call's time on the device."""

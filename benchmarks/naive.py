@@ -27,13 +27,14 @@ def matmul_kernel(
     stride_bk,
     stride_bn,
     ALLOW_TF32: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """c (M, N), contiguous, is a (M, K) @ b (K, N); one program a BLOCK x BLOCK tile."""
-    offs_m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    offs_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    offs_m = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    offs_n = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     offs_k = tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    acc = tl.zeros((BLOCK, BLOCK), dtype=ACC_DTYPE)
     for k in range(0, K, BLOCK):
         mask_k = offs_k < K - k
         a = tl.load(
@@ -46,7 +47,9 @@ def matmul_kernel(
             mask=mask_k[:, None] & (offs_n < N)[None, :],
             other=0.0,
         )
-        acc = tl.dot(a, b, acc, input_precision="tf32" if ALLOW_TF32 else "ieee")
+        acc = tl.dot(
+            a, b, acc, input_precision="tf32" if ALLOW_TF32 else "ieee", out_dtype=ACC_DTYPE
+        )
     c_ptrs = c_ptr + offs_m[:, None] * N + offs_n[None, :]
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=mask)
@@ -64,7 +67,8 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
         k,
         *a.stride(),
         *b.stride(),
-        ALLOW_TF32=torch.get_float32_matmul_precision() != "highest",
+        ALLOW_TF32=a.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest",
+        ACC_DTYPE=tl.float64 if a.dtype == torch.float64 else tl.float32,
         BLOCK=BLOCK,
     )
     return c

@@ -73,19 +73,17 @@ def files() -> dict[Path, bytes]:
     sections = []
     for path in sorted(RESULTS.glob("*/linear*.json")):
         text = path.read_bytes()
-        results = json.loads(text)
+        every = json.loads(text)
         # What a picture is drawn from: the results, and this code.
         drawn_from = hashlib.sha256(text + Path(__file__).read_bytes()).hexdigest()
-        pictures = {
-            path.with_name(f"{path.stem}-{name}.png"): draw(results, drawn_from)
-            for name, draw in (
-                ("ratio", draw_ratios),
-                ("roofline", draw_roofline),
-                ("cost", draw_costs),
-            )
-        }
-        written |= pictures
-        sections.append(section(results, list(pictures)))
+        for results in split(every):
+            arithmetic = f"-{results['dtype']}-{results['precision']}" if "sweeps" in every else ""
+            pictures = {
+                path.with_name(f"{path.stem}{arithmetic}-{name}.png"): draw(results, drawn_from)
+                for name, draw in DRAWINGS.items()
+            }
+            written |= pictures
+            sections.append(section(results, list(pictures)))
     readme = ROOT / "README.md"
     before, begin, rest = readme.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -94,6 +92,22 @@ def files() -> dict[Path, bytes]:
     body = "\n".join(sections)
     written[readme] = f"{before}{BEGIN}\n{body}\n{END}{after}".encode()
     return written
+
+
+def split(every: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sweeps that a file holds, those of one arithmetic together; without what has no points.
+
+    `benchmarks.linear` writes one, `benchmarks.gpu` puts several into a file.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for one in every.get("sweeps", [every]):
+        if "ceilings" not in one:  # it was stopped before it measured anything
+            continue
+        key = (one["dtype"], one["precision"])
+        rows = [r for r in every["points"] if (r["dtype"], r["precision"]) == key]
+        results = found.setdefault(key, one | {"arms": [], "points": rows})
+        results["arms"] += [arm for arm in one["arms"] if arm not in results["arms"]]
+    return [one for one in found.values() if one["points"] and _ours(one)]
 
 
 def caption(results: dict[str, Any]) -> str:
@@ -113,7 +127,8 @@ def device_times(results: dict[str, Any]) -> bool:
 def section(results: dict[str, Any], pictures: list[Path]) -> str:
     """A heading, what was measured on what, ratios by layer and batch size, the pictures."""
     which = "device" if device_times(results) else "wall"
-    lines = [f"### {results['environment']['device']}, {results['dtype']}", ""]
+    high = " at 'high'" if results["precision"] == "high" else ""
+    lines = [f"### {results['environment']['device']}, {results['dtype']}{high}", ""]
     lines += [
         f"{caption(results)}. Ratios of {which} times; above 1 is faster than `nn.Linear`.",
         "",
@@ -310,6 +325,8 @@ def draw_costs(results: dict[str, Any], drawn_from: str) -> bytes:
     figure.legend(*handles, loc="outside right center", fontsize=7)
     return _png(figure, results, drawn_from)
 
+
+DRAWINGS = {"ratio": draw_ratios, "roofline": draw_roofline, "cost": draw_costs}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -54,7 +54,7 @@ def operations(layer: Layer, rows: int, mode: str) -> int:
 def least_bytes(layer: Layer, rows: int, mode: str, itemsize: int, bias: bool) -> int:
     """What has to move if every operand is read once and every result written once.
 
-    An activation that has to be derived reads what it kept in backward, and writes it in forward.
+    What an activation keeps for its derivative is not counted.
     """
     input, output = rows * layer.in_features, rows * layer.out_features
     weight, biases = layer.in_features * layer.out_features, layer.out_features * bias

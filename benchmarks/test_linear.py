@@ -14,7 +14,7 @@ import torch
 from benchmarks.arms import Arm, arms
 from benchmarks.linear import MODES
 from benchmarks.measure import Clock
-from benchmarks.problem import Problem, errors, steps, why_wrong
+from benchmarks.problem import Problem, errors, step, why_wrong
 from benchmarks.shapes import LAYERS
 from fastlinear import use_backend
 
@@ -38,10 +38,10 @@ def test_linear(benchmark: Any, shape: str, rows: int, mode: str, arm: Arm) -> N
     with use_backend(arm.backend):
         call = arm.make(*operands)
         assert why_wrong(problem, errors(problem.results(call), problem.exact), native) is None
-        step = steps(problem, call)[mode]
+        run = step(problem, call, mode)
 
         def timed() -> None:
-            step()
+            run()
             clock.synchronize()
 
         benchmark(timed)

@@ -159,7 +159,7 @@ def test_gpu_gathers_the_sweeps_and_what_tests_found(
         part(gpu, "tests", tests),
     ]
     assert run(parts) == 1
-    assert len(json.loads((tmp_path / "out" / "sweep.json").read_text())["points"]) == 2
+    assert len(json.loads((tmp_path / "out" / "linear.json").read_text())["points"]) == 2
     expected = ["test_a.py::test_b[one of each] - AssertionError"]
     assert results(tmp_path)["tests"]["findings"] == [f"tests/{one}" for one in expected]
     assert len(list((tmp_path / "out").iterdir())) <= 8
@@ -202,17 +202,19 @@ def test_page_has_failures_then_ratios_then_worst_points(gpu: ModuleType, tmp_pa
         point(dtype="float32", precision="high", mode="backward", activation="gelu"),
     ]
     fault = {"product": "linear_forward", "config": "chosen", "fault": "off by 1"}
-    dropped = [{"arm": "fastlinear triton", "reason": "wrong"}] * 2
+    dropped = [{"arm": "fastlinear triton", "dtype": "float16", "reason": "wrong"}] * 2
+    dropped += [{"arm": "quack", "dtype": "float32", "reason": "no such layer"}]
     write(
         tmp_path,
-        sweep={"points": points, "dropped": dropped},
+        linear={"points": points, "dropped": dropped},
         numerics={"rows": [fault], "complete": True},
     )
     page = gpu.summary(tmp_path)
     places = [page.index(word) for word in ("FAILURES: 2", "PARTS", "RATIOS", "WORST TEN POINTS")]
     assert places == sorted(places)
     assert "numerics: linear_forward, chosen: off by 1" in page
-    assert "sweep: fastlinear triton dropped 2 times: wrong" in page
+    assert "sweep: fastlinear triton dropped 2 times in float16: wrong" in page[: places[1]]
+    assert "sweep: quack dropped 1 times in float32: no such layer" in page[places[1] :]
     row = next(line for line in page.splitlines() if line.startswith("fastlinear auto, bfloat16"))
     assert row.split()[-1] == "1.00", "the geometric mean of 0.5 and 2"
     assert "fastlinear auto, float32 high, backward" in page
@@ -223,7 +225,7 @@ def test_page_has_failures_then_ratios_then_worst_points(gpu: ModuleType, tmp_pa
 
 
 def test_page_without_results_says_so(gpu: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "sweep.json").write_text('{"points": [')  # as a kill may leave it
+    (tmp_path / "linear.json").write_text('{"points": [')  # as a kill may leave it
     page = gpu.summary(tmp_path)
     assert "FAILURES: none" in page
     assert "no sweep has been measured" in page
@@ -233,11 +235,11 @@ def test_page_that_cannot_be_made_ends_no_run(
     gpu: ModuleType, run: Callable[..., int], tmp_path: Path
 ) -> None:
     parts = [
-        part(gpu, "writes", f"open({str(tmp_path / 'out' / 'sweep.json')!r}, 'w').write('[1]')"),
+        part(gpu, "writes", f"open({str(tmp_path / 'out' / 'linear.json')!r}, 'w').write('[1]')"),
         part(gpu, "breaks", "print('on')"),
     ]
     (tmp_path / "out").mkdir()
-    write(tmp_path / "out", sweep={"points": [{"ratio": 1.0}]})
+    write(tmp_path / "out", linear={"points": [{"ratio": 1.0}]})
     assert run(parts[1:]) == 1
     assert "no summary could be made: KeyError" in (tmp_path / "out" / "summary.txt").read_text()
     assert run(parts) == 0, "a file that is no such thing counts as none"
@@ -257,7 +259,7 @@ def test_page_keeps_under_its_limit(gpu: ModuleType, tmp_path: Path) -> None:
     ]
     ended = {"status": "failed", "exit": 1, "last": "w" * 200, "findings": ["v" * 300] * 50}
     runs = {f"part {index}": ended for index in range(12)}
-    write(tmp_path, numerics={"rows": [fault] * 500}, sweep={"points": many}, run=runs)
+    write(tmp_path, numerics={"rows": [fault] * 500}, linear={"points": many}, run=runs)
     page = gpu.summary(tmp_path)
     assert len(page) < 12_000
     assert "more" in page

@@ -1,6 +1,7 @@
 """The sweep and its report: wrong arms are dropped, ratios are right, files are whole."""
 
 import csv
+import itertools
 import json
 import os
 import random
@@ -77,6 +78,56 @@ def test_a_wrong_arm_is_dropped(make: Any, said: str, capsys: pytest.CaptureFixt
     assert drop["arm"] == "planted"
     assert drop["reason"].startswith(said)
     assert f"DROPPED planted at mnist-2, 33 rows: {said}" in capsys.readouterr().out
+
+
+def failing(error: Exception, after: int) -> Any:
+    """An arm that raises from some call on."""
+
+    def make(weight: Tensor, bias: Tensor | None, activation: str | None) -> Call:
+        calls = itertools.count()
+
+        def call(input: Tensor) -> Tensor:
+            if next(calls) >= after:
+                raise error
+            return F.linear(input, weight, bias)
+
+        return call
+
+    return make
+
+
+def test_an_arm_that_fails_when_it_is_prepared_takes_no_other_along() -> None:
+    contestants = [native(), Arm("planted", failing(RuntimeError("late"), 2))]
+    results = sweep(contestants, "--rounds", "1")
+    assert {row["mode"] for row in results["points"]} == set(linear.MODES)
+    assert {row["arm"] for row in results["points"] if row["mode"] == "forward"} == {NATIVE}
+    assert results["dropped"][0]["reason"] == "forward: RuntimeError: late"
+
+
+@pytest.mark.parametrize("arm", [NATIVE, "fastlinear auto"])
+def test_a_point_that_runs_out_of_memory_ends_no_sweep(arm: str) -> None:
+    error = torch.OutOfMemoryError("out of memory")
+    contestants = [native(), Arm("fastlinear auto", native().make)]
+    index = [one.name for one in contestants].index(arm)
+    contestants[index] = Arm(arm, failing(error, 8))
+    results = sweep(contestants, "--rounds", "9", "--batch-sizes", "2", "3", "--mode", "forward")
+    said = [drop["reason"] for drop in results["dropped"]]
+    assert said == ["OutOfMemoryError: out of memory"] * 2
+    assert {drop["batch_size"] for drop in results["dropped"]} == {2, 3}
+    assert all(linear.not_a_peer(drop["arm"]) for drop in results["dropped"])
+
+
+def test_without_nn_linear_nothing_is_compared() -> None:
+    contestants = [Arm(NATIVE, raises), Arm("fastlinear auto", native().make)]
+    results = sweep(contestants, "--rounds", "1")
+    assert results["points"] == []
+    assert [drop["arm"] for drop in results["dropped"]] == [NATIVE]
+
+
+def test_time_that_is_up_ends_the_sweep() -> None:
+    results = sweep([native()], "--minutes", "0")
+    assert results["points"] == []
+    assert results["stopped_after_minutes"] == 0
 
 
 @pytest.mark.parametrize("rows", [1, 70])
@@ -227,6 +278,25 @@ def test_bad_options_are_named(
 def test_the_readme_is_what_the_results_give() -> None:
     for path, content in report.files().items():
         assert report.is_current(path, content), f"python -m benchmarks.report changes {path}"
+
+
+def test_the_report_tells_the_sweeps_of_one_file_apart() -> None:
+    results = json.loads((report.RESULTS / "cpu" / "linear.json").read_text())
+    about = {key: value for key, value in results.items() if key not in ("points", "dropped")}
+    narrow = [row | {"dtype": "bfloat16"} for row in results["points"][:2]]
+    file = {
+        "sweeps": [
+            about,
+            about | {"dtype": "bfloat16"},
+            about | {"dtype": "bfloat16", "arms": [NATIVE, "torch.compile"]},
+            {key: value for key, value in about.items() if key != "ceilings"},
+        ],
+        "points": [*results["points"], *narrow],
+    }
+    wide, other = report.split(file)
+    assert report.section(wide, []) == report.section(results, [])
+    assert (other["dtype"], other["points"]) == ("bfloat16", narrow)
+    assert other["arms"] == [NATIVE, "fastlinear auto", "torch.compile"]
 
 
 def test_the_report_sees_pictures_and_text_of_other_results(tmp_path: Path) -> None:
