@@ -24,6 +24,29 @@ torch.fx.wrap("batched_linear")
 torch.fx.wrap("gated_linear")
 
 
+def _scripted(output: Tensor, activation: str | None) -> Tensor:
+    """`activations.ACTIVATIONS` for TorchScript, which has no dictionary of functions."""
+    if activation is None:
+        return output
+    if activation == "relu":
+        output = F.relu(output)
+    elif activation == "gelu":
+        output = F.gelu(output)
+    elif activation == "gelu_tanh":
+        output = F.gelu(output, approximate="tanh")
+    elif activation == "silu":
+        output = F.silu(output)
+    elif activation == "sigmoid":
+        output = torch.sigmoid(output)
+    elif activation == "tanh":
+        output = torch.tanh(output)
+    elif activation == "leaky_relu":
+        output = F.leaky_relu(output)
+    elif activation == "relu_squared":
+        output = F.relu(output).square()
+    return output
+
+
 class Linear(nn.Linear):
     """`output = activation(input @ weight.T + bias)`.
 
@@ -64,9 +87,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if internals.is_scripting():  # TorchScript compiles this branch alone
-            if self.activation is not None:
-                raise NotImplementedError("torch.jit.script takes Linear with activation=None only")
-            return F.linear(input, self.weight, self.bias)
+            return _scripted(F.linear(input, self.weight, self.bias), self.activation)
         return linear(input, self.weight, self.bias, self.activation)
 
     def extra_repr(self) -> str:

@@ -928,10 +928,12 @@ def test_activation_stays_with_the_layer() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_activation_is_refused_by_torchscript() -> None:
-    scripted_layer = torch.jit.script(fastlinear.Linear(5, 3, activation="relu"))
-    with pytest.raises(torch.jit.Error, match=r"takes Linear with activation=None only"):
-        scripted_layer(torch.randn(4, 5))
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_activation_is_scripted(activation: str | None) -> None:
+    layer, input = fastlinear.Linear(5, 3, activation=activation), torch.randn(4, 5)
+    output = F.linear(input, layer.weight, layer.bias)
+    expected = output if activation is None else ACTIVATIONS[activation](output)
+    torch.testing.assert_close(torch.jit.script(layer)(input), expected)
 
 
 @pytest.mark.parametrize("activation", ["swish", nn.ReLU(), F.relu], ids=["name", "module", "call"])
