@@ -157,21 +157,22 @@ def test_gated_activation(activation: str, device: torch.device) -> None:
 def test_gated_configuration(
     dtype: str, precision: str, config: Config, device: torch.device
 ) -> None:
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     shape = (config.block_m + 1, config.block_n + 1, config.block_k + 1)
     inputs = operands(device, shape, getattr(torch, dtype), "00000")
     output, gate, up = gated_linear_forward(
         *inputs, "silu", True, precision=precision, config=config
     )
-    wide = [one.double() for one in inputs]
-    rounding = {"float64": 1e-13, "float32": 1e-5, "float16": 4e-3}[dtype]
-    rounding = 4e-3 if precision == "tf32" else rounding
-    close = {"rtol": rounding, "atol": rounding * shape[2] ** 0.5, "check_dtype": False}
     assert gate is not None
     assert up is not None
-    torch.testing.assert_close(gate, F.linear(wide[0], wide[1], wide[3]), **close)
-    torch.testing.assert_close(up, F.linear(wide[0], wide[2], wide[4]), **close)
-    close["atol"] *= 20
-    torch.testing.assert_close(output, reference(*wide), **close)
+    input, gate_weight, up_weight, gate_bias, up_bias = inputs
+    exact_gate = matmul(input, gate_weight.mT) + gate_bias.double()
+    exact_up = matmul(input, up_weight.mT) + up_bias.double()
+    assert_as_exact(gate, F.linear(input, gate_weight, gate_bias), exact_gate, "gate")
+    assert_as_exact(up, F.linear(input, up_weight, up_bias), exact_up, "up")
+    truth = F.silu(exact_gate) * exact_up
+    two_factors = 2.0 * truth.abs().max().item()  # a rounding each
+    assert_as_exact(output, reference(*inputs), truth, "output", scale=two_factors)
 
 
 EDGES = [0.0, -0.0, 1e-8, -1e-8, 1.0, -1.0, 88.0, -88.0, 1e4, -1e4]
