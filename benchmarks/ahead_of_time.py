@@ -14,9 +14,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastlinear.kernels import activation as activation_pass
-from fastlinear.kernels import backward, forward, gated, launch
-from fastlinear.kernels.configs import TARGETS, Config, legal_configs
+from fastlinear.kernels import backward, gated, launch, tiled
+from fastlinear.kernels.configs import TARGETS, Config
 from fastlinear.kernels.operands import ACTIVATIONS, FROM_OUTPUT
+from fastlinear.kernels.tiles import legal_configs
 
 GPU_TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -37,6 +38,8 @@ FORWARD_LAYOUTS = {
     "grad_input": ("stride_ik", "stride_wn"),  # weight transposed
     "columns": ("stride_im", "stride_wk"),  # input given as X.t()
 }
+
+FORWARD_KERNELS = {"tiled": tiled.linear_forward_kernel}  # by kind
 
 SUMS = {"SUM_BIAS": True, "SUM_BLOCK": backward.SUM_BLOCK}
 
@@ -232,7 +235,7 @@ def compile_case(case: Case) -> Any:
                 "stride_uk": 1,
             }
         else:
-            kernel = forward.linear_forward_kernel
+            kernel = FORWARD_KERNELS[case.config.kind]
             products, _, sums = case.product.partition("_and_")
             layout, _, two = products.partition("_of_")
             constants |= dict.fromkeys(FORWARD_LAYOUTS[layout], 1)

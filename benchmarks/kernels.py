@@ -25,8 +25,9 @@ from benchmarks.environment import environment
 from benchmarks.files import write_json
 from fastlinear.kernels import launch
 from fastlinear.kernels.backward import linear_backward_input, linear_backward_weight
-from fastlinear.kernels.configs import choose, legal_configs
+from fastlinear.kernels.choose import choose
 from fastlinear.kernels.forward import linear_forward
+from fastlinear.kernels.tiles import legal_configs
 
 ARITHMETICS = [
     (torch.bfloat16, "ieee"),

@@ -33,7 +33,8 @@ from benchmarks.environment import environment
 from benchmarks.files import write_json
 from benchmarks.products import Product, Results, largest_error
 from fastlinear.kernels import launch
-from fastlinear.kernels.configs import Config, legal_configs
+from fastlinear.kernels.configs import Config
+from fastlinear.kernels.tiles import legal_configs
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,11 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .configs import Config, choose, choose_splits
-from .forward import forward_tile, linear_forward, plan_forward
+from .choose import choose, choose_splits
+from .configs import Config
+from .forward import linear_forward, plan_forward
 from .indexing import locate_rows, locate_tile
 from .operands import check_backward_shapes, check_same_kind
 from .precision import add_product, prepare_operand
+from .tiled import forward_tile
 
 # Elements of grad_weight that one program sums over the splits.
 SUM_BLOCK = 512
@@ -625,9 +627,9 @@ def backward_input_and_sums(
     if sums is None:
         sums = NO_SUMS, (grad_input,) * 4  # no program gets to look at them
     both = launch.Launch(
-        grid=(sums[0].grid[0] + plan.kernel.grid[0],),
-        scalars=plan.kernel.scalars + sums[0].scalars,
-        constants=plan.kernel.constants
+        grid=(sums[0].grid[0] + plan.launch.launch.grid[0],),
+        scalars=plan.launch.launch.scalars + sums[0].scalars,
+        constants=plan.launch.launch.constants
         | sums[0].constants
         | {"SECOND_PRODUCT": second_weight is not None},
     )

@@ -1,19 +1,22 @@
-"""Configurations of the kernels.
+"""Configurations of the kernels, and whether one is legal.
 
-The tiles they may use, whether one is legal, and which one to use.
-
-Nothing here imports Triton or measures anything: a choice costs microseconds, and no user waits for
-autotuning.
+Nothing here imports Triton.
 """
 
-import functools
-import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
+# What is computed: the layer's output (or grad_input), both products of a gated pair, or
+# grad_weight with grad_bias.
 Kernel = Literal["forward", "gated_forward", "backward_weight"]
+
+# How a forward product is computed, each in a file of its own: by tiles of rows and outputs; a few
+# rows on the plain cores; some rows, with the sum over K split; by a program a multiprocessor that
+# loads tiles by descriptors.
+Kind = Literal["tiled", "gemv", "split_k", "persistent"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,10 @@ class Config:
 
     num_warps, num_stages: Triton's; stages are the steps whose operands are in flight at once.
     group: rows of tiles that are walked together, for reuse in L2.
+    kind: the kernel, of those that compute a forward product; the others have one.
+    splits: programs that share the sum over K of each tile, in "split_k".
+    epilogue_parts: column parts in which "persistent" stores a tile, one after the other.
+    warp_specialize: whether warps of their own load for "persistent".
     """
 
     block_m: int
@@ -65,6 +72,10 @@ class Config:
     num_warps: int
     num_stages: int
     group: int = 8
+    kind: Kind = "tiled"
+    splits: int = 1
+    epilogue_parts: int = 1
+    warp_specialize: bool = False
 
     def compile_options(self, target: Target) -> dict[str, int]:
         """Triton's options for a launch on `target`."""
@@ -80,115 +91,6 @@ class Config:
         if kernel == "backward_weight":
             return self.block_n, self.block_k, self.block_m
         return self.block_m, self.block_n, self.block_k
-
-
-def _config(
-    kernel: Kernel, rows: int, columns: int, depth: int, num_stages: int, num_warps: int
-) -> Config:
-    if kernel == "backward_weight":
-        return Config(depth, rows, columns, num_warps, num_stages)
-    return Config(rows, columns, depth, num_warps, num_stages)
-
-
-# (rows, columns, depth, stages, warps) of the output tiles, largest first, by family and kind of
-# arithmetic. tests/test_compile.py compiles every one that is legal, for its target, and fails
-# where it spills.
-_TILES: dict[str, dict[str, list[tuple[int, int, int, int, int]]]] = {
-    "sm_80": {
-        "16-bit": [
-            (128, 128, 32, 4, 8),
-            (128, 64, 32, 4, 8),
-            (64, 64, 64, 3, 4),
-            (64, 64, 32, 4, 4),
-            (32, 64, 64, 4, 4),
-            (16, 64, 128, 3, 4),
-            (16, 64, 32, 4, 4),
-        ],
-        "tf32": [(128, 64, 32, 3, 8), (64, 64, 32, 4, 4), (32, 64, 32, 4, 4), (16, 64, 32, 4, 4)],
-        "float32": [
-            (128, 64, 16, 3, 8),
-            (64, 64, 16, 3, 8),
-            (32, 64, 16, 3, 4),
-            (16, 64, 16, 3, 4),
-        ],
-        "float64": [(64, 64, 16, 3, 8), (32, 32, 16, 3, 4), (16, 32, 16, 3, 4)],
-    },
-    "sm_90": {
-        "16-bit": [
-            (128, 256, 64, 3, 8),
-            (128, 128, 64, 4, 8),
-            (64, 128, 64, 4, 4),
-            (128, 64, 32, 4, 8),
-            (64, 64, 64, 4, 4),
-            (32, 64, 128, 4, 4),
-            (16, 64, 128, 4, 4),
-            (16, 64, 32, 4, 4),
-        ],
-        "tf32": [
-            (128, 128, 32, 4, 8),
-            (64, 128, 32, 4, 4),
-            (64, 64, 32, 4, 4),
-            (32, 64, 32, 4, 4),
-            (16, 64, 64, 4, 4),
-            (16, 32, 32, 4, 4),
-        ],
-        "float32": [
-            (128, 64, 16, 3, 8),
-            (64, 64, 16, 3, 8),
-            (32, 64, 16, 3, 4),
-            (16, 64, 16, 3, 4),
-        ],
-        "float64": [(64, 64, 16, 3, 8), (32, 32, 16, 2, 4), (16, 32, 16, 3, 4)],
-    },
-    "sm_100": {
-        "16-bit": [
-            (128, 128, 32, 4, 8),
-            (128, 64, 32, 4, 8),
-            (64, 64, 64, 3, 4),
-            (32, 64, 64, 3, 4),
-            (16, 64, 64, 4, 4),
-            (16, 64, 32, 4, 4),
-        ],
-        "tf32": [
-            (128, 64, 32, 4, 8),
-            (64, 64, 32, 4, 4),
-            (32, 64, 32, 4, 4),
-            (16, 64, 32, 4, 4),
-        ],
-        "float32": [
-            (64, 64, 16, 3, 8),
-            (32, 64, 16, 3, 4),
-            (16, 64, 16, 3, 4),
-        ],
-        "float64": [(64, 64, 16, 3, 8), (32, 32, 16, 3, 4), (16, 32, 16, 3, 4)],
-    },
-    "gfx942": {
-        "16-bit": [
-            (128, 128, 64, 2, 8),
-            (128, 64, 64, 2, 8),
-            (64, 64, 64, 2, 4),
-            (32, 64, 64, 2, 4),
-            (16, 64, 64, 2, 4),
-        ],
-        "tf32": [(128, 64, 32, 2, 8), (64, 64, 32, 2, 4), (32, 64, 32, 2, 4), (16, 64, 32, 2, 4)],
-        "float32": [
-            (128, 64, 16, 2, 8),
-            (64, 64, 16, 2, 4),
-            (32, 64, 16, 2, 4),
-            (16, 64, 16, 2, 4),
-        ],
-        "float64": [(64, 64, 16, 2, 4), (32, 32, 16, 2, 4), (16, 32, 16, 2, 4)],
-    },
-    "interpreter": {
-        kind: [(32, 32, 32, 1, 1)] for kind in ("16-bit", "tf32", "float32", "float64")
-    },
-}
-
-# Multiply-adds a clock on one multiprocessor, of H100's order;
-# only the ratio to bandwidth matters to the choice.
-_RATE = {"16-bit": 2048, "tf32": 1024, "float32": 128, "float64": 64}
-# Bytes a clock that L2 feeds one multiprocessor, of H100's order.
-_BANDWIDTH = 64
 
 
 def arithmetic(dtype: torch.dtype, precision: str) -> str:
@@ -208,6 +110,7 @@ def why_illegal(
     aligned: bool,
     target: Target,
     activation: bool = False,
+    descriptors: bool = False,
 ) -> str | None:
     """What is in the way of launching `config` for such operands on `target`, in words.
 
@@ -223,6 +126,7 @@ def why_illegal(
             operands pass through registers, each element with an address of its own.
         target: the device.
         activation: whether the kernel applies one to its accumulators.
+        descriptors: whether input and weight can be loaded by descriptors (launch.describable).
     """
     rows, columns, depth = config.tile(kernel)
     for name, size in (
@@ -270,70 +174,3 @@ def why_illegal(
                 f"registers a thread of {most}"
             )
     return None
-
-
-@functools.cache
-def legal_configs(
-    kernel: Kernel,
-    dtype: torch.dtype,
-    precision: str,
-    aligned: bool,
-    target: Target,
-    activation: bool = False,
-) -> tuple[Config, ...]:
-    """Every shipped configuration that is legal, largest tile first."""
-    tiles = _TILES[target.family][arithmetic(dtype, precision)]
-    configs = (_config(kernel, *tile) for tile in tiles)
-    return tuple(
-        config
-        for config in configs
-        if why_illegal(kernel, config, dtype, precision, aligned, target, activation) is None
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def choose(
-    kernel: Kernel,
-    batch: int,
-    m: int,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-    precision: str,
-    aligned: bool,
-    target: Target,
-    activation: bool = False,
-) -> Config:
-    """The configuration with the least modelled time.
-
-    It is for `batch` layers of `m` rows, `n` outputs and `k` inputs.
-
-    Time is waves of programs over the multiprocessors, times a step's arithmetic and operand
-    traffic. It needs no measurement, and is a default rather than an optimum: on an H100 the
-    chosen tile runs at 0.99 of the best one's speed in bfloat16, 0.97 in float32 and 0.89 in TF32,
-    as geometric means, and at 0.92, 0.63 and 0.47 at worst
-    (benchmarks/results/nvidia-h100-80gb-hbm3/kernels.json).
-    """
-    rows, columns = (n, k) if kernel == "backward_weight" else (m, n)
-    kind = arithmetic(dtype, precision)
-
-    def modelled_time(config: Config) -> float:
-        tile_rows, tile_columns, _ = config.tile(kernel)
-        tiles = batch * math.ceil(rows / tile_rows) * math.ceil(columns / tile_columns)
-        multiply_adds = tile_rows * tile_columns / _RATE[kind]
-        traffic = (tile_rows + tile_columns) * dtype.itemsize / _BANDWIDTH
-        return math.ceil(tiles / target.multiprocessors) * (multiply_adds + traffic)
-
-    legal = legal_configs(kernel, dtype, precision, aligned, target, activation)
-    return min(legal, key=modelled_time)
-
-
-def choose_splits(config: Config, batch: int, m: int, n: int, k: int, target: Target) -> int:
-    """How many programs share the M reduction of each grad_weight tile.
-
-    One, unless the tiles alone leave multiprocessors idle; then as many as fill them, with at least
-    four steps each so that a partial sum's round trip through memory is worth it.
-    """
-    tiles = batch * math.ceil(n / config.block_n) * math.ceil(k / config.block_k)
-    most = max(1, m // (4 * config.block_m))
-    return min(max(1, target.multiprocessors // max(1, tiles)), most)

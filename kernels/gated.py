@@ -13,7 +13,8 @@ from torch import Tensor
 
 from . import launch
 from .backward import backward_input_and_sums, backward_weight_but_sums, run_sums
-from .configs import Config, choose
+from .choose import choose
+from .configs import Config
 from .epilogue import activate, activation_gradient
 from .indexing import locate_rows, locate_tile
 from .operands import (

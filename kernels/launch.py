@@ -178,6 +178,28 @@ def allocate(like: Tensor, output: Operand) -> Tensor:
     return like.new_empty_strided(output.shape, output.strides, dtype=output.dtype)
 
 
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def counters(like: Tensor, count: int) -> Tensor:
+    """At least `count` zeros (int32) on `like`'s device, which the kernel that counts leaves so.
+
+    Every stream has its own, so that launches that share them run one after the other. A graph that
+    is being captured gets some of its own, zeroed when it is replayed.
+    """
+    device, stream = like.device, 0
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():
+                return like.new_zeros(count, dtype=torch.int32)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    found = _counters.get((device, stream))
+    if found is None or found.numel() < count:
+        size = max(1024, 1 << (count - 1).bit_length())
+        found = _counters[device, stream] = like.new_zeros(size, dtype=torch.int32)
+    return found
+
+
 def offset_dtype(*operands: Operand | None) -> tl.dtype:
     """int64 where offsets within one of `operands` need it, else int32.
 
@@ -207,6 +229,20 @@ def aligned(*operands: Operand) -> bool:
         if not unit:
             return False
     return True
+
+
+def describable(rows: Rows, weight: Operand) -> bool:
+    """Whether Hopper's tensor memory accelerator can load tiles of input and weight.
+
+    It takes matrices of aligned rows or columns, whose other stride is not 0.
+    """
+    operands = rows.operand, weight
+    return (
+        aligned(*operands)
+        and len(weight.shape) == 2
+        and not rows.nested
+        and all(0 not in operand.shape and 0 not in operand.strides for operand in operands)
+    )
 
 
 def accumulator_dtype(dtype: torch.dtype) -> tl.dtype:

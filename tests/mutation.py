@@ -49,7 +49,7 @@ class Mutant:
 MUTANTS = [
     Mutant(
         "store mask dropped, forward",
-        "kernels/forward.py",
+        "kernels/tiled.py",
         "    mask = mask_m[:, None] & mask_n[None, :]\n",
         "    mask = mask_m[:, None] & (offs_n >= 0)[None, :]\n",
         FORWARD,
@@ -63,14 +63,14 @@ MUTANTS = [
     ),
     Mutant(
         "other= missing on the K tail",
-        "kernels/forward.py",
+        "kernels/tiled.py",
         "mask=mask_k[:, None] & mask_n[None, :], other=0.0)",
         "mask=mask_k[:, None] & mask_n[None, :])",
         FORWARD,
     ),
     Mutant(
         "load mask dropped on the K tail",
-        "kernels/forward.py",
+        "kernels/tiled.py",
         "mask=mask_m[:, None] & mask_k[None, :], other=0.0)",
         "mask=mask_m[:, None] & (offs_k >= 0)[None, :], other=0.0)",
         FORWARD,
@@ -84,14 +84,14 @@ MUTANTS = [
     ),
     Mutant(
         "bias dropped on the last block",
-        "kernels/forward.py",
+        "kernels/tiled.py",
         "acc += bias.to(ACC_DTYPE)[None, :]",
         "acc += tl.where(tile_n == column_tiles - 1, 0.0, bias.to(ACC_DTYPE))[None, :]",
         FORWARD,
     ),
     Mutant(
         "bias added after rounding",
-        "kernels/forward.py",
+        "kernels/tiled.py",
         "acc += bias.to(ACC_DTYPE)[None, :]",
         "acc = acc.to(output_ptr.dtype.element_ty).to(ACC_DTYPE) + bias.to(ACC_DTYPE)[None, :]",
         FORWARD,
@@ -112,7 +112,7 @@ MUTANTS = [
     ),
     Mutant(
         "wrong stride: input's columns taken for contiguous",
-        "kernels/forward.py",
+        "kernels/tiled.py",
         "input_rows[:, None] + offs_k[None, :] * stride_ik",
         "input_rows[:, None] + offs_k[None, :]",
         FORWARD,
@@ -126,7 +126,7 @@ MUTANTS = [
     ),
     Mutant(
         "batch stride of the bias ignored",
-        "kernels/forward.py",
+        "kernels/tiled.py",
         "bias_ptr + batch * stride_bb",
         "bias_ptr",
         FORWARD,
@@ -168,7 +168,7 @@ MUTANTS = [
     ),
     Mutant(
         "existing output kept",
-        "kernels/forward.py",
+        "kernels/tiled.py",
         "    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)\n",
         "    acc = tl.load(output_ptr + tl.zeros((BLOCK_M, BLOCK_N), tl.int32)).to(ACC_DTYPE)\n",
         FORWARD,
@@ -295,7 +295,7 @@ MUTANTS = [
     ),
     Mutant(
         "output saved for the pre-activation",
-        "kernels/forward.py",
+        "kernels/tiled.py",
         "tl.store(preactivation_ptr + offs, acc.to(",
         "tl.store(preactivation_ptr + offs, activate(acc, ACTIVATION).to(",
         ACTIVATED_BACKWARD,
@@ -337,7 +337,7 @@ MUTANTS = [
     ),
     Mutant(
         "grad_input of the gate alone",
-        "kernels/forward.py",
+        "kernels/tiled.py",
         "    if SECOND_PRODUCT:\n",
         "    if SECOND_PRODUCT and K < 0:\n",
         GATED,

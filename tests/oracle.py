@@ -7,11 +7,14 @@ are given.
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlinear.kernels.configs import TARGETS, Config, Kernel, legal_configs
+from fastlinear.kernels import launch
+from fastlinear.kernels.configs import TARGETS, Config, Kernel, Kind
+from fastlinear.kernels.tiles import legal_configs
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -48,6 +51,27 @@ def shipped_configs(kernel: Kernel) -> list[tuple[str, str, Config]]:
             for config in legal_configs(kernel, getattr(torch, dtype), precision, True, target):
                 found[config.block_m, config.block_n, config.block_k, dtype, precision] = config
     return [(dtype, precision, config) for (*_, dtype, precision), config in found.items()]
+
+
+def smallest_config(kind: Kind, input: Tensor, weight: Tensor, precision: str) -> Config:
+    """The last of the kind's configurations that is legal for these operands; else the test skips.
+
+    The interpreter has one of each kind.
+    """
+    operands = (launch.Operand(*fields) for fields in launch.describe(input, weight)[:2])
+    rows, described = launch.rows_of(next(operands), batched=weight.dim() == 3), next(operands)
+    legal = legal_configs(
+        "forward",
+        input.dtype,
+        precision,
+        launch.aligned(rows.operand, described),
+        launch.target_of(input.device),
+        descriptors=launch.describable(rows, described),
+        kind=kind,
+    )
+    if not legal:
+        pytest.skip(f"no {kind} kernel takes such operands")
+    return legal[-1]
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fastlinear.kernels import launch
 from fastlinear.kernels.backward import linear_backward_input, linear_backward_weight
-from fastlinear.kernels.configs import Config, legal_configs
+from fastlinear.kernels.configs import Config
+from fastlinear.kernels.tiles import legal_configs
 
 
 def check(

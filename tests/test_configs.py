@@ -1,19 +1,16 @@
 """Configurations: the predicate, the choice, the splits."""
 
 import dataclasses
+from types import ModuleType
 
 import pytest
 import torch
 
-from fastlinear.kernels import configs
-from fastlinear.kernels.configs import (
-    TARGETS,
-    Config,
-    choose,
-    choose_splits,
-    legal_configs,
-    why_illegal,
-)
+from fastlinear.kernels import choose as chooser
+from fastlinear.kernels import configs, tiles
+from fastlinear.kernels.choose import choose, choose_splits
+from fastlinear.kernels.configs import TARGETS, Config, why_illegal
+from fastlinear.kernels.tiles import legal_configs
 
 SM_90 = TARGETS["sm_90"]
 LARGE = Config(128, 256, 64, num_warps=8, num_stages=3)
@@ -83,6 +80,7 @@ def test_splits_fill_idle_multiprocessors_and_no_more() -> None:
     )
 
 
-def test_choosing_imports_no_triton_and_measures_nothing() -> None:
-    imported = {name for name, value in vars(configs).items() if type(value).__name__ == "module"}
-    assert imported == {"functools", "math", "torch"}
+@pytest.mark.parametrize("module", [configs, tiles, chooser])
+def test_choosing_imports_no_triton_and_measures_nothing(module: ModuleType) -> None:
+    imported = {name for name, value in vars(module).items() if isinstance(value, ModuleType)}
+    assert imported <= {"functools", "math", "torch"}

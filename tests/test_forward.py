@@ -12,21 +12,31 @@ from oracle import (
     native_forward,
     normal,
     shipped_configs,
+    smallest_config,
 )
 from torch import Tensor
 
-from fastlinear.kernels import launch
-from fastlinear.kernels.configs import Config, legal_configs
+from fastlinear.kernels import forward, launch
+from fastlinear.kernels.configs import Config, Kind
 from fastlinear.kernels.forward import linear_forward, plan_forward
+from fastlinear.kernels.tiles import legal_configs
+
+
+@pytest.fixture(params=forward.KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """Every kind of kernel, whatever the chooser would take for the shape."""
+    return request.param
 
 
 def check(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    kind: Kind = "tiled",
     config: Config | None = None,
     precision: str = "ieee",
 ) -> None:
+    config = config or smallest_config(kind, input, weight, precision)
     output = linear_forward(input, weight, bias, config=config, precision=precision)
     assert output.is_contiguous()
     assert_as_exact(
@@ -37,24 +47,25 @@ def check(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_forward_matches_float64(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+    shape: tuple[int, int, int], dtype: torch.dtype, kind: Kind, device: torch.device
 ) -> None:
     m, n, k = shape
-    check(*(normal(size, dtype, device) for size in ((m, k), (n, k), (n,))))
+    check(*(normal(size, dtype, device) for size in ((m, k), (n, k), (n,))), kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward_without_bias(dtype: torch.dtype, device: torch.device) -> None:
-    check(normal((40, 50), dtype, device), normal((35, 50), dtype, device), None)
+def test_forward_without_bias(dtype: torch.dtype, kind: Kind, device: torch.device) -> None:
+    check(normal((40, 48), dtype, device), normal((35, 48), dtype, device), None, kind)
 
 
-def test_forward_adds_bias_before_rounding(device: torch.device) -> None:
+def test_forward_adds_bias_before_rounding(kind: Kind, device: torch.device) -> None:
     # 1 + 2**-9 rounds to 1 in bfloat16: were the product rounded first,
     # the bias of -1 would leave 0.
     input = torch.tensor([[1 + 2**-7, 2**-9]], dtype=torch.bfloat16, device=device)
     weight = torch.tensor([[1, 1]], dtype=torch.bfloat16, device=device)
     bias = torch.tensor([-1 - 2**-7], dtype=torch.bfloat16, device=device)
-    assert linear_forward(input, weight, bias).item() == 2**-9
+    config = smallest_config(kind, input, weight, "ieee")
+    assert linear_forward(input, weight, bias, config=config).item() == 2**-9
 
 
 STRIDED_INPUTS = {
@@ -76,11 +87,12 @@ STRIDED_INPUTS = {
 
 
 @pytest.mark.parametrize("layout", STRIDED_INPUTS.values(), ids=STRIDED_INPUTS)
-def test_forward_takes_strided_input(layout, device: torch.device) -> None:  # type: ignore[no-untyped-def]
+def test_forward_takes_strided_input(layout, kind: Kind, device: torch.device) -> None:  # type: ignore[no-untyped-def]
     check(
         fenced(layout(device)),
         normal((35, 40), torch.float32, device),
         normal((35,), torch.float32, device),
+        kind,
     )
 
 
@@ -93,26 +105,27 @@ STRIDED_WEIGHTS = {
 
 
 @pytest.mark.parametrize("layout", STRIDED_WEIGHTS.values(), ids=STRIDED_WEIGHTS)
-def test_forward_takes_strided_weight_and_bias(layout, device: torch.device) -> None:  # type: ignore[no-untyped-def]
+def test_forward_takes_strided_weight_and_bias(layout, kind: Kind, device: torch.device) -> None:  # type: ignore[no-untyped-def]
     bias = normal((70,), torch.float32, device)[::2]
-    check(normal((50, 40), torch.float32, device), fenced(layout(device)), bias)
+    check(normal((50, 40), torch.float32, device), fenced(layout(device)), bias, kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward_batch_of_layers(dtype: torch.dtype, device: torch.device) -> None:
+def test_forward_batch_of_layers(dtype: torch.dtype, kind: Kind, device: torch.device) -> None:
     check(
         normal((3, 37, 20), dtype, device),
         normal((3, 41, 20), dtype, device),
         normal((3, 41), dtype, device),
+        kind,
     )
 
 
 @pytest.mark.parametrize("shared", ["input", "weight", "bias"])
-def test_forward_batch_of_stride_zero(shared: str, device: torch.device) -> None:
+def test_forward_batch_of_stride_zero(shared: str, kind: Kind, device: torch.device) -> None:
     operands = {"input": (3, 37, 20), "weight": (3, 41, 20), "bias": (3, 41)}
     tensors = {name: normal(shape, torch.float32, device) for name, shape in operands.items()}
     tensors[shared] = normal(operands[shared][1:], torch.float32, device).expand(operands[shared])
-    check(**tensors)
+    check(**tensors, kind=kind)
 
 
 def test_forward_tf32_rounds_operands_to_nearest(device: torch.device) -> None:
@@ -138,12 +151,13 @@ def test_forward_tf32_rounds_operands_to_nearest(device: torch.device) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_forward_passes_nan_and_infinity_on(
-    value: float, precision: str, device: torch.device
+    value: float, precision: str, kind: Kind, device: torch.device
 ) -> None:
     input = normal((40, 64), torch.float32, device)
     input[3, 5] = value
     weight = normal((30, 64), torch.float32, device).abs()
-    output = linear_forward(input, weight, precision=precision)
+    config = smallest_config(kind, input, weight, precision)
+    output = linear_forward(input, weight, precision=precision, config=config)
     expected = torch.full((30,), value, device=device)
     torch.testing.assert_close(output[3], expected, equal_nan=True)
     assert output[:3].isfinite().all()
@@ -223,7 +237,7 @@ def test_forward_chooses_offsets_by_every_operand(
         False,
         None,
     )
-    assert plan.kernel.constants["OFFSET_DTYPE"] == expected
+    assert plan.launch.launch.constants["OFFSET_DTYPE"] == expected
 
 
 def test_forward_chooses_offsets_by_the_output(device: torch.device) -> None:
@@ -231,4 +245,4 @@ def test_forward_chooses_offsets_by_the_output(device: torch.device) -> None:
         return launch.Operand(shape, (0,) * len(shape), torch.float32, device, True)
 
     plan = plan_forward((fields(2**16, 1), fields(2**16, 1), None), "ieee", None, False, None)
-    assert plan.kernel.constants["OFFSET_DTYPE"] == tl.int64
+    assert plan.launch.launch.constants["OFFSET_DTYPE"] == tl.int64

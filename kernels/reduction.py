@@ -1,0 +1,24 @@
+"""Sums that several programs share, and that come out the same in every run.
+
+Each program stores its part to a slice of its own. The last one to arrive adds the slices, in their
+order and not in that of arrival, so that one launch is enough.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def arrives_last(counter_ptr, programs):
+    """Whether this program is the last of `programs` to get here: each has stored its part then.
+
+    The counter starts as 0 and is left as 0 by the last one, for the next launch.
+    """
+    # Every thread's part is stored before one thread counts for all, and that one's release and
+    # acquire order the parts of all programs before what is loaded next.
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1
+    tl.debug_barrier()
+    if last:
+        tl.store(counter_ptr, 0)
+    return last

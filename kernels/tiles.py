@@ -1,0 +1,135 @@
+"""The configurations that are shipped: tiles for each family of GPUs and kind of arithmetic."""
+
+import functools
+
+import torch
+
+from .configs import Config, Kernel, Kind, Target, arithmetic, why_illegal
+
+# "tiled": (rows, columns, depth, stages, warps) of the output tiles, largest first, by the target's
+# family and the arithmetic. tests/test_compile.py compiles every one that is legal, for its target,
+# and fails where it spills.
+_TILES: dict[str, dict[str, list[tuple[int, int, int, int, int]]]] = {
+    "sm_80": {
+        "16-bit": [
+            (128, 128, 32, 4, 8),
+            (128, 64, 32, 4, 8),
+            (64, 64, 64, 3, 4),
+            (64, 64, 32, 4, 4),
+            (32, 64, 64, 4, 4),
+            (16, 64, 128, 3, 4),
+            (16, 64, 32, 4, 4),
+        ],
+        "tf32": [(128, 64, 32, 3, 8), (64, 64, 32, 4, 4), (32, 64, 32, 4, 4), (16, 64, 32, 4, 4)],
+        "float32": [
+            (128, 64, 16, 3, 8),
+            (64, 64, 16, 3, 8),
+            (32, 64, 16, 3, 4),
+            (16, 64, 16, 3, 4),
+        ],
+        "float64": [(64, 64, 16, 3, 8), (32, 32, 16, 3, 4), (16, 32, 16, 3, 4)],
+    },
+    "sm_90": {
+        "16-bit": [
+            (128, 256, 64, 3, 8),
+            (128, 128, 64, 4, 8),
+            (64, 128, 64, 4, 4),
+            (128, 64, 32, 4, 8),
+            (64, 64, 64, 4, 4),
+            (32, 64, 128, 4, 4),
+            (16, 64, 128, 4, 4),
+            (16, 64, 32, 4, 4),
+        ],
+        "tf32": [
+            (128, 128, 32, 4, 8),
+            (64, 128, 32, 4, 4),
+            (64, 64, 32, 4, 4),
+            (32, 64, 32, 4, 4),
+            (16, 64, 64, 4, 4),
+            (16, 32, 32, 4, 4),
+        ],
+        "float32": [
+            (128, 64, 16, 3, 8),
+            (64, 64, 16, 3, 8),
+            (32, 64, 16, 3, 4),
+            (16, 64, 16, 3, 4),
+        ],
+        "float64": [(64, 64, 16, 3, 8), (32, 32, 16, 2, 4), (16, 32, 16, 3, 4)],
+    },
+    "sm_100": {
+        "16-bit": [
+            (128, 128, 32, 4, 8),
+            (128, 64, 32, 4, 8),
+            (64, 64, 64, 3, 4),
+            (32, 64, 64, 3, 4),
+            (16, 64, 64, 4, 4),
+            (16, 64, 32, 4, 4),
+        ],
+        "tf32": [
+            (128, 64, 32, 4, 8),
+            (64, 64, 32, 4, 4),
+            (32, 64, 32, 4, 4),
+            (16, 64, 32, 4, 4),
+        ],
+        "float32": [
+            (64, 64, 16, 3, 8),
+            (32, 64, 16, 3, 4),
+            (16, 64, 16, 3, 4),
+        ],
+        "float64": [(64, 64, 16, 3, 8), (32, 32, 16, 3, 4), (16, 32, 16, 3, 4)],
+    },
+    "gfx942": {
+        "16-bit": [
+            (128, 128, 64, 2, 8),
+            (128, 64, 64, 2, 8),
+            (64, 64, 64, 2, 4),
+            (32, 64, 64, 2, 4),
+            (16, 64, 64, 2, 4),
+        ],
+        "tf32": [(128, 64, 32, 2, 8), (64, 64, 32, 2, 4), (32, 64, 32, 2, 4), (16, 64, 32, 2, 4)],
+        "float32": [
+            (128, 64, 16, 2, 8),
+            (64, 64, 16, 2, 4),
+            (32, 64, 16, 2, 4),
+            (16, 64, 16, 2, 4),
+        ],
+        "float64": [(64, 64, 16, 2, 4), (32, 32, 16, 2, 4), (16, 32, 16, 2, 4)],
+    },
+    "interpreter": {
+        kind: [(32, 32, 32, 1, 1)] for kind in ("16-bit", "tf32", "float32", "float64")
+    },
+}
+
+
+def _config(
+    kernel: Kernel, rows: int, columns: int, depth: int, num_stages: int, num_warps: int
+) -> Config:
+    if kernel == "backward_weight":
+        return Config(depth, rows, columns, num_warps, num_stages)
+    return Config(rows, columns, depth, num_warps, num_stages)
+
+
+@functools.cache
+def legal_configs(
+    kernel: Kernel,
+    dtype: torch.dtype,
+    precision: str,
+    aligned: bool,
+    target: Target,
+    activation: bool = False,
+    descriptors: bool = False,
+    kind: Kind = "tiled",
+) -> tuple[Config, ...]:
+    """Every shipped configuration of one kind that is legal, largest tile first.
+
+    The arguments are those of `why_illegal`.
+    """
+    shipped = _shipped(kernel, kind, arithmetic(dtype, precision), target.family)
+    given = (dtype, precision, aligned, target, activation, descriptors)
+    return tuple(config for config in shipped if why_illegal(kernel, config, *given) is None)
+
+
+def _shipped(kernel: Kernel, kind: Kind, arithmetic: str, family: str) -> list[Config]:
+    if kind == "tiled":
+        return [_config(kernel, *tile) for tile in _TILES[family][arithmetic]]
+    return []
