@@ -1,9 +1,10 @@
 """Microseconds of host time a call: what Python and PyTorch take besides the kernels.
 
 Run it as `python -m benchmarks.host_time`. A tiny layer is called many times, with `F.linear`,
-`nn.Linear`, and fastlinear with each backend. For "triton" the launches themselves are left out
-(`fastlinear.kernels.launch.run` does nothing), so that it needs no GPU; what is left is everything
-between the user's call and the launch. The input needs no gradient, as a first layer's.
+`nn.Linear`, and fastlinear with each backend. For "triton" the launchers that Triton has compiled
+are replaced by a function that does nothing, so that it needs no GPU; what is left is everything
+between the user's call and that launcher, the look-up of the compiled kernel included. The input
+needs no gradient, as a first layer's.
 """
 
 import argparse
@@ -11,9 +12,11 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,12 +25,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # launchers take CPU tensors only then; nothing is run
 
 import torch.nn.functional as F
+import triton
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastlinear
 from benchmarks.environment import environment
-from fastlinear.kernels import launch
+from fastlinear.kernels import compiled_launch, launch
 
 ROWS, FEATURES = 4, 16
 MODES = ("no grad", "grad", "forward + backward")
@@ -95,15 +99,38 @@ def measure(rounds: int, calls: int) -> list[dict[str, Any]]:
     ]
 
 
+@contextmanager
+def without_launches() -> Iterator[None]:
+    """Within it, Triton hands out compiled kernels that do nothing, and compiles none.
+
+    It is for shapes that nothing in the process has launched before.
+    """
+    launches: list[launch.Launch] = []
+
+    def by_triton(kernel: Any, launched: launch.Launch, pointers: Any) -> Any:
+        launches.append(launched)
+        return SimpleNamespace(run=lambda *arguments: None, function=0, packed_metadata=())
+
+    direct, run_by_triton = compiled_launch.DIRECT, compiled_launch._run_by_triton
+    compiled_launch.DIRECT, compiled_launch._run_by_triton = True, by_triton
+    if not torch.cuda.is_available():
+        triton.runtime.driver.set_active(SimpleNamespace(get_current_stream=id))
+    try:
+        yield
+    finally:
+        compiled_launch.DIRECT, compiled_launch._run_by_triton = direct, run_by_triton
+        if not torch.cuda.is_available():
+            triton.runtime.driver.set_active(None)
+        for launched in launches:
+            launched.compiled.clear()
+
+
 def measure_without_launches(rounds: int, calls: int) -> list[dict[str, Any]]:
     """`measure`, with everything done but the launches, in one thread."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    run, launch.run = launch.run, lambda *launched: None
-    try:
+    with without_launches():
         return measure(rounds, calls)
-    finally:
-        launch.run = run
 
 
 def table(rows: list[dict[str, Any]]) -> str:

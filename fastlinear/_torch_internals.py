@@ -14,7 +14,9 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch._C._dynamo import eval_frame as _eval_frame
+from torch._C._dynamo.guards import TensorGuards
 from torch._jit_internal import is_scripting as is_scripting
 from torch.autograd import forward_ad
 from torch.autograd.function import Function, _SingleLevelFunction
@@ -85,6 +87,50 @@ BEYOND_PLAIN = ~_bits(
     DispatchKey.AutogradCUDA,
     DispatchKey.ADInplaceOrView,
 )
+
+
+_BEYOND_PLAIN_BY_THREAD = BEYOND_PLAIN & ~_bits(DispatchKey.BackendSelect)  # always there
+_AUTOGRAD = _bits(DispatchKey.AutogradCPU, DispatchKey.AutogradCUDA)
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Whether nothing wants a call with `tensors` but autograd and the device's own kernel."""
+    added = torch._C._dispatch_tls_local_include_set().raw_repr()
+    taken = torch._C._dispatch_tls_local_exclude_set().raw_repr()
+    return not any(
+        (torch._C._dispatch_keys(tensor).raw_repr() | added) & ~taken & _BEYOND_PLAIN_BY_THREAD
+        for tensor in tensors
+    )
+
+
+def above_autograd() -> bool:
+    """Whether calls get to autograd: not in inference mode, nor below the Autograd key."""
+    return not torch._C._dispatch_tls_local_exclude_set().raw_repr() & _AUTOGRAD
+
+
+def alike(*tensors: Tensor) -> Callable[..., bool]:
+    """A function that says whether as many tensors are like these, in a third of a microsecond.
+
+    It is what Dynamo guards compiled code with, and compares types, dispatch keys, those that the
+    thread adds and takes included, dtypes, devices, requires_grad, shapes and strides. It keeps no
+    tensor. It must not be asked about nested tensors, and does not see what `watched` does.
+    """
+    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+
+_torch_functions_watched: Callable[[], bool] = torch._C._is_torch_function_mode_enabled
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_profiled: Callable[[], bool] = torch._C._autograd._profiler_enabled
+
+
+def watched() -> bool:
+    """Whether a mode or a profiler is to see every op, or tangents go with tensors."""
+    return (
+        forward_ad._current_level >= 0  # a transform's level has a dispatch key besides
+        or _torch_functions_watched()
+        or _dispatch_modes() > 0
+        or _profiled()
+    )
 
 
 # `torch.backends.cuda.matmul.fp32_precision`, in a fifth of the time.

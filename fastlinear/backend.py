@@ -5,9 +5,9 @@ Backends, what the kernels need of the machine, and the calls into the kernels.
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from types import ModuleType, TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,6 +121,18 @@ def float32_precision() -> str:
     Unset counts as "highest", as it does for cuBLAS.
     """
     return "tf32" if internals.float32_matmul_precision() == "tf32" else "ieee"
+
+
+def settings() -> Hashable:
+    """What plans depend on besides operands."""
+    return float32_precision()
+
+
+def plan(input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    """The plan that `forward` follows."""
+    kernels = launchers().forward
+    operands = kernels.launch.describe(input, weight, bias)
+    return kernels.plan_forward(operands, float32_precision(), None, False, None)
 
 
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

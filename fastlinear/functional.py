@@ -11,9 +11,9 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend
+from fastlinear import backend, shortcut
 from fastlinear.activations import ACTIVATIONS, linear_activation_op
-from fastlinear.autograd import linear_op
+from fastlinear.autograd import LinearFunction, linear_op
 from fastlinear.gated import gated_linear_op
 from fastlinear.kernels.operands import DTYPES, check_activation
 
@@ -65,8 +65,6 @@ def linear(
         type(input) is Tensor
         and type(weight) in _PLAIN
         and (bias is None or type(bias) in _PLAIN)
-        and weight.dim() == 2
-        and not internals.transforming()
         and not is_dynamo_compiling()
     ):
         # Looking into good arguments takes half as long as all the rest of a call: bad ones are
@@ -74,8 +72,17 @@ def linear(
         # caller, and a compiler sees no exception.
         try:
             if activation is None:
-                return _linear(input, weight, bias)
-            return _linear_activation(input, weight, bias, activation)
+                way = shortcut.find(input, weight, bias)
+                if way is not None:
+                    if way.requires_grad and torch.is_grad_enabled():
+                        return LinearFunction.apply(input, weight, bias, way.output)
+                    return way.output(input, weight, bias)
+            if weight.dim() == 2 and not internals.transforming():
+                if activation is None:
+                    output = _linear(input, weight, bias)
+                    shortcut.remember(input, weight, bias)
+                    return output
+                return _linear_activation(input, weight, bias, activation)
         except RuntimeError:
             if why_not(input, weight, bias) is None and not _broadcasts(weight, bias):
                 raise

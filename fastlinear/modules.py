@@ -11,6 +11,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from fastlinear import _torch_internals as internals
 from fastlinear.activations import ACTIVATIONS
@@ -88,6 +89,15 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if internals.is_scripting():  # TorchScript compiles this branch alone
             return _scripted(F.linear(input, self.weight, self.bias), self.activation)
+        own = self._parameters
+        if (
+            type(self) is Linear  # a subclass, such as parametrizations make, may compute them
+            and "weight" in own
+            and "bias" in own
+            and not is_dynamo_compiling()
+        ):
+            # Module.__getattr__ would find the same in ten times as long.
+            return linear(input, own["weight"], own["bias"], self.activation)  # type: ignore[arg-type]
         return linear(input, self.weight, self.bias, self.activation)
 
     def extra_repr(self) -> str:

@@ -4,6 +4,7 @@ There may be a batch of independent layers. The kernels are in files of their ow
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -172,7 +173,30 @@ def _run(
     if launched.grid != (0,):
         pointers: tuple[Tensor | None, ...] = (input, weight, bias, output, preactivation)
         if partial is not None:
-            workspace = launch.allocate(input, partial), launch.counters(input, counters)
-            pointers += workspace
+            pointers += _workspace(input, partial, counters)
         launch.run(kernel, launched, pointers)
     return output, preactivation
+
+
+def _workspace(like: Tensor, partial: launch.Operand, counters: int) -> tuple[Tensor, Tensor]:
+    return launch.allocate(like, partial), launch.counters(like, counters)
+
+
+def as_planned(plan: ForwardPlan) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """`linear_forward` for operands like those of `plan`, with nothing left to find out.
+
+    The plan is one with something to launch, no copy of input and no pre-activation.
+    """
+    kernel, launched, partial, counters = plan.launch
+    described = plan.output
+
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        output = launch.allocate(input, described)
+        if partial is None:
+            launch.run(kernel, launched, (input, weight, bias, output, None))
+        else:
+            workspace = _workspace(input, partial, counters)
+            launch.run(kernel, launched, (input, weight, bias, output, None, *workspace))
+        return output
+
+    return forward

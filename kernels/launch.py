@@ -8,16 +8,13 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from .compiled_launch import INTERPRETING as INTERPRETING
+from .compiled_launch import Launch as Launch
+from .compiled_launch import run as run
 from .configs import INTERPRETER, Config, Target
-from .indexing import locate_tile
-
-# Kernels interpret, or compile, for the life of the process:
-# triton.jit decides when it decorates them.
-INTERPRETING: bool = not isinstance(locate_tile, triton.runtime.JITFunction)
 
 LARGEST_INT32 = 2**31 - 1
 
@@ -81,29 +78,6 @@ def describe(
             third.data_ptr() % 16 == 0,
         ),
     )
-
-
-class Launch(NamedTuple):
-    """All of a kernel's launch but its pointers.
-
-    grid: as Triton takes it; (0,) where there is nothing to compute.
-    scalars: the kernel's sizes and strides, in its order.
-    constants: its constexprs, and Triton's options.
-    """
-
-    grid: tuple[int]
-    scalars: tuple[float, ...]
-    constants: dict[str, Any]
-
-
-def run(kernel: Any, launch: Launch, pointers: tuple[Tensor | None, ...]) -> None:
-    """Launches `kernel` on the device of its operands, which the first of `pointers` is on."""
-    first: Any = pointers[0]
-    if first.is_cuda and first.device.index != torch.cuda.current_device():
-        with torch.cuda.device(first.device):
-            kernel[launch.grid](*pointers, *launch.scalars, **launch.constants)
-    else:
-        kernel[launch.grid](*pointers, *launch.scalars, **launch.constants)
 
 
 class Rows(NamedTuple):
@@ -173,8 +147,10 @@ def batch_strides(operand: Operand, dims: int) -> tuple[int, ...]:
 def allocate(like: Tensor, output: Operand) -> Tensor:
     """Uninitialised memory for `output`, on `like`'s device; the tests put NaN in it.
 
-    `new_empty`, which works strides out by itself, takes a third longer.
+    `new_empty`, which works strides out by itself, takes a third longer, and so does a dtype.
     """
+    if output.dtype == like.dtype:
+        return like.new_empty_strided(output.shape, output.strides)
     return like.new_empty_strided(output.shape, output.strides, dtype=output.dtype)
 
 
