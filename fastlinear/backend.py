@@ -125,7 +125,7 @@ def float32_precision() -> str:
 
 def settings() -> Hashable:
     """What plans depend on besides operands."""
-    return float32_precision()
+    return internals.float32_matmul_precision()
 
 
 def plan(input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:

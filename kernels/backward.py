@@ -4,7 +4,7 @@ grad_input is a forward through the transposed weight; grad_weight and grad_bias
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -505,19 +505,23 @@ def run_sums(sums: Sums) -> None:
     launch.run(sum_splits_kernel, *sums)
 
 
-def _launch_of_sums(splits: int, weight_size: int, bias_size: int, offsets: Any) -> launch.Launch:
+@functools.lru_cache(maxsize=4096)
+def _launch_of_sums(
+    parts: launch.Launch | None, splits: int, weight_size: int, bias_size: int
+) -> launch.Launch:
+    """The launch that follows that of `parts`, whose dtypes and device it shares."""
     return launch.Launch(
         grid=(triton.cdiv(weight_size, SUM_BLOCK) + triton.cdiv(bias_size, SUM_BLOCK),),
         scalars=(splits, weight_size, bias_size),
         constants={
             "SUM_BIAS": bias_size > 0,
-            "SUM_OFFSET_DTYPE": offsets,
+            "SUM_OFFSET_DTYPE": parts.constants["OFFSET_DTYPE"] if parts else tl.int32,
             "SUM_BLOCK": SUM_BLOCK,
         },
     )
 
 
-NO_SUMS = _launch_of_sums(0, 0, 0, tl.int32)
+NO_SUMS = _launch_of_sums(None, 0, 0, 0)
 
 
 def backward_weight_but_sums(
@@ -551,10 +555,10 @@ def backward_weight_but_sums(
     pointers = (grad_output, input, partial_weight, partial_bias)
     launch.run(linear_backward_weight_kernel, plan.kernel, pointers)
     sums = _launch_of_sums(
+        plan.kernel,
         partial_weight.shape[0],
         grad_weight.numel(),
         0 if grad_bias is None else grad_bias.numel(),
-        plan.kernel.constants["OFFSET_DTYPE"],
     )
     return grad_weight, grad_bias, (sums, (partial_weight, partial_bias, grad_weight, grad_bias))
 
@@ -626,13 +630,7 @@ def backward_input_and_sums(
     grad_input = launch.allocate(grad_output, plan.output)
     if sums is None:
         sums = NO_SUMS, (grad_input,) * 4  # no program gets to look at them
-    both = launch.Launch(
-        grid=(sums[0].grid[0] + plan.launch.launch.grid[0],),
-        scalars=plan.launch.launch.scalars + sums[0].scalars,
-        constants=plan.launch.launch.constants
-        | sums[0].constants
-        | {"SECOND_PRODUCT": second_weight is not None},
-    )
+    both = _launch_of_both(plan.launch.launch, sums[0], second_weight is not None)
     pointers = (
         grad_output,
         weight,
@@ -646,6 +644,17 @@ def backward_input_and_sums(
     if both.grid != (0,):
         launch.run(linear_forward_and_sums_kernel, both, pointers)
     return grad_input
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch_of_both(
+    product: launch.Launch, sums: launch.Launch, second_product: bool
+) -> launch.Launch:
+    return launch.Launch(
+        grid=(sums.grid[0] + product.grid[0],),
+        scalars=product.scalars + sums.scalars,
+        constants=product.constants | sums.constants | {"SECOND_PRODUCT": second_product},
+    )
 
 
 def _as_aligned_as_both(first: launch.Fields, second: launch.Fields) -> launch.Fields:

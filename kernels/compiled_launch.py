@@ -1,8 +1,8 @@
-"""Launches without Triton's own way to them, after the first of a kind.
+"""Launches: the first of its kind goes through Triton, later ones to what Triton has compiled.
 
-Triton looks at every argument of every launch for what it has specialised the kernel on, which takes
-longer than all the rest of a call. Most of that is the same in all launches of one `Launch`, and the
-rest, `specialization`, is quickly told; so the kernel that Triton has compiled is kept with it.
+Triton looks at every argument of every launch for what it specialises kernels on, which takes
+longer than all the rest of a call. Nearly all of that is the same whenever one `Launch` is
+launched; what is not, `specialization` tells quickly. So the compiled kernel is kept with it.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,26 +20,34 @@ from .indexing import locate_tile
 # triton.jit decides when it decorates them.
 INTERPRETING: bool = not isinstance(locate_tile, triton.runtime.JITFunction)
 
-# The Tritons whose launchers are known to take what `run` gives them. 3.9 makes the same call, but
-# has more to look at (fpsan, gsan), so that it launches every time in its own way.
-KNOWN_TRITONS = ("3.6.", "3.7.")
-DIRECT: bool = not INTERPRETING and triton.__version__.startswith(KNOWN_TRITONS)
 
-KEPT_KERNELS = 64  # of one Launch; more than a few come of addresses that are aligned by turns
+def known(version: str) -> bool:
+    """Whether `run` is known to do all that this Triton's own way to the launcher does.
+
+    3.9 makes the same call too, but specialises on more of its settings: there, as with every other
+    version, all launches go Triton's own way.
+    """
+    return version.startswith(("3.6.", "3.7."))
+
+
+DIRECT: bool = known(triton.__version__) and not INTERPRETING
 AMD: bool = torch.version.hip is not None
 RUNTIME, COMPILATION = knobs.runtime, knobs.compilation
-INSTRUMENTED: str = COMPILATION.instrumentation_mode
+INSTRUMENTED: str = COMPILATION.instrumentation_mode  # by the environment
+
+LARGEST_CACHE = 64  # of one Launch: every choice of unaligned pointers has a kernel of its own
 
 
 class Compiled(NamedTuple):
-    """A kernel as Triton has compiled it, and how it is launched.
+    """A kernel as Triton has compiled it, and what its launcher takes.
 
-    source, kernel: what it was compiled from, and Triton's object of it, which keeps it loaded.
+    source, kernel: what was compiled, and Triton's object of the result, which keeps it loaded.
     launcher, function, metadata: that object's.
     current_stream: a device's, by its index; Triton knows how PyTorch is asked for it.
     device: the index of the device that it is loaded on.
-    only_device: whether there is no other, so that it need not be made the current one.
-    arguments: all but the pointers, in the kernel's order; the launcher skips constexprs.
+    only_device: whether there is no other, and so no need to ask which is the current one.
+    grid: of three dimensions.
+    arguments: all but the pointers, in the kernel's order. Triton's launcher skips constexprs.
     """
 
     source: Any
@@ -50,6 +58,7 @@ class Compiled(NamedTuple):
     current_stream: Callable[[int], int]
     device: int
     only_device: bool
+    grid: tuple[int, ...]
     arguments: tuple[Any, ...]
 
 
@@ -57,9 +66,9 @@ class Compiled(NamedTuple):
 class Launch:
     """All of a kernel's launch but its pointers.
 
-    It is for operands of one description (`launch.describe`): a device, dtypes, and which of the
-    pointers are None must follow from it. What is compiled for it is kept with it, so it is to be
-    kept, rather than made for every call.
+    It is for operands of one description (`launch.describe`), from which the device, the dtypes of
+    all pointers and which of them are None must follow. What is compiled for it is kept with it:
+    it is to be kept too, rather than made for every call.
 
     grid: as Triton takes it; (0,) where there is nothing to compute.
     scalars: the kernel's sizes and strides, in its order.
@@ -70,22 +79,21 @@ class Launch:
     grid: tuple[int]
     scalars: tuple[float, ...]
     constants: dict[str, Any]
-    compiled: dict[tuple[Any, ...], Compiled] = field(default_factory=dict, repr=False)
+    compiled: dict[tuple[bool, ...], Compiled] = field(default_factory=dict, repr=False)
 
 
-def specialization(pointers: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def specialization(pointers: Sequence[Tensor | None]) -> tuple[bool, ...]:
     """What Triton specialises a kernel on that launches of one `Launch` do not share.
 
     That is which addresses divide by 16, outputs' and workspaces' included, and on AMD also which
-    storages are small. Integers by value and width, constexprs, options, dtypes, device, and which
-    pointers are None are the Launch's.
+    storages are small. Values and widths of integers, constexprs, options, dtypes, device, and
+    which pointers are None are the Launch's.
     """
-    aligned = (one is None or one.data_ptr() % 16 == 0 for one in pointers)
-    if AMD:
-        return *aligned, *(
-            one is None or one.untyped_storage().nbytes() < 2**31 for one in pointers
-        )
-    return tuple(aligned)
+    aligned = tuple([one is None or one.data_ptr() % 16 == 0 for one in pointers])
+    if not AMD:
+        return aligned
+    small = [one is None or one.untyped_storage().nbytes() < 2**31 for one in pointers]
+    return *aligned, *small
 
 
 def watched(kernel: Any) -> bool:
@@ -119,30 +127,30 @@ def run(kernel: Any, launch: Launch, pointers: tuple[Tensor | None, ...]) -> Non
         address = 0 if one is None else one.data_ptr()
         addresses.append(address)
         bits |= address
-    # Nearly always all are aligned, and then there is no need to say which.
+    # Nearly always all are aligned, and then nothing is to be told apart.
     key = specialization(pointers) if bits % 16 or AMD else ()
     compiled = launch.compiled.get(key)
-    if compiled is None or compiled[0] is not kernel:
+    if compiled is None or compiled.source is not kernel:
         found = _run_by_triton(kernel, launch, pointers)
         if found is not None:
-            if len(launch.compiled) >= KEPT_KERNELS:
+            if len(launch.compiled) >= LARGEST_CACHE:
                 launch.compiled.clear()
             launch.compiled[key] = _keep(kernel, found, launch, pointers)
         return
-    _, _, launcher, function, metadata, current_stream, device, only_device, arguments = compiled
+    _, _, launcher, function, metadata, current_stream, device, only_device, grid, arguments = (
+        compiled
+    )
     if not only_device and device != torch.cuda.current_device():
         with torch.cuda.device(device):
             run(kernel, launch, pointers)
         return
-    # The call that Triton's own run ends with, less the hooks.
+    # The call that Triton's own way ends with, less the hooks.
     stream = current_stream(device)
-    launcher(
-        *launch.grid, 1, 1, stream, function, metadata, None, None, None, *addresses, *arguments
-    )
+    launcher(*grid, stream, function, metadata, None, None, None, *addresses, *arguments)
 
 
 def _run_by_triton(kernel: Any, launch: Launch, pointers: tuple[Tensor | None, ...]) -> Any:
-    """Triton's object of the compiled kernel, or None if there is none."""
+    """Triton's object of the compiled kernel; None where it has none to give."""
     first: Any = pointers[0]
     if first.is_cuda and first.device.index != torch.cuda.current_device():
         with torch.cuda.device(first.device):
@@ -164,5 +172,6 @@ def _keep(
         triton.runtime.driver.active.get_current_stream,
         first.device.index,
         torch.cuda.device_count() <= 1,
-        (*launch.scalars, *(launch.constants[name] for name in constexprs)),
+        (*launch.grid, 1, 1)[:3],
+        (*launch.scalars, *(launch.constants.get(name) for name in constexprs)),
     )
