@@ -33,6 +33,7 @@ ACTIVATED_BACKWARD = (
 GATED = ("tests/test_gated.py::test_gated_values_and_gradients_are_as_exact_as_pytorch_s",)
 GATED_MLP = ("tests/test_gated_mlp.py",)
 FOLDED = ("tests/test_fold.py",)
+LAUNCHED, SHORTCUT = ("tests/test_compiled_launch.py",), ("tests/test_shortcut.py",)
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,111 @@ MUTANTS = [
         "            first.data_ptr() % 16 == 0,",
         "            True,",
         DISPATCH,
+    ),
+    Mutant(
+        "one compiled kernel for all alignments",
+        "kernels/compiled_launch.py",
+        "key = specialization(pointers) if bits % 16 or AMD else ()",
+        "key = ()",
+        LAUNCHED,
+    ),
+    Mutant(
+        "the last pointer's alignment stands for all",
+        "kernels/compiled_launch.py",
+        "bits |= address",
+        "bits = address",
+        LAUNCHED,
+    ),
+    Mutant(
+        "sizes of storages left out on AMD",
+        "kernels/compiled_launch.py",
+        "    if not AMD:\n",
+        "    if True:\n",
+        LAUNCHED,
+    ),
+    Mutant(
+        "another kernel taken for the one of the launch",
+        "kernels/compiled_launch.py",
+        "if compiled is None or compiled.source is not kernel:",
+        "if compiled is None:",
+        LAUNCHED,
+    ),
+    Mutant(
+        "launch hooks passed by",
+        "kernels/compiled_launch.py",
+        "hooks = enter.calls or leave.calls",
+        "hooks = enter.calls",
+        LAUNCHED,
+    ),
+    Mutant(
+        "launched on the current device",
+        "kernels/compiled_launch.py",
+        "    if not only_device and device != torch.cuda.current_device():\n",
+        "    if False:\n",
+        LAUNCHED,
+    ),
+    Mutant(
+        "compiled kernels kept without end",
+        "kernels/compiled_launch.py",
+        "if len(launch.compiled) >= LARGEST_CACHE:",
+        "if False:",
+        LAUNCHED,
+    ),
+    Mutant(
+        "one launch of sums for all dtypes",
+        "kernels/backward.py",
+        "    sums = _launch_of_sums(\n        plan.kernel,\n",
+        "    sums = _launch_of_sums(\n        None,\n",
+        LAUNCHED,
+    ),
+    Mutant(
+        "shortcut past modes and profilers",
+        "fastlinear/shortcut.py",
+        "usable = _aligned(operands) and not internals.watched()",
+        "usable = _aligned(operands)",
+        SHORTCUT,
+    ),
+    Mutant(
+        "shortcut of aligned operands for others",
+        "fastlinear/shortcut.py",
+        "usable = _aligned(operands) and not internals.watched()",
+        "usable = not internals.watched()",
+        SHORTCUT,
+    ),
+    Mutant(
+        "shortcut past the precision that is set",
+        "fastlinear/backend.py",
+        "return internals.float32_matmul_precision()",
+        "return None",
+        SHORTCUT,
+    ),
+    Mutant(
+        "shortcut past autocast",
+        "fastlinear/shortcut.py",
+        "internals.watched() or not internals.plain(*operands) or not",
+        "internals.watched() or not",
+        SHORTCUT,
+    ),
+    Mutant(
+        "shortcut records gradients in inference mode",
+        "fastlinear/shortcut.py",
+        "internals.above_autograd() and any(",
+        "any(",
+        SHORTCUT,
+    ),
+    Mutant(
+        "shortcut past tangents",
+        "fastlinear/_torch_internals.py",
+        "        forward_ad._current_level >= 0  # a",
+        "        False  # a",
+        SHORTCUT,
+    ),
+    Mutant(
+        "a computed weight taken for the parameter",
+        "fastlinear/modules.py",
+        "type(self) is Linear  #",
+        "True  #",
+        SHORTCUT,
     ),
     Mutant(
         "compiled forward mode loses tangents",

@@ -4,9 +4,8 @@ Each test first makes a shortcut, by a call, and then a call that must not take 
 """
 
 import gc
-import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,10 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlinear
-from benchmarks.host_time import without_launches
 from fastlinear import functional, shortcut
 from fastlinear.autograd import linear_op
-from fastlinear.kernels import launch
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -182,6 +179,16 @@ def test_other_operands_of_the_same_shapes_are_told_apart(
                 torch.autograd.grad(theirs, needed, grad_output),
             )
         right(fastlinear.linear(*operands), *operands)
+
+
+def test_a_plan_for_aligned_operands_is_not_followed_for_others(operands: Operands) -> None:
+    for position in range(3):
+        others = list(operands)
+        others[position] = moved(others[position]).requires_grad_(position > 0)
+        assert others[position].data_ptr() % 16
+        assert shortcut.find(*others) is None
+        fastlinear.linear(*others)
+        assert shortcut.find(*others) is None
 
 
 def test_other_dtypes_and_devices_are_refused_as_before(operands: Operands) -> None:
@@ -382,49 +389,3 @@ def test_a_layer_whose_weight_is_computed_computes_it(device: torch.device) -> N
     torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")
     values = {"weight": 3 * weight, "bias": bias}
     right(torch.func.functional_call(layer, values, (input,)), input, 3 * weight, bias)
-
-
-def calls_of(function: Callable[[], object]) -> int:
-    """How many functions `function` calls, Python's and C's."""
-    count = 0
-
-    def profile(frame: Any, event: str, argument: Any) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(profile)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return count
-
-
-allocate = launch.allocate  # not that of the tests
-
-
-@pytest.fixture
-def unlaunched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(launch, "allocate", allocate)
-    with without_launches():
-        yield
-
-
-@pytest.mark.parametrize(
-    ("what", "grad", "most"),
-    [("linear", False, 38), ("linear", True, 44), ("Linear", False, 44), ("Linear", True, 50)],
-)
-def test_a_call_gets_to_its_launch_in_few_steps(
-    what: str, grad: bool, most: int, unlaunched: None, device: torch.device
-) -> None:
-    """Some more than it takes. Microseconds would depend on the machine, and what else it does."""
-    layer = fastlinear.Linear(16, 16, device=device)
-    weight, bias, input = layer.weight, layer.bias, torch.randn(4, 16, device=device)
-    with torch.set_grad_enabled(grad):
-        call = {
-            "linear": lambda: fastlinear.linear(input, weight, bias),
-            "Linear": lambda: layer(input),
-        }[what]
-        for _ in range(3):
-            call()
-        assert calls_of(call) <= most
