@@ -5,7 +5,7 @@ Backends, what the kernels need of the machine, and the calls into the kernels.
 
 import functools
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
 
@@ -123,9 +123,8 @@ def float32_precision() -> str:
     return "tf32" if internals.float32_matmul_precision() == "tf32" else "ieee"
 
 
-def settings() -> Hashable:
-    """What plans depend on besides operands."""
-    return internals.float32_matmul_precision()
+# What plans depend on besides operands.
+settings: Callable[[], Hashable] = internals.float32_matmul_precision
 
 
 def plan(input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
 
 from .indexing import locate_tile
 
@@ -32,10 +31,12 @@ def known(version: str) -> bool:
 
 DIRECT: bool = known(triton.__version__) and not INTERPRETING
 AMD: bool = torch.version.hip is not None
-RUNTIME, COMPILATION = knobs.runtime, knobs.compilation
-INSTRUMENTED: str = COMPILATION.instrumentation_mode  # by the environment
-
 LARGEST_CACHE = 64  # of one Launch: every choice of unaligned pointers has a kernel of its own
+
+if known(triton.__version__):  # another may have none of these
+    RUNTIME, COMPILATION = triton.knobs.runtime, triton.knobs.compilation
+    ENTER, LEAVE = type(RUNTIME).launch_enter_hook, type(RUNTIME).launch_exit_hook
+    WATCHED_FROM_OUTSIDE: bool = bool(RUNTIME.debug or COMPILATION.instrumentation_mode)
 
 
 class Compiled(NamedTuple):
@@ -102,17 +103,17 @@ def watched(kernel: Any) -> bool:
     Hooks that are called when a kernel is compiled or loaded are no concern of later launches.
     Environment variables count as they were when Triton was imported.
     """
+    assigned = RUNTIME.__dict__ or COMPILATION.__dict__  # since Triton was imported
+    if not (assigned or ENTER.calls or LEAVE.calls or kernel.pre_run_hooks):
+        return WATCHED_FROM_OUTSIDE
     enter, leave = RUNTIME.launch_enter_hook, RUNTIME.launch_exit_hook
-    try:
-        hooks = enter.calls or leave.calls
-    except AttributeError:  # a function, or None, has been put in the place of a chain
-        hooks = True
     return bool(
-        hooks
+        getattr(enter, "calls", enter)  # a chain of hooks, unless a hook has taken its place
+        or getattr(leave, "calls", leave)
         or kernel.pre_run_hooks
         or RUNTIME.debug
         or RUNTIME.add_stages_inspection_hook
-        or COMPILATION.__dict__.get("instrumentation_mode", INSTRUMENTED)
+        or COMPILATION.instrumentation_mode
     )
 
 
@@ -130,7 +131,7 @@ def run(kernel: Any, launch: Launch, pointers: tuple[Tensor | None, ...]) -> Non
     # Nearly always all are aligned, and then nothing is to be told apart.
     key = specialization(pointers) if bits % 16 or AMD else ()
     compiled = launch.compiled.get(key)
-    if compiled is None or compiled.source is not kernel:
+    if compiled is None or compiled[0] is not kernel:
         found = _run_by_triton(kernel, launch, pointers)
         if found is not None:
             if len(launch.compiled) >= LARGEST_CACHE:
@@ -144,7 +145,8 @@ def run(kernel: Any, launch: Launch, pointers: tuple[Tensor | None, ...]) -> Non
         with torch.cuda.device(device):
             run(kernel, launch, pointers)
         return
-    # The call that Triton's own way ends with, less the hooks.
+    # The call that Triton's own way ends with, less the hooks. Where a kernel needs memory of its
+    # own (descriptors that it makes), the launcher allocates it.
     stream = current_stream(device)
     launcher(*grid, stream, function, metadata, None, None, None, *addresses, *arguments)
 

@@ -149,9 +149,10 @@ def allocate(like: Tensor, output: Operand) -> Tensor:
 
     `new_empty`, which works strides out by itself, takes a third longer, and so does a dtype.
     """
-    if output.dtype == like.dtype:
-        return like.new_empty_strided(output.shape, output.strides)
-    return like.new_empty_strided(output.shape, output.strides, dtype=output.dtype)
+    shape, strides, dtype, _, _ = output
+    if dtype is like.dtype:
+        return like.new_empty_strided(shape, strides)
+    return like.new_empty_strided(shape, strides, dtype=dtype)
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}

@@ -262,15 +262,15 @@ MUTANTS = [
     Mutant(
         "another kernel taken for the one of the launch",
         "kernels/compiled_launch.py",
-        "if compiled is None or compiled.source is not kernel:",
+        "if compiled is None or compiled[0] is not kernel:",
         "if compiled is None:",
         LAUNCHED,
     ),
     Mutant(
         "launch hooks passed by",
         "kernels/compiled_launch.py",
-        "hooks = enter.calls or leave.calls",
-        "hooks = enter.calls",
+        "if not (assigned or ENTER.calls or LEAVE.calls or kernel.pre_run_hooks):",
+        "if not (assigned or ENTER.calls or kernel.pre_run_hooks):",
         LAUNCHED,
     ),
     Mutant(

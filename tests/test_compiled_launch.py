@@ -5,10 +5,14 @@ can be looked at; what Triton specialises on is asked of Triton.
 """
 
 import itertools
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -329,6 +333,19 @@ def test_the_tritons_that_are_known() -> None:
         assert compiled_launch.known(version)
     for version in ("3.5.1", "3.8.0", "3.9.0", "3.70.0", "4.3.7", "3.6"):
         assert not compiled_launch.known(version)
+
+
+@pytest.mark.skipif(
+    not compiled_launch.known(triton.__version__), reason="all launches go Triton's own way"
+)
+def test_triton_itself_gives_its_launcher_the_same() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    script = Path(__file__).parent / "compare_launches.py"
+    run = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.startswith("3 launches by Triton")
 
 
 def test_an_unknown_triton_launches_itself(
