@@ -151,6 +151,8 @@ def has_hooks(module: torch.nn.Module) -> bool:
     )
 
 
+# Whether autocast is on, for any kind of device.
+autocasting: Callable[[], bool] = torch._C._is_any_autocast_enabled
 # Whether a transform of torch.func is active.
 transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 

@@ -53,13 +53,15 @@ def find(input: Tensor, weight: Tensor, bias: Tensor | None) -> Shortcut | None:
 
 def remember(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Makes a shortcut for operands that `linear` has just taken, if there can be one."""
+    # First what is quickly told: where there is never a shortcut this is in vain every time.
+    addresses = input.data_ptr() | weight.data_ptr() | (0 if bias is None else bias.data_ptr())
+    if addresses % 16 or internals.autocasting() or internals.watched():
+        return
     operands = (input, weight) if bias is None else (input, weight, bias)
-    if internals.watched() or not internals.plain(*operands):
+    if not internals.plain(*operands):
         return
     plan = backend.plan(input, weight, bias)
-    unaligned = any(operand.data_ptr() % 16 for operand in operands)
-    if unaligned or plan.copy_input or plan.launch.launch.grid == (0,):
-        return
+    straight = not plan.copy_input and plan.launch.launch.grid != (0,)
     if len(_shortcuts) >= LARGEST_CACHE:
         _shortcuts.clear()
     key = input.shape, weight.shape, None if bias is None else bias.shape, backend.settings()
@@ -70,6 +72,6 @@ def remember(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         Shortcut(
             internals.alike(*operands),
             internals.above_autograd() and any(one.requires_grad for one in operands),
-            backend.launchers().forward.as_planned(plan),
+            backend.launchers().forward.as_planned(plan) if straight else backend.forward,
         )
     )

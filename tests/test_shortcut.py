@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from oracle import normal
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -86,6 +87,19 @@ def test_the_second_call_takes_the_shortcut_and_is_right(
         assert not output.requires_grad
         right(output.requires_grad_(), input, weight, bias)
         assert len(dispatched) == 1, calls
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 3, 4, 5)], ids=["no rows", "copied"])
+def test_what_takes_more_than_a_launch_takes_a_shortcut_too(
+    shape: tuple[int, ...], dispatched: list[str], device: torch.device
+) -> None:
+    layer = fastlinear.Linear(5, 3, device=device, dtype=torch.float64)
+    for _ in range(3):
+        input = normal(shape, torch.float64, device)
+        if len(shape) == 4:
+            input = input.permute(2, 1, 0, 3)
+        right(layer(input), input, layer.weight, layer.bias)
+    assert len(dispatched) == 1
 
 
 def test_every_derivative_goes_through_a_shortcut(device: torch.device) -> None:
@@ -273,6 +287,11 @@ def test_tracers_see_the_op(operands: Operands) -> None:
     with torch.no_grad():
         traced = torch.jit.trace(lambda *given: fastlinear.linear(*given), operands)
     assert "fastlinear::linear" in str(traced.graph)
+
+
+def test_within_fake_tensors_mode_results_are_fake(operands: Operands) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(fastlinear.linear(*operands), FakeTensor)
 
 
 def test_transforms_go_on_through_the_op(operands: Operands) -> None:
