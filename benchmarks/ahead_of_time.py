@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastlinear.kernels import activation as activation_pass
-from fastlinear.kernels import backward, gated, launch, tiled
+from fastlinear.kernels import backward, gated, launch, split_k, tiled
 from fastlinear.kernels.configs import TARGETS, Config
 from fastlinear.kernels.operands import ACTIVATIONS, FROM_OUTPUT
 from fastlinear.kernels.tiles import legal_configs
@@ -39,7 +39,11 @@ FORWARD_LAYOUTS = {
     "columns": ("stride_im", "stride_wk"),  # input given as X.t()
 }
 
-FORWARD_KERNELS = {"tiled": tiled.linear_forward_kernel}  # by kind
+# By kind.
+FORWARD_KERNELS = {
+    "tiled": tiled.linear_forward_kernel,
+    "split_k": split_k.linear_split_k_kernel,
+}
 
 SUMS = {"SUM_BIAS": True, "SUM_BLOCK": backward.SUM_BLOCK}
 
@@ -69,7 +73,10 @@ class Case:
             if config
             else "-"
         )
-        notes = ("" if self.aligned else " unaligned") + (" int64" if self.wide else "")
+        notes = ""
+        if config and config.kind != "tiled":
+            notes += f" {config.kind}" + (" splits" if config.splits > 1 else "")
+        notes += ("" if self.aligned else " unaligned") + (" int64" if self.wide else "")
         notes += f" {self.activation}" if self.activation else ""
         return (
             f"{self.target:7} {self.product:26} {self.dtype:9} {self.precision:5} {blocks}{notes}"
@@ -239,7 +246,11 @@ def compile_case(case: Case) -> Any:
             products, _, sums = case.product.partition("_and_")
             layout, _, two = products.partition("_of_")
             constants |= dict.fromkeys(FORWARD_LAYOUTS[layout], 1)
-            constants["SECOND_PRODUCT"] = bool(two)
+            split = config.splits > 1
+            constants |= {"SECOND_PRODUCT": bool(two), "SPLIT": split}
+            pointers = {"partial_ptr": accumulator, "counter_ptr": "*i32"}
+            if not split:
+                constants |= {"partial_ptr": None, "counter_ptr": None, "splits": 1}
             if not two:
                 constants |= {"second_input_ptr": None, "second_weight_ptr": None}
             if layout == "grad_input":

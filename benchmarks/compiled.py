@@ -106,7 +106,9 @@ def read(case: Case) -> dict[str, Any]:
     except Exception as error:  # whatever the compiler raises is a result here
         return {"error": f"{type(error).__name__}: {error}"[:2000]}
     metadata = compiled.metadata
-    loop = compiled.asm["ttir"].partition("scf.for")[2].rpartition("scf.yield")[0]
+    # Of the loops, those with a product: sums over splits are added in one as well.
+    loops = (part.partition("scf.yield")[0] for part in compiled.asm["ttir"].split("scf.for")[1:])
+    loop = "".join(part for part in loops if "tt.dot" in part)
     buffers = []
     if case.target == "gfx942":
         text = compiled.asm["amdgcn"]
@@ -155,9 +157,11 @@ def expected_instruction(case: Case) -> str | None:
     if case.config is None:
         return None
     kind = arithmetic(getattr(torch, case.dtype), case.precision)
-    rows, _, _ = case.config.tile(
+    rows, columns, _ = case.config.tile(
         "backward_weight" if case.product.startswith("grad_weight") else "forward"
     )
+    if case.config.kind == "split_k":
+        rows = columns  # outputs are the rows of its instructions
     if case.target == "gfx942":
         return "v_mfma"
     if kind == "float32":

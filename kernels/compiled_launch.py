@@ -72,13 +72,14 @@ class Launch:
     it is to be kept too, rather than made for every call.
 
     grid: as Triton takes it; (0,) where there is nothing to compute.
-    scalars: the kernel's sizes and strides, in its order.
+    scalars: the kernel's sizes and strides, in its order, after None for each pointer that it can
+        do without here.
     constants: its constexprs, and Triton's options.
     compiled: by `specialization`.
     """
 
     grid: tuple[int]
-    scalars: tuple[float, ...]
+    scalars: tuple[float | None, ...]
     constants: dict[str, Any]
     compiled: dict[tuple[bool, ...], Compiled] = field(default_factory=dict, repr=False)
 

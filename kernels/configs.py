@@ -128,7 +128,12 @@ def why_illegal(
         activation: whether the kernel applies one to its accumulators.
         descriptors: whether input and weight can be loaded by descriptors (launch.describable).
     """
-    rows, columns, depth = config.tile(kernel)
+    rule = _RULES[config.kind]
+    return rule(kernel, config, dtype, precision, aligned, target, activation, descriptors)
+
+
+def _why_no_block(config: Config) -> str | None:
+    """What keeps a block size from `tl.dot`, in words."""
     for name, size in (
         ("block_m", config.block_m),
         ("block_n", config.block_n),
@@ -136,17 +141,39 @@ def why_illegal(
     ):
         if size < 16 or size & (size - 1):
             return f"{name}={size} is not a power of two of at least 16"
-    if target.family == "interpreter":
-        return None
+    return None
+
+
+def _why_no_shared_memory(operands: int, config: Config, target: Target) -> str | None:
+    """Whether steps' operands of so many bytes are too much to be in flight at once, in words."""
     # AMD's pipeline keeps the newest stage in registers.
-    products = 2 if kernel == "gated_forward" else 1  # of one tile of input and a weight each
     buffers = max(1, config.num_stages - 1) if target.family == "gfx942" else config.num_stages
-    operands = buffers * (rows + products * columns) * depth * dtype.itemsize
-    if operands > target.shared_memory:
+    if buffers * operands > target.shared_memory:
         return (
-            f"operands need {operands} bytes of shared memory, "
+            f"operands need {buffers * operands} bytes of shared memory, "
             f"{target.family} has {target.shared_memory}"
         )
+    return None
+
+
+def _why_no_tiled(
+    kernel: Kernel,
+    config: Config,
+    dtype: torch.dtype,
+    precision: str,
+    aligned: bool,
+    target: Target,
+    activation: bool,
+    descriptors: bool,
+) -> str | None:
+    """The rule for tiles of rows and outputs, and of what is no forward product."""
+    if (reason := _why_no_block(config)) or target.family == "interpreter":
+        return reason
+    rows, columns, depth = config.tile(kernel)
+    products = 2 if kernel == "gated_forward" else 1  # of one tile of input and a weight each
+    operands = (rows + products * columns) * depth * dtype.itemsize
+    if reason := _why_no_shared_memory(operands, config, target):
+        return reason
     threads = config.num_warps * target.warp_size
     words = max(4, dtype.itemsize) // 4
     accumulators = products * rows * columns * words // threads
@@ -174,3 +201,25 @@ def why_illegal(
                 f"registers a thread of {most}"
             )
     return None
+
+
+def _why_no_split_k(
+    kernel: Kernel,
+    config: Config,
+    dtype: torch.dtype,
+    precision: str,
+    aligned: bool,
+    target: Target,
+    activation: bool,
+    descriptors: bool,
+) -> str | None:
+    """The rule for some rows with the sum over K split."""
+    if (reason := _why_no_block(config)) or target.family == "interpreter":
+        return reason
+    operands = (config.block_m + config.block_n) * config.block_k
+    if reason := _why_no_shared_memory(operands * dtype.itemsize, config, target):
+        return reason
+    return None
+
+
+_RULES = {"tiled": _why_no_tiled, "split_k": _why_no_split_k}

@@ -100,6 +100,37 @@ _TILES: dict[str, dict[str, list[tuple[int, int, int, int, int]]]] = {
     },
 }
 
+# "split_k": (rows, outputs, depth, stages, warps), in the same order. The splits are the chooser's.
+_SPLIT_K: dict[str, dict[str, list[tuple[int, int, int, int, int]]]] = {
+    "sm_80": {
+        "16-bit": [(64, 64, 64, 4, 4), (32, 64, 128, 4, 4), (16, 64, 128, 4, 4)],
+        "tf32": [(32, 64, 64, 4, 4), (16, 64, 64, 4, 4)],
+        "float32": [(32, 64, 32, 4, 4), (16, 64, 32, 4, 4)],
+        "float64": [(32, 32, 32, 4, 4), (16, 32, 32, 4, 4)],
+    },
+    "sm_90": {
+        "16-bit": [(64, 128, 64, 4, 4), (32, 64, 128, 5, 4), (16, 64, 128, 5, 4)],
+        "tf32": [(32, 64, 64, 5, 4), (16, 64, 64, 5, 4)],
+        "float32": [(32, 64, 32, 4, 4), (16, 64, 32, 4, 4)],
+        "float64": [(32, 64, 32, 4, 4), (16, 64, 32, 4, 4)],
+    },
+    "sm_100": {
+        "16-bit": [(64, 128, 64, 4, 4), (32, 64, 128, 5, 4), (16, 64, 128, 5, 4)],
+        "tf32": [(32, 64, 64, 5, 4), (16, 64, 64, 5, 4)],
+        "float32": [(32, 64, 32, 4, 4), (16, 64, 32, 4, 4)],
+        "float64": [(32, 32, 32, 4, 4), (16, 32, 32, 4, 4)],
+    },
+    "gfx942": {
+        "16-bit": [(64, 64, 64, 2, 4), (32, 64, 128, 2, 4), (16, 64, 128, 2, 4)],
+        "tf32": [(32, 64, 64, 2, 4), (16, 64, 64, 2, 4)],
+        "float32": [(32, 64, 64, 2, 4), (16, 64, 64, 2, 4)],
+        "float64": [(32, 32, 32, 2, 4), (16, 32, 32, 2, 4)],
+    },
+    "interpreter": {
+        kind: [(32, 32, 16, 1, 1)] for kind in ("16-bit", "tf32", "float32", "float64")
+    },
+}
+
 
 def _config(
     kernel: Kernel, rows: int, columns: int, depth: int, num_stages: int, num_warps: int
@@ -132,4 +163,10 @@ def legal_configs(
 def _shipped(kernel: Kernel, kind: Kind, arithmetic: str, family: str) -> list[Config]:
     if kind == "tiled":
         return [_config(kernel, *tile) for tile in _TILES[family][arithmetic]]
+    if kind == "split_k" and kernel == "forward":
+        splits = 3 if family == "interpreter" else 1
+        return [
+            Config(rows, outputs, depth, num_warps, num_stages, kind="split_k", splits=splits)
+            for rows, outputs, depth, num_stages, num_warps in _SPLIT_K[family][arithmetic]
+        ]
     return []
