@@ -3,6 +3,7 @@
 It needs Triton without its interpreter (TRITON_INTERPRET unset).
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -159,6 +160,7 @@ def cases(targets: list[str]) -> list[Case]:
             for config in chosen("gated_forward", aligned=False, activation=True):
                 given = {"aligned": False, "activation": "silu"}
                 found += [Case(target, "gated_output", dtype, precision, config, **given)]
+            found += _split_k_cases(target, dtype, precision)
             for config in chosen("forward", aligned=False):
                 found += [Case(target, "output", dtype, precision, config, aligned=False)]
             for config in chosen("backward_weight", aligned=False):
@@ -168,6 +170,33 @@ def cases(targets: list[str]) -> list[Case]:
         for product, kernel in (("output", "forward"), ("grad_weight", "backward_weight")):
             largest = legal_configs(kernel, torch.float16, "ieee", True, TARGETS[target])[0]
             found += [Case(target, product, "float16", "ieee", largest)]
+    return found
+
+
+def _split_k_cases(target: str, dtype: str, precision: str) -> list[Case]:
+    """Every tile with K split, the largest in all other ways that it may be called."""
+    given = ("forward", getattr(torch, dtype), precision)
+    aligned, unaligned = (
+        [
+            dataclasses.replace(config, splits=4)
+            for config in legal_configs(*given, one, TARGETS[target], kind="split_k")
+        ]
+        for one in (True, False)
+    )
+    arguments = (target, "output", dtype, precision)
+    found = [Case(*arguments, config) for config in aligned]
+    if precision == "tf32":
+        return found
+    largest = aligned[0]
+    found += [
+        Case(target, "grad_input", dtype, precision, largest),
+        Case(*arguments, dataclasses.replace(largest, splits=1)),
+        Case(*arguments, unaligned[0], aligned=False),
+    ]
+    if dtype != "float64":
+        activated = legal_configs(*given, True, TARGETS[target], True, kind="split_k")[0]
+        activated = dataclasses.replace(activated, splits=4)
+        found += [Case(*arguments, activated, activation="gelu")]
     return found
 
 

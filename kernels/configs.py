@@ -192,14 +192,20 @@ def _why_no_tiled(
         )
     if not aligned:
         addresses = (rows + products * columns) * depth // threads * 2
-        # Plain multiply-adds hold their operands in registers,
-        # matrix instructions read them from shared memory.
-        most = 48 if kind in ("float32", "float64") else 128
-        if accumulators + addresses >= most:
-            return (
-                f"accumulators and addresses take {accumulators} + {addresses} "
-                f"registers a thread of {most}"
-            )
+        return _why_no_addresses(accumulators, addresses, kind)
+    return None
+
+
+def _why_no_addresses(accumulators: int, addresses: int, kind: str) -> str | None:
+    """Whether unaligned operands' addresses are too many beside the accumulators, in words."""
+    # Plain multiply-adds hold their operands in registers,
+    # matrix instructions read them from shared memory.
+    most = 48 if kind in ("float32", "float64") else 128
+    if accumulators + addresses >= most:
+        return (
+            f"accumulators and addresses take {accumulators} + {addresses} "
+            f"registers a thread of {most}"
+        )
     return None
 
 
@@ -216,9 +222,18 @@ def _why_no_split_k(
     """The rule for some rows with the sum over K split."""
     if (reason := _why_no_block(config)) or target.family == "interpreter":
         return reason
+    if kernel != "forward":
+        return f"it computes a forward product, which {kernel} is not"
     operands = (config.block_m + config.block_n) * config.block_k
     if reason := _why_no_shared_memory(operands * dtype.itemsize, config, target):
         return reason
+    threads = config.num_warps * target.warp_size
+    accumulators = config.block_m * config.block_n * max(4, dtype.itemsize) // 4 // threads
+    if accumulators > 64:  # a second tile of them is read back where the sum is split
+        return f"accumulators take {accumulators} registers a thread, more than 64"
+    if not aligned:
+        kind = arithmetic(dtype, precision)
+        return _why_no_addresses(accumulators, operands // threads * 2, kind)
     return None
 
 

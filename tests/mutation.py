@@ -33,6 +33,7 @@ ACTIVATED_BACKWARD = (
 GATED = ("tests/test_gated.py::test_gated_values_and_gradients_are_as_exact_as_pytorch_s",)
 GATED_MLP = ("tests/test_gated_mlp.py",)
 FOLDED = ("tests/test_fold.py",)
+SPLIT_K = ("tests/test_split_k.py",)
 LAUNCHED, SHORTCUT = ("tests/test_compiled_launch.py",), ("tests/test_shortcut.py",)
 
 
@@ -517,6 +518,44 @@ MUTANTS = [
         "ready[act] == vars(act)[FOLD][1]",
         "ready[act] > 0",
         FOLDED,
+    ),
+    Mutant(
+        "split_k: a program's own part is added first, not in its place",
+        "kernels/split_k.py",
+        "            acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC_DTYPE)\n"
+        "            for _ in range(splits):\n"
+        "                acc += tl.load(partial_ptrs, mask=mask,",
+        "            for other in range(splits):\n"
+        "                acc += tl.load(partial_ptrs, mask=mask & (other != split),",
+        SPLIT_K,
+    ),
+    Mutant(
+        "split_k: slices lie a row apart",
+        "kernels/split_k.py",
+        "slice_size = tl.full((), M, OFFSET_DTYPE) * N",
+        "slice_size = tl.full((), M - 1, OFFSET_DTYPE) * N",
+        SPLIT_K,
+    ),
+    Mutant(
+        "split_k: the last split reads past K",
+        "kernels/split_k.py",
+        "mask_k = tl.arange(0, BLOCK_K) < K - k",
+        "mask_k = tl.arange(0, BLOCK_K) < K + BLOCK_K",
+        SPLIT_K,
+    ),
+    Mutant(
+        "a counter is left where the last program found it",
+        "kernels/reduction.py",
+        "tl.store(counter_ptr, 0)",
+        "tl.store(counter_ptr, programs)",
+        SPLIT_K,
+    ),
+    Mutant(
+        "the last program but one to arrive sums",
+        "kernels/reduction.py",
+        "== programs - 1",
+        "== programs - 2",
+        SPLIT_K,
     ),
 ]
 

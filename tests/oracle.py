@@ -4,7 +4,9 @@ That is the truth that they are compared with, the error they are allowed, and t
 are given.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +40,7 @@ SHAPES = {
 }
 
 
-def shipped_configs(kernel: Kernel) -> list[tuple[str, str, Config]]:
+def shipped_configs(kernel: Kernel, kind: Kind = "tiled") -> list[tuple[str, str, Config]]:
     """(dtype, precision, config) of every tile of every GPU; those that read alike once."""
     found = {}
     for target in TARGETS.values():
@@ -48,7 +50,8 @@ def shipped_configs(kernel: Kernel) -> list[tuple[str, str, Config]]:
             ("float32", "tf32"),
             ("float64", "ieee"),
         ]:
-            for config in legal_configs(kernel, getattr(torch, dtype), precision, True, target):
+            given = (kernel, getattr(torch, dtype), precision, True, target)
+            for config in legal_configs(*given, kind=kind):
                 found[config.block_m, config.block_n, config.block_k, dtype, precision] = config
     return [(dtype, precision, config) for (*_, dtype, precision), config in found.items()]
 
@@ -72,6 +75,23 @@ def smallest_config(kind: Kind, input: Tensor, weight: Tensor, precision: str) -
     if not legal:
         pytest.skip(f"no {kind} kernel takes such operands")
     return legal[-1]
+
+
+@contextlib.contextmanager
+def programs_in_order(order: Callable[[int, int], int]) -> Iterator[None]:
+    """Has the interpreter run, as the i-th of n programs of a launch, the `order(i, n)`-th."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    set_grid_idx = InterpreterBuilder.set_grid_idx
+
+    def reordered(self: Any, x: int, y: int, z: int) -> None:
+        set_grid_idx(self, order(x, self.grid_dim[0]), y, z)
+
+    InterpreterBuilder.set_grid_idx = reordered
+    try:
+        yield
+    finally:
+        InterpreterBuilder.set_grid_idx = set_grid_idx
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
