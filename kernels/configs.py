@@ -86,6 +86,14 @@ class Config:
             options["maxnreg"] = 255
         return options
 
+    @property
+    def reads_outputs(self) -> bool:
+        """Whether "gemv" reads weight along its outputs, not its inputs.
+
+        A weight is read fast along the dimension of stride 1, which a transposed one has there.
+        """
+        return self.block_n >= 16
+
     def tile(self, kernel: Kernel) -> tuple[int, int, int]:
         """(rows, columns, depth): the output tile of `kernel`, and the reduction's step."""
         if kernel == "backward_weight":
@@ -116,7 +124,8 @@ def why_illegal(
 
     None where it can be launched.
 
-    The one predicate: the choice, the tests that compile ahead of time and any tuner go by it.
+    The one predicate: the choice, the tests that compile ahead of time and any tuner go by it. Each
+    kind of kernel has a rule of its own, below.
 
     Args:
         kernel: whose tile the configuration is.
@@ -128,14 +137,36 @@ def why_illegal(
         activation: whether the kernel applies one to its accumulators.
         descriptors: whether input and weight can be loaded by descriptors (launch.describable).
     """
+    if config.kind != "tiled" and kernel != "forward":
+        return f"kind={config.kind!r} computes a forward product, no {kernel}"
+    given = (dtype, precision, aligned, target, activation, descriptors)
+    return _RULES[config.kind](kernel, config, *given)
+
+
+def _why_no_block(config: Config, **least: int) -> str | None:
+    """Says which of the named blocks is no power of two, or smaller than the least given for it."""
+    for name, smallest in least.items():
+        size = getattr(config, name)
+        if size < smallest or size & (size - 1):
+            at_least = f" of at least {smallest}" if smallest > 1 else ""
+            return f"{name}={size} is not a power of two{at_least}"
+    return None
+
+
+def _why_tiled_illegal(
+    kernel: Kernel,
+    config: Config,
+    dtype: torch.dtype,
+    precision: str,
+    aligned: bool,
+    target: Target,
+    activation: bool,
+    descriptors: bool,
+) -> str | None:
     rows, columns, depth = config.tile(kernel)
-    for name, size in (
-        ("block_m", config.block_m),
-        ("block_n", config.block_n),
-        ("block_k", config.block_k),
-    ):
-        if size < 16 or size & (size - 1):
-            return f"{name}={size} is not a power of two of at least 16"
+    # Matrix instructions take no less.
+    if wrong := _why_no_block(config, block_m=16, block_n=16, block_k=16):
+        return wrong
     if target.family == "interpreter":
         return None
     # AMD's pipeline keeps the newest stage in registers.
@@ -174,3 +205,35 @@ def why_illegal(
                 f"registers a thread of {most}"
             )
     return None
+
+
+def _why_gemv_illegal(
+    kernel: Kernel,
+    config: Config,
+    dtype: torch.dtype,
+    precision: str,
+    aligned: bool,
+    target: Target,
+    activation: bool,
+    descriptors: bool,
+) -> str | None:
+    if wrong := _why_no_block(config, block_m=1, block_n=1, block_k=1):
+        return wrong
+    if config.block_m > 4:
+        return f"block_m={config.block_m} is more rows than the 4 that the kernel is for"
+    if target.family == "interpreter":
+        return None
+    threads = config.num_warps * target.warp_size
+    words = max(4, dtype.itemsize) // 4
+    # Each element of a weight tile has one for every row.
+    accumulators = config.block_m * config.block_n * config.block_k * words // threads
+    # As measured by compiling: twice as many spill where operands are unaligned.
+    if accumulators > 64:
+        return (
+            f"accumulators take {accumulators} registers a thread, "
+            "more than the 64 that leave room for the rest"
+        )
+    return None
+
+
+_RULES = {"tiled": _why_tiled_illegal, "gemv": _why_gemv_illegal}
