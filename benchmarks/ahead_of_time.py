@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastlinear.kernels import activation as activation_pass
-from fastlinear.kernels import backward, gated, launch, split_k, tiled
+from fastlinear.kernels import backward, gated, gemv, launch, split_k, tiled
 from fastlinear.kernels.configs import TARGETS, Config
 from fastlinear.kernels.operands import ACTIVATIONS, FROM_OUTPUT
 from fastlinear.kernels.tiles import legal_configs
@@ -43,6 +43,7 @@ FORWARD_LAYOUTS = {
 # By kind.
 FORWARD_KERNELS = {
     "tiled": tiled.linear_forward_kernel,
+    "gemv": gemv.linear_gemv_kernel,
     "split_k": split_k.linear_split_k_kernel,
 }
 
@@ -74,10 +75,9 @@ class Case:
             if config
             else "-"
         )
-        notes = ""
         if config and config.kind != "tiled":
-            notes += f" {config.kind}" + (" splits" if config.splits > 1 else "")
-        notes += ("" if self.aligned else " unaligned") + (" int64" if self.wide else "")
+            blocks = f"{config.kind} {blocks}" + (" splits" if config.splits > 1 else "")
+        notes = ("" if self.aligned else " unaligned") + (" int64" if self.wide else "")
         notes += f" {self.activation}" if self.activation else ""
         return (
             f"{self.target:7} {self.product:26} {self.dtype:9} {self.precision:5} {blocks}{notes}"
@@ -165,11 +165,32 @@ def cases(targets: list[str]) -> list[Case]:
                 found += [Case(target, "output", dtype, precision, config, aligned=False)]
             for config in chosen("backward_weight", aligned=False):
                 found += [Case(target, "grad_weight", dtype, precision, config, aligned=False)]
+        found += gemv_cases(target)
         # float16 differs from bfloat16 in the type of the instructions alone:
         # the largest tile stands for the rest.
         for product, kernel in (("output", "forward"), ("grad_weight", "backward_weight")):
             largest = legal_configs(kernel, torch.float16, "ieee", True, TARGETS[target])[0]
             found += [Case(target, product, "float16", "ieee", largest)]
+    return found
+
+
+def gemv_cases(target: str) -> list[Case]:
+    """Every shipped configuration of a few rows, for the layout of weight that it is for.
+
+    TF32 is not told from float32. Those of most rows, which take most registers, are also
+    unaligned and have an activation.
+    """
+    found = []
+    for dtype in ("bfloat16", "float32", "float64"):
+        given = ("forward", getattr(torch, dtype), "ieee", True, TARGETS[target])
+        for config in legal_configs(*given, kind="gemv"):
+            product = "grad_input" if config.reads_outputs else "output"
+            found += [Case(target, product, dtype, "ieee", config)]
+            if config.block_m == 4:
+                worst = {"aligned": False, "activation": "gelu"}
+                found += [Case(target, product, dtype, "ieee", config, **worst)]
+                if dtype == "bfloat16":
+                    found += [Case(target, product, dtype, "ieee", config, wide=True)]
     return found
 
 

@@ -12,11 +12,17 @@ import triton
 from benchmarks import occupancy
 from benchmarks.ahead_of_time import Case, compile_case
 from fastlinear.kernels import launch
-from fastlinear.kernels.configs import TARGETS, arithmetic
+from fastlinear.kernels.configs import TARGETS, Config, arithmetic
 
 MATRIX_INSTRUCTION = re.compile(
     r"(?:wgmma\.mma_async|tcgen05\.mma\b|mma\.sync)[\w.:]*|\bv_mfma_\w+"
 )
+# Loads of 16 bytes: in PTX those of what is read once, which AMD's assembly does not tell apart.
+STREAMED = re.compile(
+    r"ld\.global\.L1::evict_first[\w.:]*\.(?:v4\.b32|v2\.b64)|\b(?:global|buffer)_load_dwordx4"
+)
+# Of Triton's GPU dialect, where it takes a tile through shared memory.
+MOVED_TILE = re.compile(r"ttg\.(?:convert_layout|local_\w+) .*tensor<\d+x\d+x")
 # Of PTX and of AMD's assembly. The labels that Triton's inline assembly brings along, to wait at,
 # are none of these.
 LABEL = re.compile(r"^(\$L__BB\d+_\d+|\.LBB\d+_\d+):")
@@ -24,13 +30,13 @@ BRANCH = re.compile(r"\b(bra|bra\.uni|s_branch|s_cbranch_\w+)\s+(\$L__BB\d+_\d+|
 END = re.compile(r"^\s*(?:ret;|exit;|trap;|s_endpgm)")
 
 
-def instructions_in_loops(assembly: str) -> int:
-    """How many matrix instructions of `assembly`, PTX or AMD's, can be reached from themselves.
+def instructions_in_loops(assembly: str, kind: re.Pattern[str] = MATRIX_INSTRUCTION) -> int:
+    """How many instructions of a kind in `assembly`, PTX or AMD's, can be reached from themselves.
 
     Both sides of a branch within a loop count, and so do both loops where there are two; what a
     pipeline does before and after its loop does not. In PTX, ptxas may still unroll.
     """
-    # Straight runs of instructions, with the matrix instructions of each and where it may go on.
+    # Straight runs of instructions, with how many of that kind each has and where it may go on.
     runs: list[tuple[int, list[int | str]]] = [(0, [])]
     labels: dict[str, int] = {}
 
@@ -48,7 +54,7 @@ def instructions_in_loops(assembly: str) -> int:
             start_run(after="@" in line or "cbranch" in line)
         elif END.match(line):
             start_run(after=False)
-        elif MATRIX_INSTRUCTION.search(line):
+        elif kind.search(line):
             runs[-1] = (runs[-1][0] + 1, runs[-1][1])
 
     def returns(start: int) -> bool:
@@ -99,6 +105,8 @@ def read(case: Case) -> dict[str, Any]:
         instructions: the kinds of matrix instructions.
         sums_apart: whether steps are summed apart.
         buffers: how many of each operand there are, on NVIDIA's.
+        streamed: loads of 16 bytes in one pass of its loops.
+        moved: whether a loop brings a tile of two dimensions to other threads.
         error: the compiler's error; there is nothing else then. None where it compiles.
     """
     try:
@@ -109,6 +117,7 @@ def read(case: Case) -> dict[str, Any]:
     # Of the loops, those with a product: sums over splits are added in one as well.
     loops = (part.partition("scf.yield")[0] for part in compiled.asm["ttir"].split("scf.for")[1:])
     loop = "".join(part for part in loops if "tt.dot" in part)
+    gpu_loop = compiled.asm["ttgir"].partition("scf.for")[2].rpartition("scf.yield")[0]
     buffers = []
     if case.target == "gfx942":
         text = compiled.asm["amdgcn"]
@@ -141,6 +150,8 @@ def read(case: Case) -> dict[str, Any]:
         "instructions": sorted(set(MATRIX_INSTRUCTION.findall(text))),
         "sums_apart": bool(re.search(r"arith\.addf .*tensor<\d+x\d+xf\d+>", loop)),
         "buffers": sorted({int(count) for count in buffers}),
+        "streamed": instructions_in_loops(text, STREAMED),
+        "moved": bool(MOVED_TILE.search(gpu_loop)),
         "error": None,
     }
 
@@ -154,7 +165,7 @@ def expected_instruction(case: Case) -> str | None:
 
     None where plain cores do the work.
     """
-    if case.config is None:
+    if case.config is None or case.config.kind == "gemv":
         return None
     kind = arithmetic(getattr(torch, case.dtype), case.precision)
     rows, columns, _ = case.config.tile(
@@ -176,6 +187,21 @@ def expected_instruction(case: Case) -> str | None:
     return "mma.sync"
 
 
+def streaming_faults(case: Case, config: Config, found: dict[str, Any]) -> list[str]:
+    """What keeps the weights of a case of a few rows from streaming from memory into products."""
+    wrong = []
+    if found["moved"]:
+        wrong.append("takes the weights through shared memory")
+    loaded = config.block_n
+    if case.target == "gfx942" and not config.reads_outputs:
+        loaded += config.block_m  # of the input, as wide
+    threads = config.num_warps * TARGETS[case.target].warp_size
+    loads = loaded * config.block_k * getattr(torch, case.dtype).itemsize // (16 * threads)
+    if case.aligned and found["streamed"] < loads:
+        wrong.append(f"has {found['streamed']} loads of 16 bytes a step, fewer than {loads}")
+    return wrong
+
+
 def faults(case: Case, found: dict[str, Any]) -> list[str]:
     """What is wrong with a compiled case, in words; empty where nothing is."""
     if found["error"]:
@@ -188,9 +214,12 @@ def faults(case: Case, found: dict[str, Any]) -> list[str]:
             f"needs {found['shared']} bytes of shared memory "
             f"of {TARGETS[case.target].shared_memory}"
         )
-    wanted_apart = launch.sum_steps_apart(getattr(torch, case.dtype), case.precision)
-    if case.config is not None and found["sums_apart"] != wanted_apart:
-        wrong.append("sums steps apart" if found["sums_apart"] else "has one running sum")
+    if case.config is not None and case.config.kind == "gemv":
+        wrong += streaming_faults(case, case.config, found)
+    elif case.config is not None:
+        wanted_apart = launch.sum_steps_apart(getattr(torch, case.dtype), case.precision)
+        if found["sums_apart"] != wanted_apart:
+            wrong.append("sums steps apart" if found["sums_apart"] else "has one running sum")
     expected = expected_instruction(case)
     if expected == "wgmma.mma_async" and case.precision == "ieee" and case.aligned:
         # An asynchronous product still reads the last step's operands while

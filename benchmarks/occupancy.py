@@ -84,7 +84,7 @@ def occupancy(target: str, resident: int, warps: int) -> int:
 
 
 def programs(case: Case) -> int:
-    """Programs of `case` for SIDE rows, outputs and inputs.
+    """Programs of `case` for SIDE rows, outputs and inputs; for as few rows as "gemv" is for.
 
     Of a launch that also sums another's splits, the product's alone.
     """
@@ -94,6 +94,8 @@ def programs(case: Case) -> int:
         return math.ceil(SIDE / ACTIVATION_BLOCK) * math.ceil(SIDE * ACTIVATION_BLOCK / 1024)
     kernel = "backward_weight" if case.product.startswith("grad_weight") else "forward"
     rows, columns, _ = case.config.tile(kernel)
+    if case.config.kind == "gemv":
+        return math.ceil(SIDE / columns)
     return math.ceil(SIDE / rows) * math.ceil(SIDE / columns)
 
 

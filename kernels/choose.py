@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from .configs import KINDS, Config, Kernel, Target, arithmetic
+from .configs import Config, Kernel, Target, arithmetic
 from .tiles import legal_configs
 
 # Multiply-adds a clock on one multiprocessor, of H100's order;
@@ -53,9 +53,8 @@ def choose(
         traffic = (tile_rows + tile_columns) * dtype.itemsize / _BANDWIDTH
         return math.ceil(tiles / target.multiprocessors) * (multiply_adds + traffic)
 
-    kinds = KINDS if kernel == "forward" else KINDS[:1]
-    given = (kernel, dtype, precision, aligned, target, activation, descriptors)
-    legal = [config for kind in kinds for config in legal_configs(*given, kind)]
+    # The model is of tiles on matrix instructions alone.
+    legal = legal_configs(kernel, dtype, precision, aligned, target, activation, descriptors)
     return min(legal, key=modelled_time)
 
 

@@ -86,6 +86,14 @@ class Config:
             options["maxnreg"] = 255
         return options
 
+    @property
+    def reads_outputs(self) -> bool:
+        """Whether "gemv" reads weight along its outputs, not its inputs.
+
+        A weight is read fast along the dimension of stride 1, which a transposed one has there.
+        """
+        return self.block_n >= 16
+
     def tile(self, kernel: Kernel) -> tuple[int, int, int]:
         """(rows, columns, depth): the output tile of `kernel`, and the reduction's step."""
         if kernel == "backward_weight":
@@ -116,7 +124,8 @@ def why_illegal(
 
     None where it can be launched.
 
-    The one predicate: the choice, the tests that compile ahead of time and any tuner go by it.
+    The one predicate: the choice, the tests that compile ahead of time and any tuner go by it. Each
+    kind of kernel has a rule of its own, below.
 
     Args:
         kernel: whose tile the configuration is.
@@ -128,24 +137,24 @@ def why_illegal(
         activation: whether the kernel applies one to its accumulators.
         descriptors: whether input and weight can be loaded by descriptors (launch.describable).
     """
-    rule = _RULES[config.kind]
-    return rule(kernel, config, dtype, precision, aligned, target, activation, descriptors)
+    if config.kind != "tiled" and kernel != "forward":
+        return f"kind={config.kind!r} computes a forward product, no {kernel}"
+    given = (dtype, precision, aligned, target, activation, descriptors)
+    return _RULES[config.kind](kernel, config, *given)
 
 
-def _why_no_block(config: Config) -> str | None:
-    """What keeps a block size from `tl.dot`, in words."""
-    for name, size in (
-        ("block_m", config.block_m),
-        ("block_n", config.block_n),
-        ("block_k", config.block_k),
-    ):
-        if size < 16 or size & (size - 1):
-            return f"{name}={size} is not a power of two of at least 16"
+def _why_no_block(config: Config, **least: int) -> str | None:
+    """Says which of the named blocks is no power of two, or smaller than the least given for it."""
+    for name, smallest in least.items():
+        size = getattr(config, name)
+        if size < smallest or size & (size - 1):
+            at_least = f" of at least {smallest}" if smallest > 1 else ""
+            return f"{name}={size} is not a power of two{at_least}"
     return None
 
 
-def _why_no_shared_memory(operands: int, config: Config, target: Target) -> str | None:
-    """Whether steps' operands of so many bytes are too much to be in flight at once, in words."""
+def _why_no_room(operands: int, config: Config, target: Target) -> str | None:
+    """Says that steps' operands, of so many bytes, are too much to be in flight at once."""
     # AMD's pipeline keeps the newest stage in registers.
     buffers = max(1, config.num_stages - 1) if target.family == "gfx942" else config.num_stages
     if buffers * operands > target.shared_memory:
@@ -156,7 +165,20 @@ def _why_no_shared_memory(operands: int, config: Config, target: Target) -> str 
     return None
 
 
-def _why_no_tiled(
+def _why_no_addresses(accumulators: int, addresses: int, kind: str) -> str | None:
+    """Says that unaligned operands' addresses are too many beside the accumulators."""
+    # Plain multiply-adds hold their operands in registers,
+    # matrix instructions read them from shared memory.
+    most = 48 if kind in ("float32", "float64") else 128
+    if accumulators + addresses >= most:
+        return (
+            f"accumulators and addresses take {accumulators} + {addresses} "
+            f"registers a thread of {most}"
+        )
+    return None
+
+
+def _why_tiled_illegal(
     kernel: Kernel,
     config: Config,
     dtype: torch.dtype,
@@ -166,14 +188,16 @@ def _why_no_tiled(
     activation: bool,
     descriptors: bool,
 ) -> str | None:
-    """The rule for tiles of rows and outputs, and of what is no forward product."""
-    if (reason := _why_no_block(config)) or target.family == "interpreter":
-        return reason
     rows, columns, depth = config.tile(kernel)
+    # Matrix instructions take no less.
+    if wrong := _why_no_block(config, block_m=16, block_n=16, block_k=16):
+        return wrong
+    if target.family == "interpreter":
+        return None
     products = 2 if kernel == "gated_forward" else 1  # of one tile of input and a weight each
-    operands = (rows + products * columns) * depth * dtype.itemsize
-    if reason := _why_no_shared_memory(operands, config, target):
-        return reason
+    operands = (rows + products * columns) * depth
+    if wrong := _why_no_room(operands * dtype.itemsize, config, target):
+        return wrong
     threads = config.num_warps * target.warp_size
     words = max(4, dtype.itemsize) // 4
     accumulators = products * rows * columns * words // threads
@@ -190,26 +214,10 @@ def _why_no_tiled(
             f"accumulators take {accumulators} registers a thread, "
             f"more than the {most} that leave room for the rest"
         )
-    if not aligned:
-        addresses = (rows + products * columns) * depth // threads * 2
-        return _why_no_addresses(accumulators, addresses, kind)
-    return None
+    return None if aligned else _why_no_addresses(accumulators, operands // threads * 2, kind)
 
 
-def _why_no_addresses(accumulators: int, addresses: int, kind: str) -> str | None:
-    """Whether unaligned operands' addresses are too many beside the accumulators, in words."""
-    # Plain multiply-adds hold their operands in registers,
-    # matrix instructions read them from shared memory.
-    most = 48 if kind in ("float32", "float64") else 128
-    if accumulators + addresses >= most:
-        return (
-            f"accumulators and addresses take {accumulators} + {addresses} "
-            f"registers a thread of {most}"
-        )
-    return None
-
-
-def _why_no_split_k(
+def _why_gemv_illegal(
     kernel: Kernel,
     config: Config,
     dtype: torch.dtype,
@@ -219,22 +227,56 @@ def _why_no_split_k(
     activation: bool,
     descriptors: bool,
 ) -> str | None:
-    """The rule for some rows with the sum over K split."""
-    if (reason := _why_no_block(config)) or target.family == "interpreter":
-        return reason
-    if kernel != "forward":
-        return f"it computes a forward product, which {kernel} is not"
-    operands = (config.block_m + config.block_n) * config.block_k
-    if reason := _why_no_shared_memory(operands * dtype.itemsize, config, target):
-        return reason
+    if wrong := _why_no_block(config, block_m=1, block_n=1, block_k=1):
+        return wrong
+    if config.block_m > 4:
+        return f"block_m={config.block_m} is more rows than the 4 that the kernel is for"
+    if target.family == "interpreter":
+        return None
     threads = config.num_warps * target.warp_size
-    accumulators = config.block_m * config.block_n * max(4, dtype.itemsize) // 4 // threads
-    if accumulators > 64:  # a second tile of them is read back where the sum is split
-        return f"accumulators take {accumulators} registers a thread, more than 64"
-    if not aligned:
-        kind = arithmetic(dtype, precision)
-        return _why_no_addresses(accumulators, operands // threads * 2, kind)
+    words = max(4, dtype.itemsize) // 4
+    # Each element of a weight tile has one for every row.
+    accumulators = config.block_m * config.block_n * config.block_k * words // threads
+    # As measured by compiling: twice as many spill where operands are unaligned.
+    if accumulators > 64:
+        return (
+            f"accumulators take {accumulators} registers a thread, "
+            "more than the 64 that leave room for the rest"
+        )
     return None
 
 
-_RULES = {"tiled": _why_no_tiled, "split_k": _why_no_split_k}
+def _why_split_k_illegal(
+    kernel: Kernel,
+    config: Config,
+    dtype: torch.dtype,
+    precision: str,
+    aligned: bool,
+    target: Target,
+    activation: bool,
+    descriptors: bool,
+) -> str | None:
+    if wrong := _why_no_block(config, block_m=16, block_n=16, block_k=16):
+        return wrong
+    if target.family == "interpreter":
+        return None
+    operands = (config.block_m + config.block_n) * config.block_k
+    if wrong := _why_no_room(operands * dtype.itemsize, config, target):
+        return wrong
+    threads = config.num_warps * target.warp_size
+    words = max(4, dtype.itemsize) // 4
+    accumulators = config.block_m * config.block_n * words // threads
+    if accumulators > 64:
+        return (
+            f"accumulators take {accumulators} registers a thread, "
+            "more than the 64 that leave room for the parts that are added"
+        )
+    kind = arithmetic(dtype, precision)
+    return None if aligned else _why_no_addresses(accumulators, operands // threads * 2, kind)
+
+
+_RULES = {
+    "tiled": _why_tiled_illegal,
+    "gemv": _why_gemv_illegal,
+    "split_k": _why_split_k_illegal,
+}

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from .configs import Config, Kernel, Kind, Target, arithmetic, why_illegal
+from .configs import TARGETS, Config, Kernel, Kind, Target, arithmetic, why_illegal
 
 # "tiled": (rows, columns, depth, stages, warps) of the output tiles, largest first, by the target's
 # family and the arithmetic. tests/test_compile.py compiles every one that is legal, for its target,
@@ -146,6 +146,36 @@ _SPLIT_K: dict[str, dict[str, list[tuple[int, int, int, int, int]]]] = {
         kind: [(32, 32, 16, 1, 1)] for kind in ("16-bit", "tf32", "float32", "float64")
     },
 }
+# "gemv": (rows, outputs, depth, threads) on every GPU, by the arithmetic. Each thread loads 64
+# bytes of weight a step, or 32 where sums take the registers; neighbours read 64 bytes or more that
+# are next to each other. Of every two, the first reads along the outputs (Config.reads_outputs).
+_GEMV_TILES: dict[str, list[tuple[int, int, int, int]]] = {
+    "16-bit": [
+        (4, 32, 128, 256),
+        (4, 2, 1024, 128),
+        (2, 32, 256, 256),
+        (2, 4, 1024, 128),
+        (1, 32, 256, 256),
+        (1, 4, 1024, 128),
+    ],
+    "float32": [
+        (4, 32, 128, 256),
+        (4, 4, 512, 128),
+        (2, 32, 128, 256),
+        (2, 4, 512, 128),
+        (1, 32, 128, 256),
+        (1, 4, 512, 128),
+    ],
+    "float64": [
+        (4, 16, 128, 256),
+        (4, 4, 256, 128),
+        (2, 16, 128, 256),
+        (2, 4, 256, 128),
+        (1, 16, 128, 256),
+        (1, 4, 256, 128),
+    ],
+}
+_GEMV_TILES["tf32"] = _GEMV_TILES["float32"]
 
 
 def _config(
@@ -179,10 +209,18 @@ def legal_configs(
 def _shipped(kernel: Kernel, kind: Kind, arithmetic: str, family: str) -> list[Config]:
     if kind == "tiled":
         return [_config(kernel, *tile) for tile in _TILES[family][arithmetic]]
-    if kind == "split_k" and kernel == "forward":
+    if kind == "gemv" and family == "interpreter":
+        return [Config(4, 64, 64, num_warps=1, num_stages=1, kind=kind)]
+    if kind == "gemv":
+        warp_size = TARGETS[family].warp_size
+        return [
+            Config(rows, outputs, depth, threads // warp_size, num_stages=1, kind=kind)
+            for rows, outputs, depth, threads in _GEMV_TILES[arithmetic]
+        ]
+    if kind == "split_k":
         splits = 3 if family == "interpreter" else 1
         return [
-            Config(rows, outputs, depth, num_warps, num_stages, kind="split_k", splits=splits)
+            Config(rows, outputs, depth, num_warps, num_stages, kind=kind, splits=splits)
             for rows, outputs, depth, num_stages, num_warps in _SPLIT_K[family][arithmetic]
         ]
     return []

@@ -35,6 +35,7 @@ GATED_MLP = ("tests/test_gated_mlp.py",)
 FOLDED = ("tests/test_fold.py",)
 SPLIT_K = ("tests/test_split_k.py",)
 LAUNCHED, SHORTCUT = ("tests/test_compiled_launch.py",), ("tests/test_shortcut.py",)
+GEMV = ("tests/test_gemv.py",)
 
 
 @dataclass(frozen=True)
@@ -476,6 +477,41 @@ MUTANTS = [
         "rows.operand, gate_weight, up_weight, gate_bias, up_bias, output",
         "rows.operand, gate_weight, up_weight, gate_bias, output",
         ("tests/test_gated.py::test_gated_offsets_are_64_bits_wide_where_an_operand_is_far",),
+    ),
+    Mutant(
+        "a few rows: K tail not masked",
+        "kernels/gemv.py",
+        "mask_k = offs_k < K - k * BLOCK_K",
+        "mask_k = offs_k < K",
+        GEMV,
+    ),
+    Mutant(
+        "a few rows: every row added to the first's sums",
+        "kernels/gemv.py",
+        "accs[row] + input_row",
+        "accs[0] + input_row",
+        GEMV,
+    ),
+    Mutant(
+        "a few rows: bias left out",
+        "kernels/gemv.py",
+        "tl.sum(accs[row], axis=1) + bias",
+        "tl.sum(accs[row], axis=1)",
+        GEMV,
+    ),
+    Mutant(
+        "a few rows: rows past the last stored",
+        "kernels/gemv.py",
+        "mask = mask_n & (m < M)",
+        "mask = mask_n",
+        GEMV,
+    ),
+    Mutant(
+        "a few rows: batch stride of the weight ignored",
+        "kernels/gemv.py",
+        "batch * stride_wb + offs_n[:, None]",
+        "batch * 0 * stride_wb + offs_n[:, None]",
+        GEMV,
     ),
     Mutant(
         "a gated MLP calls the act_fn that it had",

@@ -13,7 +13,7 @@ import pytest
 import triton
 
 from benchmarks import resources
-from benchmarks.compiled import instructions_in_loops
+from benchmarks.compiled import MOVED_TILE, STREAMED, instructions_in_loops
 from benchmarks.occupancy import resident_programs
 
 ROOT = Path(__file__).parent.parent
@@ -125,6 +125,39 @@ def test_resources_counts_matrix_instructions_in_loops() -> None:
     assert instructions_in_loops(LOOP) == 2
     assert instructions_in_loops(amd) == 2
     assert instructions_in_loops(LOOP.replace("@%p2 bra \t$L__BB0_2;", "")) == 0
+
+
+STREAM = """
+$L__BB0_1:
+\t@%p2 ld.global.L1::evict_first.L2::cache_hint.v4.b32 { %r40, %r41, %r42, %r43 }, [ %rd21 ], %rd8;
+\t@%p2 ld.global.L1::evict_first.L2::cache_hint.v2.b64 { %rd40, %rd41 }, [ %rd21 ], %rd8;
+\t@%p2 ld.global.L1::evict_first.L2::cache_hint.v2.b32 { %r40, %r41 }, [ %rd21 ], %rd8;
+\t@%p2 ld.global.v4.b32 { %r40, %r41, %r42, %r43 }, [ %rd21 ];
+\t@%p2 bra \t$L__BB0_1;
+\t@%p2 ld.global.L1::evict_first.L2::cache_hint.v4.b32 { %r40, %r41, %r42, %r43 }, [ %rd21 ], %rd8;
+\tret;
+"""
+
+
+def test_resources_counts_wide_loads_of_what_is_read_once() -> None:
+    assert instructions_in_loops(STREAM, STREAMED) == 2
+    amd = (
+        ".LBB0_1:\n\tglobal_load_dwordx4 v[6:9], v[30:31], off\n\tglobal_load_dword v6, v[30:31]\n"
+    )
+    assert instructions_in_loops(amd + "\ts_cbranch_scc1 .LBB0_1\n", STREAMED) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "moved"),
+    [
+        ("%1 = ttg.convert_layout %0 : tensor<4x1024xbf16, #a> -> tensor<4x1024xbf16, #b>", True),
+        ("%1 = ttg.local_alloc %0 : (tensor<4x1024xbf16, #a>) -> !ttg.memdesc<4x1024xbf16>", True),
+        ("%1 = ttg.convert_layout %0 : tensor<1024xbf16, #a> -> tensor<1024xbf16, #b>", False),
+        ("%1 = arith.mulf %0, %0 : tensor<4x1024xf32, #a>", False),
+    ],
+)
+def test_resources_tells_tiles_that_pass_through_shared_memory(line: str, moved: bool) -> None:
+    assert bool(MOVED_TILE.search(line)) == moved
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ def test_forward_matches_float64(
     shape: tuple[int, int, int], dtype: torch.dtype, kind: Kind, device: torch.device
 ) -> None:
     m, n, k = shape
+    if kind == "gemv":
+        m = min(m, 70)  # hundreds of rows, four a program, take seconds to interpret
     check(*(normal(size, dtype, device) for size in ((m, k), (n, k), (n,))), kind)
 
 
@@ -147,7 +149,7 @@ def test_forward_tf32_rounds_operands_to_nearest(device: torch.device) -> None:
 
 # Infinity times the zeros that pad a tile is a NaN in columns that are not stored;
 # numpy warns of it.
-@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:invalid value encountered in:RuntimeWarning")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_forward_passes_nan_and_infinity_on(
