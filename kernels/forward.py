@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import launch, tiled
+from . import launch, persistent, tiled
 from .choose import choose
 from .configs import Config
 from .operands import Activation, check_activation, check_forward_shapes, check_same_kind
 from .problem import ForwardLaunch, ForwardProblem
 
-KINDS = {"tiled": tiled.plan}
+KINDS = {"tiled": tiled.plan, "persistent": persistent.plan}
 
 
 class ForwardPlan(NamedTuple):
