@@ -15,10 +15,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastlinear.kernels import activation as activation_pass
-from fastlinear.kernels import backward, gated, gemv, launch, split_k, tiled
+from fastlinear.kernels import backward, gated, gemv, launch, persistent, split_k, tiled
 from fastlinear.kernels.configs import TARGETS, Config
 from fastlinear.kernels.operands import ACTIVATIONS, FROM_OUTPUT
-from fastlinear.kernels.tiles import legal_configs
+from fastlinear.kernels.tiles import experimental_configs, legal_configs
 
 GPU_TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -45,6 +45,7 @@ FORWARD_KERNELS = {
     "tiled": tiled.linear_forward_kernel,
     "gemv": gemv.linear_gemv_kernel,
     "split_k": split_k.linear_split_k_kernel,
+    "persistent": persistent.persistent_forward_kernel,
 }
 
 SUMS = {"SUM_BIAS": True, "SUM_BLOCK": backward.SUM_BLOCK}
@@ -75,9 +76,13 @@ class Case:
             if config
             else "-"
         )
+        notes = ""
         if config and config.kind != "tiled":
-            blocks = f"{config.kind} {blocks}" + (" splits" if config.splits > 1 else "")
-        notes = ("" if self.aligned else " unaligned") + (" int64" if self.wide else "")
+            blocks = f"{config.kind} {blocks}"
+            notes += " splits" if config.splits > 1 else ""
+            notes += f" {config.epilogue_parts} parts" if config.epilogue_parts > 1 else ""
+            notes += " specialized" if config.warp_specialize else ""
+        notes += ("" if self.aligned else " unaligned") + (" int64" if self.wide else "")
         notes += f" {self.activation}" if self.activation else ""
         return (
             f"{self.target:7} {self.product:26} {self.dtype:9} {self.precision:5} {blocks}{notes}"
@@ -171,6 +176,28 @@ def cases(targets: list[str]) -> list[Case]:
         for product, kernel in (("output", "forward"), ("grad_weight", "backward_weight")):
             largest = legal_configs(kernel, torch.float16, "ieee", True, TARGETS[target])[0]
             found += [Case(target, product, "float16", "ieee", largest)]
+        found += persistent_cases(target)
+    return found
+
+
+def persistent_cases(target: str) -> list[Case]:
+    """Those of the kernels that load by descriptors, the ones that are not chosen yet included."""
+    given = (torch.bfloat16, "ieee", True, TARGETS[target])
+    shipped = legal_configs("forward", *given, descriptors=True, kind="persistent")
+    if not shipped:
+        return []
+    case = functools.partial(Case, target, dtype="bfloat16", precision="ieee")
+    found = [case("output", config=shipped[0], wide=True)]
+    for config in shipped:
+        found += [case(product, config=config) for product in FORWARD_LAYOUTS]
+        found += [case("output", config=config, aligned=False)]
+    found += [
+        case("output", config=config, activation="gelu")
+        for config in legal_configs("forward", *given, True, True, "persistent")
+    ]
+    found += [
+        case("output", config=config) for config in experimental_configs(*given, descriptors=True)
+    ]
     return found
 
 
@@ -292,7 +319,7 @@ def compile_case(case: Case) -> Any:
                 "stride_uk": 1,
             }
         else:
-            kernel = FORWARD_KERNELS[case.config.kind]
+            kernel = FORWARD_KERNELS[config.kind]
             products, _, sums = case.product.partition("_and_")
             layout, _, two = products.partition("_of_")
             constants |= dict.fromkeys(FORWARD_LAYOUTS[layout], 1)
@@ -301,6 +328,13 @@ def compile_case(case: Case) -> Any:
             pointers = {"partial_ptr": accumulator, "counter_ptr": "*i32"}
             if not split:
                 constants |= {"partial_ptr": None, "counter_ptr": None, "splits": 1}
+            constants |= {
+                "INPUT_TRANSPOSED": layout == "columns",
+                "WEIGHT_TRANSPOSED": layout == "grad_input",
+                "EPILOGUE_PARTS": config.epilogue_parts,
+                "FLATTEN": persistent.flattens(config, case.target),
+                "WARP_SPECIALIZE": config.warp_specialize,
+            }
             if not two:
                 constants |= {"second_input_ptr": None, "second_weight_ptr": None}
             if layout == "grad_input":

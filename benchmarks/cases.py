@@ -33,6 +33,9 @@ SHAPES = [  # with the reason for each
     (5, 0, 7),  # no output features
     (5, 7, 0),  # no input features
 ]
+# More tiles, off every block boundary, than a GPU has multiprocessors: for programs that compute
+# several of them, one after the other. 16-bit kernels alone do.
+MANY = (4100, 4208, 208)
 # Several blocks and steps of the device's kernels; aligned, and yet off a block.
 SMALL = {"cpu": (40, 48, 48), "cuda": (520, 48, 528)}
 FAR = 2**31 + 2**16  # elements
@@ -109,8 +112,11 @@ def cases(group: Group) -> Iterator[Case]:
         return
     batch = (3,) if kind == "batched" else ()
     every = kind in ("linear", "gated") and not group.small
+    shapes = [SMALL[group.device]] if group.small else list(SHAPES)
+    if kind == "linear" and every and group.device != "cpu" and "float16" in group.arithmetic:
+        shapes.append(MANY)
     if not strided:
-        for shape in [SMALL[group.device]] if group.small else SHAPES:
+        for shape in shapes:
             yield Case(
                 (*batch, *shape),
                 "contiguous",

@@ -12,7 +12,7 @@ import triton
 from benchmarks import occupancy
 from benchmarks.ahead_of_time import Case, compile_case
 from fastlinear.kernels import launch
-from fastlinear.kernels.configs import TARGETS, Config, arithmetic
+from fastlinear.kernels.configs import TARGETS, Config, arithmetic, persistent_shared_memory
 
 MATRIX_INSTRUCTION = re.compile(
     r"(?:wgmma\.mma_async|tcgen05\.mma\b|mma\.sync)[\w.:]*|\bv_mfma_\w+"
@@ -107,6 +107,9 @@ def read(case: Case) -> dict[str, Any]:
         buffers: how many of each operand there are, on NVIDIA's.
         streamed: loads of 16 bytes in one pass of its loops.
         moved: whether a loop brings a tile of two dimensions to other threads.
+        descriptor_loads: how many loads by descriptors there are.
+        selects: how many numbers are chosen out of two, on NVIDIA's.
+        specialized: whether warps give each other registers, as those with work of their own do.
         error: the compiler's error; there is nothing else then. None where it compiles.
     """
     try:
@@ -152,6 +155,9 @@ def read(case: Case) -> dict[str, Any]:
         "buffers": sorted({int(count) for count in buffers}),
         "streamed": instructions_in_loops(text, STREAMED),
         "moved": bool(MOVED_TILE.search(gpu_loop)),
+        "descriptor_loads": len(re.findall(r"cp\.async\.bulk\.tensor\S*global\b", text)),
+        "selects": len(re.findall(r"\bselp\.f32\b", text)),
+        "specialized": "setmaxnreg" in text,
         "error": None,
     }
 
@@ -220,8 +226,13 @@ def faults(case: Case, found: dict[str, Any]) -> list[str]:
         wanted_apart = launch.sum_steps_apart(getattr(torch, case.dtype), case.precision)
         if found["sums_apart"] != wanted_apart:
             wrong.append("sums steps apart" if found["sums_apart"] else "has one running sum")
+    if not found["resident"]:
+        wrong.append(f"fits no multiprocessor with {found['registers']} registers a thread")
     expected = expected_instruction(case)
-    if expected == "wgmma.mma_async" and case.precision == "ieee" and case.aligned:
+    persistent = case.config is not None and case.config.kind == "persistent"
+    if persistent:
+        wrong += persistent_faults(case, found)
+    if persistent or (expected == "wgmma.mma_async" and case.precision == "ieee" and case.aligned):
         # An asynchronous product still reads the last step's operands while
         # the next ones are loaded.
         short = [count for count in found["buffers"] if count < case.config.num_stages]
@@ -237,4 +248,23 @@ def faults(case: Case, found: dict[str, Any]) -> list[str]:
         wrong.append(f"has no {expected} in a loop")
     if expected is None and found["instructions"]:
         wrong.append(f"has {found['instructions']} where plain multiply-adds were asked for")
+    return wrong
+
+
+def persistent_faults(case: Case, found: dict[str, Any]) -> list[str]:
+    """What is wrong with how a compiled case of that kind loads its operands."""
+    wrong = []
+    most = persistent_shared_memory(case.config, getattr(torch, case.dtype).itemsize)
+    if found["shared"] > most:
+        wrong.append(
+            f"needs {found['shared']} bytes of shared memory where {most} are reckoned with"
+        )
+    if not found["descriptor_loads"]:
+        wrong.append("loads nothing by descriptors")
+    if found["selects"] and not case.activation:
+        # Triton starts a tile's sums as zeros or the sums so far, of which the latter are still
+        # being computed; where that is no branch, every step waits for its product.
+        wrong.append(f"selects {found['selects']} numbers, its sums perhaps")
+    if found["specialized"] != case.config.warp_specialize:
+        wrong.append("has warps of their own for loading" if found["specialized"] else "has none")
     return wrong

@@ -33,8 +33,8 @@ from benchmarks.environment import environment
 from benchmarks.files import write_json
 from benchmarks.products import Product, Results, largest_error
 from fastlinear.kernels import launch
-from fastlinear.kernels.configs import Config
-from fastlinear.kernels.tiles import legal_configs
+from fastlinear.kernels.configs import KINDS, Config
+from fastlinear.kernels.tiles import experimental_configs, legal_configs
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,13 +67,16 @@ def poisoned_outputs(small: bool) -> Iterator[None]:
 
 
 def configs(product: Product, group: Group) -> tuple[Config, ...]:
-    """Every configuration that is legal for the product's operands."""
+    """Every configuration that is legal for the product's operands, chosen ever or not."""
     if product.kernel is None:
         return ()
     dtype, precision = ARITHMETICS[group.arithmetic]
     target = launch.target_of(torch.device(group.device))
-    arguments = product.kernel, dtype, precision, product.aligned, target, product.applies
-    return legal_configs(*arguments)
+    given = dtype, precision, product.aligned, target, product.applies, product.describable
+    if product.kernel != "forward":
+        return legal_configs(product.kernel, *given)
+    shipped = (config for kind in KINDS for config in legal_configs("forward", *given, kind))
+    return (*shipped, *experimental_configs(*given))
 
 
 def check(group: Group) -> Iterator[dict[str, Any]]:
@@ -122,7 +125,9 @@ def compare(
         if not error <= budget:  # NaN is not
             fault = f"result {index} is off by {error:.3g}, the budget is {budget:.3g}"
             return {"errors": errors, "fault": fault}
-    for repeat in range(1, group.repeats):
+    # A race between warps shows once in many times, if at all.
+    specialized = config is not None and config.warp_specialize
+    for repeat in range(1, group.repeats * (10 if specialized else 1)):
         with poisoned_outputs(group.small):
             again = product.call(config)
         if not all(map(torch.equal, results, again)):

@@ -70,6 +70,14 @@ class Product:
         described = (launch.describe(one, one)[0] for one in self.operands)
         return launch.aligned(*(launch.Operand(*fields) for fields in described))
 
+    @property
+    def describable(self) -> bool:
+        if self.kernel != "forward":
+            return False
+        rows, weight = (launch.Operand(*fields) for fields in launch.describe(*self.operands)[:2])
+        batched = len(weight.shape) == 3
+        return launch.describable(launch.rows_of(rows, batched=batched), weight)
+
 
 def operand(shape: tuple[int, ...], dtype: torch.dtype, device: str, fenced: bool) -> Tensor:
     """Normal random numbers; fenced, they lie in a buffer of NaN."""

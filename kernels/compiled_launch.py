@@ -5,6 +5,8 @@ longer than all the rest of a call. Nearly all of that is the same whenever one 
 launched; what is not, `specialization` tells quickly. So the compiled kernel is kept with it.
 """
 
+import contextvars
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -75,12 +77,14 @@ class Launch:
     scalars: the kernel's sizes and strides, in its order, after None for each pointer that it can
         do without here.
     constants: its constexprs, and Triton's options.
+    describes: whether the kernel makes descriptors, which takes memory on the device.
     compiled: by `specialization`.
     """
 
     grid: tuple[int]
     scalars: tuple[float | None, ...]
     constants: dict[str, Any]
+    describes: bool = False
     compiled: dict[tuple[bool, ...], Compiled] = field(default_factory=dict, repr=False)
 
 
@@ -146,8 +150,7 @@ def run(kernel: Any, launch: Launch, pointers: tuple[Tensor | None, ...]) -> Non
         with torch.cuda.device(device):
             run(kernel, launch, pointers)
         return
-    # The call that Triton's own way ends with, less the hooks. Where a kernel needs memory of its
-    # own (descriptors that it makes), the launcher allocates it.
+    # The call that Triton's own way ends with, less the hooks.
     stream = current_stream(device)
     launcher(*grid, stream, function, metadata, None, None, None, *addresses, *arguments)
 
@@ -155,10 +158,34 @@ def run(kernel: Any, launch: Launch, pointers: tuple[Tensor | None, ...]) -> Non
 def _run_by_triton(kernel: Any, launch: Launch, pointers: tuple[Tensor | None, ...]) -> Any:
     """Triton's object of the compiled kernel; None where it has none to give."""
     first: Any = pointers[0]
+    start = _with_memory(kernel[launch.grid], launch)
     if first.is_cuda and first.device.index != torch.cuda.current_device():
         with torch.cuda.device(first.device):
-            return kernel[launch.grid](*pointers, *launch.scalars, **launch.constants)
-    return kernel[launch.grid](*pointers, *launch.scalars, **launch.constants)
+            return start(*pointers, *launch.scalars, **launch.constants)
+    return start(*pointers, *launch.scalars, **launch.constants)
+
+
+def _with_memory(start: Callable[..., Any], launch: Launch) -> Callable[..., Any]:
+    """`start`, with memory for what it launches if that makes descriptors."""
+    return functools.partial(_lend_memory, start) if launch.describes else start
+
+
+def _lend_memory(start: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Starts what asks for memory, of an allocator that is the context's, and so each thread's own.
+
+    In a copy of the context, so that whoever has set an allocator keeps it.
+    """
+    context = contextvars.copy_context()
+    context.run(triton.set_allocator, _memory)
+    return context.run(start, *arguments, **options)
+
+
+def _memory(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Bytes on the current device; PyTorch's start at a multiple of 512, descriptors at one of 128.
+
+    They may be freed once the launch is queued, like any tensor that is used on its own stream.
+    """
+    return torch.empty(size, dtype=torch.uint8, device="cuda")
 
 
 def _keep(
@@ -169,7 +196,7 @@ def _keep(
     return Compiled(
         source,
         kernel,
-        kernel.run,
+        _with_memory(kernel.run, launch),
         kernel.function,
         kernel.packed_metadata,
         triton.runtime.driver.active.get_current_stream,

@@ -80,7 +80,8 @@ class Config:
     def compile_options(self, target: Target) -> dict[str, int]:
         """Triton's options for a launch on `target`."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        if target.family.startswith("sm_"):
+        # With warps of their own for loading, Triton shares the registers out itself.
+        if target.family.startswith("sm_") and not self.warp_specialize:
             # Left to itself, ptxas may hold a small kernel to 64 or 80 registers and spill some
             # bytes; 255 is the most that a thread can have, and lets it take what it needs.
             options["maxnreg"] = 255
@@ -275,8 +276,70 @@ def _why_split_k_illegal(
     return None if aligned else _why_no_addresses(accumulators, operands // threads * 2, kind)
 
 
+def persistent_shared_memory(config: Config, itemsize: int) -> int:
+    """Bytes that a program of "persistent" takes at most.
+
+    That is the operands of all stages, what threads exchange a part of the output through, and
+    barriers. How much of a part is exchanged at once is Triton's choice: with rows of 16 bytes to
+    store, half of it or less; else all of it.
+    """
+    operands = config.num_stages * (config.block_m + config.block_n) * config.block_k * itemsize
+    part = config.block_m * config.block_n // config.epilogue_parts * itemsize
+    return operands + max(part, 32 * 1024) + 512
+
+
+def _why_persistent_illegal(
+    kernel: Kernel,
+    config: Config,
+    dtype: torch.dtype,
+    precision: str,
+    aligned: bool,
+    target: Target,
+    activation: bool,
+    descriptors: bool,
+) -> str | None:
+    if wrong := _why_no_block(config, block_m=16, block_n=32, block_k=16):
+        return wrong
+    if config.epilogue_parts not in (1, 2, 4):
+        return f"epilogue_parts={config.epilogue_parts} is neither 1, 2 nor 4"
+    if arithmetic(dtype, precision) != "16-bit":
+        return f"{dtype} is not of 16 bits"
+    if not descriptors:
+        return "descriptors cannot describe such operands"
+    if target.family == "interpreter":
+        return None
+    if target.family not in ("sm_90", "sm_100"):
+        return f"{target.family} loads nothing by descriptors"
+    shared = persistent_shared_memory(config, dtype.itemsize)
+    if shared > target.shared_memory:
+        return (
+            f"a program needs {shared} bytes of shared memory, "
+            f"{target.family} has {target.shared_memory}"
+        )
+    computing = config.num_warps
+    if config.warp_specialize and target.family == "sm_90":
+        if config.num_warps != 4:
+            return f"Triton ignores warp_specialize with num_warps={config.num_warps}"
+        if config.epilogue_parts != 1:
+            return "Triton 3.6 cannot compile warp_specialize with a tile in parts"
+        computing = 8  # Triton has two groups of so many warps share a tile, and one more load
+    threads = computing * target.warp_size
+    accumulators = config.block_m * config.block_n // threads
+    # As measured by compiling, for any number of outputs: more than these spill. An activation is
+    # applied to one part at a time, but where warps are specialized registers are too few for that.
+    parts = 1 if config.warp_specialize else config.epilogue_parts
+    most = min(128, 32 * parts) if activation else 128
+    if accumulators > most:
+        return (
+            f"accumulators take {accumulators} registers a thread, "
+            f"more than the {most} that leave room for the rest"
+        )
+    return None
+
+
 _RULES = {
     "tiled": _why_tiled_illegal,
     "gemv": _why_gemv_illegal,
     "split_k": _why_split_k_illegal,
+    "persistent": _why_persistent_illegal,
 }

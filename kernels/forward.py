@@ -9,13 +9,18 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import gemv, launch, split_k, tiled
+from . import gemv, launch, persistent, split_k, tiled
 from .choose import choose
 from .configs import Config
 from .operands import Activation, check_activation, check_forward_shapes, check_same_kind
 from .problem import ForwardLaunch, ForwardProblem
 
-KINDS = {"tiled": tiled.plan, "gemv": gemv.plan, "split_k": split_k.plan}
+KINDS = {
+    "tiled": tiled.plan,
+    "gemv": gemv.plan,
+    "split_k": split_k.plan,
+    "persistent": persistent.plan,
+}
 
 
 class ForwardPlan(NamedTuple):

@@ -208,17 +208,44 @@ def aligned(*operands: Operand) -> bool:
     return True
 
 
-def describable(rows: Rows, weight: Operand) -> bool:
-    """Whether Hopper's tensor memory accelerator can load tiles of input and weight.
+class Stored(NamedTuple):
+    """How a matrix lies in memory.
 
-    It takes matrices of aligned rows or columns, whose other stride is not 0.
+    transposed: whether its columns are contiguous, rather than its rows.
+    stride: from one of those to the next.
     """
-    operands = rows.operand, weight
+
+    transposed: bool
+    stride: int
+
+
+def stored(
+    rows: int, columns: int, stride_row: int, stride_column: int, itemsize: int
+) -> Stored | None:
+    """How a matrix lies that Hopper's tensor memory accelerator can load tiles of, else None.
+
+    Its rows, or its columns, are contiguous, apart from one another, and multiples of 16 bytes away
+    from the first; that one's address is not asked for here.
+    """
+    for transposed, size, inner, outer in (
+        (False, columns, stride_column, stride_row),
+        (True, rows, stride_row, stride_column),
+    ):
+        if inner == 1 and outer >= size and outer * itemsize % 16 == 0 and rows and columns:
+            return Stored(transposed, outer)
+    return None
+
+
+def describable(rows: Rows, weight: Operand) -> bool:
+    """Whether tiles of input and weight can be loaded by descriptors."""
+    input = rows.operand
+    if not (input.aligned and weight.aligned and len(weight.shape) == 2) or rows.nested:
+        return False
+    features, itemsize = input.shape[-1], input.dtype.itemsize
+    (outputs, inputs), (stride_output, stride_input) = weight.shape, weight.strides
     return (
-        aligned(*operands)
-        and len(weight.shape) == 2
-        and not rows.nested
-        and all(0 not in operand.shape and 0 not in operand.strides for operand in operands)
+        stored(rows.size, features, rows.stride_inner, rows.stride_feature, itemsize) is not None
+        and stored(outputs, inputs, stride_output, stride_input, itemsize) is not None
     )
 
 

@@ -176,6 +176,20 @@ _GEMV_TILES: dict[str, list[tuple[int, int, int, int]]] = {
     ],
 }
 _GEMV_TILES["tf32"] = _GEMV_TILES["float32"]
+# "persistent": (rows, columns, depth, stages, warps, parts), in the same order. In parts a tile
+# takes less of registers and shared memory, which is what lets the largest have an activation.
+_PERSISTENT = {
+    "sm_90": [(128, 256, 64, 4, 8, 4), (256, 128, 64, 4, 8, 2), (128, 128, 64, 4, 8, 2)],
+    "sm_100": [(128, 256, 64, 4, 8, 4), (256, 128, 64, 4, 8, 2), (128, 128, 64, 4, 8, 2)],
+    "interpreter": [(32, 32, 32, 1, 1, 4)],
+}
+# The same with warps of their own for loading. These are not chosen: Triton makes the barriers
+# between such warps, and no GPU has shown yet that it makes enough of them.
+_WARP_SPECIALIZED = {
+    "sm_90": [(128, 256, 64, 3, 4, 1), (128, 128, 64, 4, 4, 1)],
+    "sm_100": [(128, 128, 64, 4, 8, 2)],
+    "interpreter": [(32, 32, 32, 1, 1, 1)],
+}
 
 
 def _config(
@@ -206,6 +220,23 @@ def legal_configs(
     return tuple(config for config in shipped if why_illegal(kernel, config, *given) is None)
 
 
+def experimental_configs(
+    dtype: torch.dtype,
+    precision: str,
+    aligned: bool,
+    target: Target,
+    activation: bool = False,
+    descriptors: bool = False,
+) -> tuple[Config, ...]:
+    """Forward configurations that are legal and yet not chosen: they are to be proven on a GPU.
+
+    The arguments are those of `why_illegal`.
+    """
+    given = (dtype, precision, aligned, target, activation, descriptors)
+    unproven = _persistent(_WARP_SPECIALIZED, target.family, warp_specialize=True)
+    return tuple(config for config in unproven if why_illegal("forward", config, *given) is None)
+
+
 def _shipped(kernel: Kernel, kind: Kind, arithmetic: str, family: str) -> list[Config]:
     if kind == "tiled":
         return [_config(kernel, *tile) for tile in _TILES[family][arithmetic]]
@@ -223,4 +254,26 @@ def _shipped(kernel: Kernel, kind: Kind, arithmetic: str, family: str) -> list[C
             Config(rows, outputs, depth, num_warps, num_stages, kind=kind, splits=splits)
             for rows, outputs, depth, num_stages, num_warps in _SPLIT_K[family][arithmetic]
         ]
+    if kind == "persistent":
+        return _persistent(_PERSISTENT, family)
     return []
+
+
+def _persistent(
+    tiles: dict[str, list[tuple[int, int, int, int, int, int]]],
+    family: str,
+    warp_specialize: bool = False,
+) -> list[Config]:
+    return [
+        Config(
+            rows,
+            columns,
+            depth,
+            num_warps,
+            num_stages,
+            kind="persistent",
+            epilogue_parts=parts,
+            warp_specialize=warp_specialize,
+        )
+        for rows, columns, depth, num_stages, num_warps, parts in tiles.get(family, [])
+    ]

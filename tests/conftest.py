@@ -51,7 +51,7 @@ def _poison_unset_loads() -> None:
 
     load = InterpreterBuilder.create_masked_load
 
-    def poisoned_load(self, ptrs, mask, other, *arguments):  # type: ignore[no-untyped-def]
+    def poisoned_load(self, ptrs, mask, other, *arguments, **named):  # type: ignore[no-untyped-def]
         if other is None:
             dtype = ptrs.get_element_ty()
             # bfloat16 is held as bit patterns, of which all ones is a NaN as well.
@@ -61,7 +61,7 @@ def _poison_unset_loads() -> None:
                 else np.iinfo(_get_np_dtype(dtype)).max
             )
             other = TensorHandle(np.full_like(ptrs.data, value, dtype=_get_np_dtype(dtype)), dtype)
-        return load(self, ptrs, mask, other, *arguments)
+        return load(self, ptrs, mask, other, *arguments, **named)
 
     InterpreterBuilder.create_masked_load = poisoned_load
 

@@ -36,6 +36,7 @@ FOLDED = ("tests/test_fold.py",)
 SPLIT_K = ("tests/test_split_k.py",)
 LAUNCHED, SHORTCUT = ("tests/test_compiled_launch.py",), ("tests/test_shortcut.py",)
 GEMV = ("tests/test_gemv.py",)
+PERSISTENT = ("tests/test_persistent.py",)
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,48 @@ MUTANTS = [
         "tl.max(acc_bias, axis=1)",
         "tl.sum(acc_bias, axis=1)",
         BACKWARD,
+    ),
+    Mutant(
+        "transposed weight taken for rows, persistent",
+        "kernels/persistent.py",
+        '"WEIGHT_TRANSPOSED": weight.transposed',
+        '"WEIGHT_TRANSPOSED": False',
+        PERSISTENT,
+    ),
+    Mutant(
+        "every step of K is the first, persistent",
+        "kernels/persistent.py",
+        "load_tile(input_descriptor, first_m, k * BLOCK_K, INPUT_TRANSPOSED)",
+        "load_tile(input_descriptor, first_m, 0, INPUT_TRANSPOSED)",
+        PERSISTENT,
+    ),
+    Mutant(
+        "all parts of a tile get the first one's bias",
+        "kernels/persistent.py",
+        "bias_ptr + offs_n * stride_bn",
+        "bias_ptr + (first_n - first_n % BLOCK_M + tl.arange(0, COLUMNS)) * stride_bn",
+        PERSISTENT,
+    ),
+    Mutant(
+        "last tile skipped, persistent",
+        "kernels/persistent.py",
+        "        row_tiles * column_tiles,\n        tl.num_programs(0),",
+        "        row_tiles * column_tiles - 1,\n        tl.num_programs(0),",
+        PERSISTENT,
+    ),
+    Mutant(
+        "direct launches lend no memory, persistent",
+        "kernels/compiled_launch.py",
+        "_with_memory(kernel.run, launch),",
+        "kernel.run,",
+        PERSISTENT,
+    ),
+    Mutant(
+        "row mask dropped, persistent",
+        "kernels/persistent.py",
+        "    mask = mask_m[:, None] & mask_n[None, :]\n",
+        "    mask = (offs_m >= 0)[:, None] & mask_n[None, :]\n",
+        PERSISTENT,
     ),
     Mutant(
         "wrong stride: input's columns taken for contiguous",
