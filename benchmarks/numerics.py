@@ -9,6 +9,7 @@ anything is at fault; FILE is written as it goes. Nothing is timed.
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -76,7 +77,11 @@ def configs(product: Product, group: Group) -> tuple[Config, ...]:
     if product.kernel != "forward":
         return legal_configs(product.kernel, *given)
     shipped = (config for kind in KINDS for config in legal_configs("forward", *given, kind))
-    return (*shipped, *experimental_configs(*given))
+    split = (
+        dataclasses.replace(config, splits=3)
+        for config in legal_configs("forward", *given, "split_k")
+    )
+    return (*shipped, *split, *experimental_configs(*given))
 
 
 def check(group: Group) -> Iterator[dict[str, Any]]:

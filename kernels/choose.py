@@ -4,6 +4,7 @@ Nothing here imports Triton or measures anything: a choice costs microseconds, a
 autotuning.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -15,8 +16,19 @@ from .tiles import legal_configs
 # Multiply-adds a clock on one multiprocessor, of H100's order;
 # only the ratio to bandwidth matters to the choice.
 _RATE = {"16-bit": 2048, "tf32": 1024, "float32": 128, "float64": 64}
-# Bytes a clock that L2 feeds one multiprocessor, of H100's order.
+_PLAIN_RATE = {"16-bit": 128, "tf32": 128, "float32": 128, "float64": 64}
+# Bytes a clock that L2, and that memory, feeds one multiprocessor, of H100's order.
 _BANDWIDTH = 64
+_MEMORY_BANDWIDTH = 14.5
+# The share of the shorter one of computing and reading that the longer one does not hide.
+_EXPOSED = 0.25
+# Clocks from the last split's part to its sum, besides what is read.
+_ARRIVAL = 2000
+# Of a step's time where descriptors spare threads the addresses. Not measured.
+_BY_DESCRIPTORS = 0.8
+# The most rows of which each is worth multiply-adds of its own.
+_GEMV_ROWS = 4
+_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -32,30 +44,57 @@ def choose(
     target: Target,
     activation: bool = False,
     descriptors: bool = False,
+    reads_outputs: bool = False,
 ) -> Config:
     """The configuration with the least modelled time.
 
-    It is for `batch` layers of `m` rows, `n` outputs and `k` inputs.
+    It is for `batch` layers of `m` rows, `n` outputs and `k` inputs; reads_outputs says that the
+    weight's stride is 1 along its outputs, as that of grad_input's is. The other arguments are
+    those of `why_illegal`.
 
     Time is waves of programs over the multiprocessors, times a step's arithmetic and operand
-    traffic. It needs no measurement, and is a default rather than an optimum: on an H100 the
-    chosen tile runs at 0.99 of the best one's speed in bfloat16, 0.97 in float32 and 0.89 in TF32,
-    as geometric means, and at 0.92, 0.63 and 0.47 at worst
-    (benchmarks/results/nvidia-h100-80gb-hbm3/kernels.json).
+    traffic, or the time to read and write everything once, whichever is longer. It needs no
+    measurement, and is a default rather than an optimum: among tiled kernels on an H100 the chosen
+    tile runs at 0.99 of the best one's speed in bfloat16, 0.97 in float32 and 0.89 in TF32, as
+    geometric means, and at 0.92, 0.63 and 0.47 at worst
+    (benchmarks/results/nvidia-h100-80gb-hbm3/kernels.json). The other kinds have not been measured.
     """
-    rows, columns = (n, k) if kernel == "backward_weight" else (m, n)
-    kind = arithmetic(dtype, precision)
+    rows, columns, terms = (n, k, m) if kernel == "backward_weight" else (m, n, k)
+    arithmetics = arithmetic(dtype, precision)
+    moved = batch * (rows * terms + columns * terms + rows * columns) * dtype.itemsize
+    reading = moved / (_MEMORY_BANDWIDTH * target.multiprocessors)
 
     def modelled_time(config: Config) -> float:
         tile_rows, tile_columns, _ = config.tile(kernel)
         tiles = batch * math.ceil(rows / tile_rows) * math.ceil(columns / tile_columns)
-        multiply_adds = tile_rows * tile_columns / _RATE[kind]
-        traffic = (tile_rows + tile_columns) * dtype.itemsize / _BANDWIDTH
-        return math.ceil(tiles / target.multiprocessors) * (multiply_adds + traffic)
+        rate = _PLAIN_RATE if config.kind == "gemv" else _RATE
+        step = tile_rows * tile_columns / rate[arithmetics]
+        step += (tile_rows + tile_columns) * dtype.itemsize / _BANDWIDTH
+        waves = tiles * config.splits / target.multiprocessors
+        if config.kind != "gemv":  # many of whose programs share a multiprocessor
+            waves = math.ceil(waves)
+        computing = max(1.0, waves) * step * max(1, terms) / config.splits
+        if config.kind == "persistent":
+            computing *= _BY_DESCRIPTORS
+        if config.splits > 1:
+            parts = (config.splits + 1) * tile_rows * tile_columns * max(4, dtype.itemsize)
+            computing += _ARRIVAL + parts / _BANDWIDTH
+        return max(computing, reading) + _EXPOSED * min(computing, reading)
 
-    # The model is of tiles on matrix instructions alone.
-    legal = legal_configs(kernel, dtype, precision, aligned, target, activation, descriptors)
-    return min(legal, key=modelled_time)
+    given = (kernel, dtype, precision, aligned, target, activation, descriptors)
+    candidates = list(legal_configs(*given))
+    if kernel == "forward":
+        candidates += legal_configs(*given, "persistent")
+        if m <= _GEMV_ROWS:
+            few = legal_configs(*given, "gemv")
+            candidates += [config for config in few if config.reads_outputs == reads_outputs]
+        candidates += [
+            dataclasses.replace(config, splits=splits)
+            for config in legal_configs(*given, "split_k")
+            for splits in _SPLITS
+            if splits * 4 * config.block_k <= max(k, 4 * config.block_k)
+        ]
+    return min(candidates, key=modelled_time)
 
 
 def choose_splits(config: Config, batch: int, m: int, n: int, k: int, target: Target) -> int:

@@ -92,6 +92,7 @@ def plan_forward(
             target,
             activation is not None,
             launch.describable(rows, weight),
+            weight.strides[-1] != 1 and weight.strides[-2] == 1,
         )
     return ForwardPlan(config, KINDS[config.kind](problem, config), output, rows.copied)
 

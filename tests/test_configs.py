@@ -70,6 +70,34 @@ def test_choice_fills_the_gpu() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("rows", "kind"),
+    [(1, "gemv"), (2, "gemv"), (8, "split_k"), (32, "split_k"), (4096, "persistent")],
+)
+def test_choice_goes_by_the_number_of_rows(rows: int, kind: str) -> None:
+    given = (torch.bfloat16, "ieee", True, SM_90, False)
+    assert choose("forward", 1, rows, 4096, 4096, *given, True).kind == kind
+    without_descriptors = choose("forward", 1, rows, 4096, 4096, *given, False).kind
+    assert without_descriptors == ("tiled" if kind == "persistent" else kind)
+
+
+def test_choice_splits_until_the_gpu_is_full() -> None:
+    def chosen(n: int, k: int) -> Config:
+        return choose("forward", 1, 16, n, k, torch.bfloat16, "ieee", True, SM_90)
+
+    few, many = chosen(1024, 8192), chosen(64 * 4 * SM_90.multiprocessors, 8192)
+    assert few.splits * 1024 // few.block_n >= SM_90.multiprocessors // 2
+    assert many.splits == 1
+    assert chosen(4096, 64).splits == 1, "nothing to split"
+
+
+@pytest.mark.parametrize("reads_outputs", [False, True])
+def test_choice_reads_a_few_rows_weight_along_its_stride_of_one(reads_outputs: bool) -> None:
+    given = (torch.bfloat16, "ieee", True, SM_90, False, False, reads_outputs)
+    chosen = choose("forward", 1, 1, 4096, 4096, *given)
+    assert chosen.reads_outputs == reads_outputs
+
+
 def test_splits_fill_idle_multiprocessors_and_no_more() -> None:
     config = Config(64, 128, 128, num_warps=8, num_stages=4)
     assert choose_splits(config, 1, 65536, 128, 128, SM_90) == SM_90.multiprocessors
@@ -83,4 +111,4 @@ def test_splits_fill_idle_multiprocessors_and_no_more() -> None:
 @pytest.mark.parametrize("module", [configs, tiles, chooser])
 def test_choosing_imports_no_triton_and_measures_nothing(module: ModuleType) -> None:
     imported = {name for name, value in vars(module).items() if isinstance(value, ModuleType)}
-    assert imported <= {"functools", "math", "torch"}
+    assert imported <= {"dataclasses", "functools", "math", "torch"}
