@@ -1,6 +1,6 @@
 """A drop-in `nn.Linear` whose forward and backward are fused Triton kernels."""
 
-from fastlinear.backend import use_backend
+from fastlinear.backend import batch_invariant, use_backend
 from fastlinear.convert import Report, convert, revert
 from fastlinear.explain import Explanation, explain
 from fastlinear.functional import batched_linear, gated_linear, linear
@@ -15,6 +15,7 @@ __all__ = [
     "Linear",
     "Report",
     "__version__",
+    "batch_invariant",
     "batched_linear",
     "convert",
     "explain",

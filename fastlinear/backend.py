@@ -35,6 +35,7 @@ def _checked(backend: str, source: str) -> str:
 # Process-wide, as torch.set_float32_matmul_precision is: the layer's forward
 # reads it, its backward follows its forward.
 current: str = _checked(os.environ.get("FASTLINEAR_BACKEND", "auto"), "FASTLINEAR_BACKEND")
+invariant: bool = False  # within batch_invariant()
 
 
 class use_backend:
@@ -55,6 +56,7 @@ class use_backend:
 
     Raises:
         ValueError: backend is none of these.
+        RuntimeError: on entering anything but "triton" within `batch_invariant()`.
     """
 
     def __init__(self, backend: str) -> None:
@@ -63,6 +65,11 @@ class use_backend:
 
     def __enter__(self) -> None:
         global current
+        if invariant and self.backend != "triton":
+            raise RuntimeError(
+                "within batch_invariant() only the kernels keep its promise: "
+                f"use_backend() takes 'triton' there, but backend is {self.backend!r}"
+            )
         self.previous.append(current)
         current = self.backend
 
@@ -74,6 +81,52 @@ class use_backend:
     ) -> None:
         global current
         current = self.previous.pop()
+
+
+class batch_invariant(use_backend):
+    """Context manager within which a row's results do not depend on the rows beside it.
+
+    Output and grad_input of a row come out bit for bit the same for every batch size, alone or
+    within a larger batch: what an input's neighbours are, as in a server that batches requests,
+    then changes nothing. The kernels compute them, in a configuration that depends on the layer's
+    features and dtype alone, with no sum split over programs; backend "auto" is "triton" there.
+    grad_weight and grad_bias are sums over the batch, in the order of its rows.
+
+    Calls take the configuration that is in force when they run: a backward has to run within it
+    too, and so has a compiled function, which cannot enter it itself.
+
+    Raises:
+        RuntimeError: on entering it with backend "torch", which promises nothing of the kind, or
+            within a function that is being compiled.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("triton")
+        self.outer: list[bool] = []
+
+    def __enter__(self) -> None:
+        global invariant, settings
+        if current == "torch":
+            raise RuntimeError("batch_invariant() needs the kernels, but backend is 'torch'")
+        if torch.compiler.is_dynamo_compiling():
+            raise RuntimeError(
+                "batch_invariant() cannot be entered within a compiled function; "
+                "enter it around the call"
+            )
+        super().__enter__()
+        self.outer.append(invariant)
+        invariant, settings = True, _invariant_settings
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        global invariant, settings
+        super().__exit__(kind, error, traceback)
+        invariant = self.outer.pop()
+        settings = _invariant_settings if invariant else internals.float32_matmul_precision
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -123,20 +176,26 @@ def float32_precision() -> str:
     return "tf32" if internals.float32_matmul_precision() == "tf32" else "ieee"
 
 
-# What plans depend on besides operands.
+# What plans depend on besides operands: called in every call, and so not asked about `invariant`.
 settings: Callable[[], Hashable] = internals.float32_matmul_precision
+
+
+def _invariant_settings() -> Hashable:
+    return "batch invariant", internals.float32_matmul_precision()
 
 
 def plan(input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
     """The plan that `forward` follows."""
     kernels = launchers().forward
     operands = kernels.launch.describe(input, weight, bias)
-    return kernels.plan_forward(operands, float32_precision(), None, False, None)
+    return kernels.plan_forward(operands, float32_precision(), None, False, None, invariant)
 
 
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The op `linear` by the kernels."""
-    return launchers().forward.linear_forward(input, weight, bias, precision=float32_precision())
+    return launchers().forward.linear_forward(
+        input, weight, bias, precision=float32_precision(), batch_invariant=invariant
+    )
 
 
 def backward(
@@ -148,7 +207,13 @@ def backward(
     """
     _check_backward_shapes(grad_output, input, weight, batched)
     gradients = launchers().backward.linear_backward(
-        grad_output, input, weight, bias, batched=batched, precision=float32_precision()
+        grad_output,
+        input,
+        weight,
+        bias,
+        batched=batched,
+        precision=float32_precision(),
+        batch_invariant=invariant,
     )
     return _with_empty(grad_output, gradients, bias, batched)
 
@@ -186,7 +251,7 @@ def activation_output(
     """The op `linear_activation` by the kernels."""
     kernels, precision = launchers().forward, float32_precision()
     return kernels.linear_activation_forward(
-        input, weight, bias, activation, False, precision=precision
+        input, weight, bias, activation, False, precision=precision, batch_invariant=invariant
     )[0]
 
 
@@ -199,7 +264,13 @@ def activation_forward(
     """
     kernels, precision = launchers().forward, float32_precision()
     output, preactivation = kernels.linear_activation_forward(
-        input, weight, bias, activation, activation not in FROM_OUTPUT, precision=precision
+        input,
+        weight,
+        bias,
+        activation,
+        activation not in FROM_OUTPUT,
+        precision=precision,
+        batch_invariant=invariant,
     )
     return output, output.new_empty(0) if preactivation is None else preactivation
 
@@ -225,6 +296,7 @@ def activation_backward(
         activation,
         batched=batched,
         precision=float32_precision(),
+        batch_invariant=invariant,
     )
     return _with_empty(grad, gradients, bias, batched)
 
@@ -240,7 +312,9 @@ def gated_output(
     """The op `gated_linear` by the kernels."""
     operands = (input, gate_weight, up_weight, gate_bias, up_bias)
     kernels, precision = launchers().gated, float32_precision()
-    return kernels.gated_linear_forward(*operands, activation, False, precision=precision)[0]
+    return kernels.gated_linear_forward(
+        *operands, activation, False, precision=precision, batch_invariant=invariant
+    )[0]
 
 
 def gated_forward(
@@ -254,7 +328,9 @@ def gated_forward(
     """The op `gated_linear_forward` by the kernels."""
     operands = (input, gate_weight, up_weight, gate_bias, up_bias)
     kernels, precision = launchers().gated, float32_precision()
-    return kernels.gated_linear_forward(*operands, activation, True, precision=precision)
+    return kernels.gated_linear_forward(
+        *operands, activation, True, precision=precision, batch_invariant=invariant
+    )
 
 
 def gated_backward(
@@ -271,7 +347,7 @@ def gated_backward(
     operands = (grad_output, gate, up, input, gate_weight, up_weight)
     check_gated_backward_shapes(*(None if one is None else one.shape for one in operands))
     *gradients, grad_products = launchers().gated.gated_linear_backward(
-        *operands, bias, activation, precision=float32_precision()
+        *operands, bias, activation, precision=float32_precision(), batch_invariant=invariant
     )
     return _with_empty(grad_products, gradients, bias, False)
 

@@ -30,7 +30,8 @@ class Product:
         wanted, "grad_bias".
     kernel: the Triton kernel's name, or None where PyTorch computes it.
     config: its blocks, warps and stages, or None where PyTorch computes it.
-    splits: programs that share a sum; a later launch, grad_input's if there is one, adds the parts.
+    splits: programs that share a sum; the last of them adds the parts, of grad_weight a later
+        launch, grad_input's if there is one.
     operations: multiplications and additions of the product itself, or of the sum.
     bytes: what has to move if every operand is read once and every result written once.
     """
@@ -165,6 +166,8 @@ def _path(layer: nn.Linear, input: Tensor, unsupported: str | None) -> tuple[str
         return None, f"it raises TypeError: the kernels take {unsupported}", False
     if input.is_meta:
         return KERNELS, "but on meta tensors there is nothing to launch", False
+    if backend.invariant:
+        return KERNELS, "within batch_invariant() there is no other", True
     return KERNELS, "this backend has no other", True
 
 
@@ -278,9 +281,8 @@ def _plans(
     grad_output = operands[0].contiguous(*input.shape[:-1], weight.shape[0])
     transposed = operands[1]._replace(shape=weight.shape[::-1], strides=operands[1].strides[::-1])
 
-    output = kernels.forward.plan_forward(tuple(operands), precision, activation, False, None)
-    grad_input = kernels.forward.plan_forward(
-        (grad_output, transposed, None), precision, None, False, None
+    output = kernels.forward.plan_forward(
+        tuple(operands), precision, activation, False, None, backend.invariant
     )
     grad_weight = kernels.backward.plan_backward_weight(
         (grad_output, operands[0], None),
@@ -288,19 +290,28 @@ def _plans(
         False,
         precision,
         None,
-        None,
+        1 if backend.invariant else None,
     )
     partial = grad_weight.partial_weight
     splits = 1 if partial is None else partial.shape[0]
     # The sums that end a split grad_weight share grad_input's launch.
     both = splits > 1 and weight.requires_grad
+    grad_input = kernels.forward.plan_forward(
+        (grad_output, transposed, None),
+        precision,
+        None,
+        False,
+        None,
+        backend.invariant,
+        "forward_and_sums" if both else "forward",
+    )
     return {
-        "output": ("linear_forward_kernel", output.config, 1),
+        "output": (output.launch.kernel.__name__, output.config, output.config.splits),
         "grad_preactivation": ("activation_backward_kernel", None, 1),
         "grad_input": (
-            "linear_forward_and_sums_kernel" if both else "linear_forward_kernel",
+            "linear_forward_and_sums_kernel" if both else grad_input.launch.kernel.__name__,
             grad_input.config,
-            1,
+            grad_input.config.splits,
         ),
         "grad_weight": ("linear_backward_weight_kernel", grad_weight.config, splits),
     }

@@ -124,6 +124,7 @@ def linear_activation_backward(
     *,
     batched: bool = False,
     precision: str = "ieee",
+    batch_invariant: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """The gradients of `activation(input @ weight.mT + bias)`, in three launches at most.
 
@@ -138,7 +139,7 @@ def linear_activation_backward(
     Args:
         grad_output: (*, N), or (B, M, N) if batched; any strides.
         saved: grad_output's shape, as `activation_backward` takes it.
-        input, weight, bias, batched, precision: as in `linear_backward`.
+        input, weight, bias, batched, precision, batch_invariant: as in `linear_backward`.
         activation: one of `operands.ACTIVATIONS`.
 
     Returns:
@@ -146,5 +147,13 @@ def linear_activation_backward(
         pre-activation.
     """
     grad = activation_backward(grad_output, saved.contiguous(), activation)
-    gradients = linear_backward(grad, input, weight, bias, batched=batched, precision=precision)
+    gradients = linear_backward(
+        grad,
+        input,
+        weight,
+        bias,
+        batched=batched,
+        precision=precision,
+        batch_invariant=batch_invariant,
+    )
     return *gradients, grad

@@ -25,7 +25,12 @@ SUM_BLOCK = 512
 
 
 def linear_backward_input(
-    grad_output: Tensor, weight: Tensor, *, precision: str = "ieee", config: Config | None = None
+    grad_output: Tensor,
+    weight: Tensor,
+    *,
+    precision: str = "ieee",
+    config: Config | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Computes `grad_input = grad_output @ weight`.
 
@@ -35,12 +40,18 @@ def linear_backward_input(
     Args:
         grad_output: (*, N), or (B, M, N) where weight is batched; any strides.
         weight: (N, K) or (B, N, K); dtype and device of grad_output; any strides.
-        precision, config: as in `linear_forward`, whose N is this K.
+        precision, config, batch_invariant: as in `linear_forward`, whose N is this K.
 
     Returns:
         (*, K) or (B, M, K), contiguous, accumulated in float32 (float64 for float64).
     """
-    return linear_forward(grad_output, weight.mT, precision=precision, config=config)
+    return linear_forward(
+        grad_output,
+        weight.mT,
+        precision=precision,
+        config=config,
+        batch_invariant=batch_invariant,
+    )
 
 
 @triton.jit
@@ -571,6 +582,7 @@ def linear_backward(
     *,
     batched: bool = False,
     precision: str = "ieee",
+    batch_invariant: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Computes the gradients of a layer together, in two launches at most.
 
@@ -580,6 +592,8 @@ def linear_backward(
         weight: (N, K) or (B, N, K); None where no grad_input is wanted.
         bias: whether grad_bias is wanted; it comes with grad_weight only.
         batched, precision: as in `linear_backward_weight`.
+        batch_invariant: whether a row's grad_input may not depend on the other rows, and rows are
+            summed in their order, with no splits.
 
     Returns:
         grad_input, grad_weight and grad_bias, as `linear_backward_input` and
@@ -588,12 +602,19 @@ def linear_backward(
     grad_input = grad_weight = grad_bias = sums = None
     if input is not None:
         grad_weight, grad_bias, sums = backward_weight_but_sums(
-            grad_output, input, bias, batched=batched, precision=precision
+            grad_output,
+            input,
+            bias,
+            batched=batched,
+            precision=precision,
+            splits=1 if batch_invariant else None,
         )
     if weight is not None and sums is not None:
         grad_input = backward_input_and_sums(grad_output, weight, sums, precision=precision)
     elif weight is not None:
-        grad_input = linear_backward_input(grad_output, weight, precision=precision)
+        grad_input = linear_backward_input(
+            grad_output, weight, precision=precision, batch_invariant=batch_invariant
+        )
     elif sums is not None:
         run_sums(sums)
     return grad_input, grad_weight, grad_bias
@@ -607,6 +628,7 @@ def backward_input_and_sums(
     second_weight: Tensor | None = None,
     *,
     precision: str,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """`grad_output @ weight`, plus a second such product, and `sums`, all in one launch.
 
@@ -622,7 +644,8 @@ def backward_input_and_sums(
             _as_aligned_as_both(operands[1], seconds[1]),
             None,
         )
-    plan = plan_forward(operands, precision, None, False, None)
+    given = (precision, None, False, None, batch_invariant, "forward_and_sums")
+    plan = plan_forward(operands, *given)
     if plan.copy_input:
         grad_output = grad_output.contiguous()
         if second_grad_output is not None:

@@ -28,6 +28,8 @@ _ARRIVAL = 2000
 _BY_DESCRIPTORS = 0.8
 # The most rows of which each is worth multiply-adds of its own.
 _GEMV_ROWS = 4
+# For which the configuration of every batch is chosen where it may not depend on the batch.
+_INVARIANT_ROWS = 128
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
@@ -45,12 +47,13 @@ def choose(
     activation: bool = False,
     descriptors: bool = False,
     reads_outputs: bool = False,
+    batch_invariant: bool = False,
 ) -> Config:
     """The configuration with the least modelled time.
 
     It is for `batch` layers of `m` rows, `n` outputs and `k` inputs; reads_outputs says that the
-    weight's stride is 1 along its outputs, as that of grad_input's is. The other arguments are
-    those of `why_illegal`.
+    weight's stride is 1 along its outputs, as that of grad_input's is, and batch_invariant that the
+    choice is to be the same for every batch. The other arguments are those of `why_illegal`.
 
     Time is waves of programs over the multiprocessors, times a step's arithmetic and operand
     traffic, or the time to read and write everything once, whichever is longer. It needs no
@@ -59,6 +62,9 @@ def choose(
     geometric means, and at 0.92, 0.63 and 0.47 at worst
     (benchmarks/results/nvidia-h100-80gb-hbm3/kernels.json). The other kinds have not been measured.
     """
+    if batch_invariant:
+        # What else of a call may differ from batch to batch, alignment too.
+        batch, m, aligned, descriptors = 1, _INVARIANT_ROWS, False, False
     rows, columns, terms = (n, k, m) if kernel == "backward_weight" else (m, n, k)
     arithmetics = arithmetic(dtype, precision)
     moved = batch * (rows * terms + columns * terms + rows * columns) * dtype.itemsize
@@ -83,7 +89,7 @@ def choose(
 
     given = (kernel, dtype, precision, aligned, target, activation, descriptors)
     candidates = list(legal_configs(*given))
-    if kernel == "forward":
+    if kernel == "forward" and not batch_invariant:
         candidates += legal_configs(*given, "persistent")
         if m <= _GEMV_ROWS:
             few = legal_configs(*given, "gemv")

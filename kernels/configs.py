@@ -8,9 +8,9 @@ from typing import Literal, get_args
 
 import torch
 
-# What is computed: the layer's output (or grad_input), both products of a gated pair, or
-# grad_weight with grad_bias.
-Kernel = Literal["forward", "gated_forward", "backward_weight"]
+# What is computed: the layer's output (or grad_input), grad_input beside the sums that end a split
+# grad_weight, both products of a gated pair, or grad_weight with grad_bias.
+Kernel = Literal["forward", "forward_and_sums", "gated_forward", "backward_weight"]
 
 # How a forward product is computed, each in a file of its own: by tiles of rows and outputs; a few
 # rows on the plain cores; some rows, with the sum over K split; by a program a multiprocessor that

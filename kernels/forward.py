@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import gemv, launch, persistent, split_k, tiled
 from .choose import choose
-from .configs import Config
+from .configs import Config, Kernel
 from .operands import Activation, check_activation, check_forward_shapes, check_same_kind
 from .problem import ForwardLaunch, ForwardProblem
 
@@ -44,10 +44,13 @@ def plan_forward(
     activation: Activation | None,
     save_preactivation: bool,
     config: Config | None,
+    batch_invariant: bool = False,
+    kernel: Kernel = "forward",
 ) -> ForwardPlan:
     """How `linear_forward` goes about tensors like these: `launch.describe(input, weight, bias)`.
 
-    Cached, because it takes longer than all the rest of a call.
+    `kernel` may also be "forward_and_sums", which is tiled. Cached, because it takes longer than all
+    the rest of a call.
     """
     input, weight = launch.Operand(*operands[0]), launch.Operand(*operands[1])
     bias = None if operands[2] is None else launch.Operand(*operands[2])
@@ -81,7 +84,7 @@ def plan_forward(
     )
     if config is None:
         config = choose(
-            "forward",
+            kernel,
             problem.batch,
             rows.size,
             out_features,
@@ -93,6 +96,7 @@ def plan_forward(
             activation is not None,
             launch.describable(rows, weight),
             weight.strides[-1] != 1 and weight.strides[-2] == 1,
+            batch_invariant,
         )
     return ForwardPlan(config, KINDS[config.kind](problem, config), output, rows.copied)
 
@@ -104,6 +108,7 @@ def linear_forward(
     *,
     precision: str = "ieee",
     config: Config | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Computes `input @ weight.mT + bias` in one launch.
 
@@ -118,6 +123,7 @@ def linear_forward(
         bias: None, (N,), or (B, N) where weight is batched; dtype and device of input.
         precision: how float32 products are formed: "ieee" or "tf32". Other dtypes ignore it.
         config: block sizes to use; None chooses by shape, dtype and device.
+        batch_invariant: whether the choice, and so a row's bits, may not depend on the other rows.
 
     Returns:
         (*, N) or (B, M, N), contiguous, in input's dtype.
@@ -126,7 +132,7 @@ def linear_forward(
         RuntimeError: shapes, dtypes or devices are none of these, or the kernels cannot run on the
             device.
     """
-    return _run(input, weight, bias, None, False, precision, config)[0]
+    return _run(input, weight, bias, None, False, precision, config, batch_invariant)[0]
 
 
 def linear_activation_forward(
@@ -138,6 +144,7 @@ def linear_activation_forward(
     *,
     precision: str = "ieee",
     config: Config | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Computes `activation(input @ weight.mT + bias)` in one launch.
 
@@ -148,7 +155,7 @@ def linear_activation_forward(
     Args:
         activation: one of `operands.ACTIVATIONS`.
         save_preactivation: whether it is wanted too, for the backward of what needs it.
-        input, weight, bias, precision, config: as in `linear_forward`.
+        input, weight, bias, precision, config, batch_invariant: as in `linear_forward`.
 
     Returns:
         The output and the pre-activation or None, as `linear_forward` returns its output.
@@ -156,7 +163,8 @@ def linear_activation_forward(
     Raises:
         RuntimeError: as in `linear_forward`.
     """
-    return _run(input, weight, bias, activation, save_preactivation, precision, config)
+    given = (activation, save_preactivation, precision, config, batch_invariant)
+    return _run(input, weight, bias, *given)
 
 
 def _run(
@@ -167,10 +175,13 @@ def _run(
     save_preactivation: bool,
     precision: str,
     config: Config | None,
+    batch_invariant: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The output, and the pre-activation or None."""
     operands = launch.describe(input, weight, bias)
-    plan = plan_forward(operands, precision, activation, save_preactivation, config)
+    plan = plan_forward(
+        operands, precision, activation, save_preactivation, config, batch_invariant
+    )
     if plan.copy_input:
         input = input.contiguous()
     output = launch.allocate(input, plan.output)

@@ -153,13 +153,14 @@ def plan_gated_forward(
     activation: Activation,
     save_products: bool,
     config: Config | None,
+    batch_invariant: bool = False,
 ) -> GatedForwardLaunch:
     """How `gated_linear_forward` goes about tensors like these.
 
     Args:
         operands: `describe(input, gate_weight, up_weight)`.
         biases: the fields of gate_bias and up_bias.
-        precision, activation, save_products, config: as in `gated_linear_forward`.
+        precision, activation, save_products, config, batch_invariant: as in `gated_linear_forward`.
     """
     input, gate_weight, up_weight = (launch.Operand(*fields) for fields in operands)
     gate_bias, up_bias = (fields and launch.Operand(*fields) for fields in biases)
@@ -194,7 +195,8 @@ def plan_gated_forward(
             precision,
             launch.aligned(rows.operand, gate_weight, up_weight),
             target,
-            True,
+            activation=True,
+            batch_invariant=batch_invariant,
         )
     return GatedForwardLaunch(
         config,
@@ -244,6 +246,7 @@ def gated_linear_forward(
     *,
     precision: str = "ieee",
     config: Config | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Computes `activation(gate) * up` in one launch, from both products over one input.
 
@@ -260,6 +263,7 @@ def gated_linear_forward(
         save_products: whether gate and up are wanted too, for backward.
         precision: how float32 products are formed: "ieee" or "tf32". Other dtypes ignore it.
         config: block sizes to use; None chooses by shape, dtype and device.
+        batch_invariant: as in `linear_forward`.
 
     Returns:
         The output, and gate and up or None: (*, N), contiguous, in input's dtype.
@@ -275,6 +279,7 @@ def gated_linear_forward(
         activation,
         save_products,
         config,
+        batch_invariant,
     )
     if plan.copy_input:
         input = input.contiguous()
@@ -411,6 +416,7 @@ def gated_linear_backward(
     activation: Activation,
     *,
     precision: str = "ieee",
+    batch_invariant: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """The gradients of `activation(gate) * up`, in three launches at most.
 
@@ -427,6 +433,7 @@ def gated_linear_backward(
         bias: whether the gradients of biases are wanted; they come with those of weights only.
         activation: one of `operands.ACTIVATIONS`.
         precision: as in `gated_linear_forward`.
+        batch_invariant: as in `linear_backward`.
 
     Returns:
         grad_input (*, K), grad_weight (2 N, K), the gate's before up's, grad_bias (2 N,) likewise,
@@ -436,7 +443,11 @@ def gated_linear_backward(
     grad_input = grad_weight = grad_bias = sums = None
     if input is not None:
         grad_weight, grad_bias, sums = backward_weight_but_sums(
-            grad_products, input, bias, precision=precision
+            grad_products,
+            input,
+            bias,
+            precision=precision,
+            splits=1 if batch_invariant else None,
         )
     if gate_weight is not None and up_weight is not None:
         features = grad_output.shape[-1]
@@ -449,6 +460,7 @@ def gated_linear_backward(
             grad_products[..., features:],
             up_weight,
             precision=precision,
+            batch_invariant=batch_invariant,
         )
     elif sums is not None:
         run_sums(sums)

@@ -34,6 +34,7 @@ GATED = ("tests/test_gated.py::test_gated_values_and_gradients_are_as_exact_as_p
 GATED_MLP = ("tests/test_gated_mlp.py",)
 FOLDED = ("tests/test_fold.py",)
 SPLIT_K = ("tests/test_split_k.py",)
+INVARIANT = ("tests/test_batch_invariant.py",)
 LAUNCHED, SHORTCUT = ("tests/test_compiled_launch.py",), ("tests/test_shortcut.py",)
 GEMV = ("tests/test_gemv.py",)
 PERSISTENT = ("tests/test_persistent.py",)
@@ -635,6 +636,20 @@ MUTANTS = [
         "== programs - 1",
         "== programs - 2",
         SPLIT_K,
+    ),
+    Mutant(
+        "batch invariance: the configuration goes by the rows",
+        "kernels/choose.py",
+        "batch, m, aligned, descriptors = 1, _INVARIANT_ROWS, False, False",
+        "batch, aligned, descriptors = 1, False, False",
+        INVARIANT,
+    ),
+    Mutant(
+        "batch invariance: shortcuts of the default mode are taken",
+        "fastlinear/backend.py",
+        "invariant, settings = True, _invariant_settings",
+        "invariant = True",
+        INVARIANT,
     ),
 ]
 
