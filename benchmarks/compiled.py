@@ -118,7 +118,7 @@ def read(case: Case) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"[:2000]}
     metadata = compiled.metadata
     # Of the loops, those with a product: sums over splits are added in one as well.
-    loops = (part.partition("scf.yield")[0] for part in compiled.asm["ttir"].split("scf.for")[1:])
+    loops = (part.rpartition("scf.yield")[0] for part in compiled.asm["ttir"].split("scf.for")[1:])
     loop = "".join(part for part in loops if "tt.dot" in part)
     gpu_loop = compiled.asm["ttgir"].partition("scf.for")[2].rpartition("scf.yield")[0]
     buffers = []

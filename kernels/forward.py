@@ -49,8 +49,8 @@ def plan_forward(
 ) -> ForwardPlan:
     """How `linear_forward` goes about tensors like these: `launch.describe(input, weight, bias)`.
 
-    `kernel` may also be "forward_and_sums", which is tiled. Cached, because it takes longer than all
-    the rest of a call.
+    `kernel` may also be "forward_and_sums", which is tiled. Cached, because it takes longer than
+    all the rest of a call.
     """
     input, weight = launch.Operand(*operands[0]), launch.Operand(*operands[1])
     bias = None if operands[2] is None else launch.Operand(*operands[2])
