@@ -18,6 +18,13 @@ from fastlinear.kernels import launch
 from fastlinear.kernels.configs import TARGETS, Config, Kernel, Kind
 from fastlinear.kernels.tiles import legal_configs
 
+# Of every kind that a forward product may be computed by.
+FORWARD_KERNELS = (
+    "linear_forward_kernel",
+    "linear_gemv_kernel",
+    "linear_split_k_kernel",
+    "persistent_forward_kernel",
+)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 # (M, N, K): shapes for kernels whose interpreted blocks are 32 x 32 x 32, with the reason for each.

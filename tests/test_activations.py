@@ -5,7 +5,15 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import DTYPES, assert_as_exact, exact_backward, matmul, normal, rounding_step
+from oracle import (
+    DTYPES,
+    FORWARD_KERNELS,
+    assert_as_exact,
+    exact_backward,
+    matmul,
+    normal,
+    rounding_step,
+)
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -345,8 +353,8 @@ def test_activation_takes_one_launch_and_three(
 
     monkeypatch.setattr(launch, "run", spy)
     output = fastlinear.linear(*operands(shape, torch.float32, device), activation)
-    assert launched == ["linear_forward_kernel"]
-    launched.clear()
+    assert len(launched) == 1
+    assert launched.pop() in FORWARD_KERNELS
     output.backward(torch.ones_like(output))
     assert len(launched) == 3
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from oracle import (
     DTYPES,
+    FORWARD_KERNELS,
     assert_as_exact,
     exact_backward,
     exact_forward,
@@ -213,13 +214,13 @@ def test_kernels_take_all_layers_at_once_and_operands_as_they_lie(
     bias = normal((3, 7), torch.float32, device).t().requires_grad_()
     grad_output = normal((4, 3), torch.float32, device).expand(7, -1, -1)
     output = fastlinear.batched_linear(input.expand(7, -1, -1), weight.mT, bias)
-    assert [name for name, _ in launched] == ["linear_forward_kernel"]
+    assert len(launched) == 1
+    assert launched[0][0] in FORWARD_KERNELS
     assert launched[0][1][:3] == [input.data_ptr(), weight.data_ptr(), bias.data_ptr()]
     output.backward(grad_output)
-    assert [name for name, _ in launched[1:]] == [
-        "linear_backward_weight_kernel",
-        "linear_forward_kernel",
-    ]
+    assert len(launched) == 3
+    assert launched[1][0] == "linear_backward_weight_kernel"
+    assert launched[2][0] in FORWARD_KERNELS
     assert launched[1][1][:2] == [grad_output.data_ptr(), input.data_ptr()]
     assert launched[2][1][:2] == [grad_output.data_ptr(), weight.data_ptr()]
 

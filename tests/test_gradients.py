@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import DTYPES, assert_as_exact, exact_backward, normal
+from oracle import DTYPES, FORWARD_KERNELS, assert_as_exact, exact_backward, normal
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -102,8 +102,10 @@ def test_only_wanted_gradients_are_computed(
         output = fastlinear.linear(*operands)
         launched.clear()
         output.sum().backward()
-        wanted = weight_needs * ["linear_backward_weight_kernel"]
-        assert launched == wanted + input_needs * ["linear_forward_kernel"]
+        assert len(launched) == weight_needs + input_needs
+        if weight_needs:
+            assert launched.pop(0) == "linear_backward_weight_kernel"
+        assert all(name in FORWARD_KERNELS for name in launched)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
