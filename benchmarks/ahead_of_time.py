@@ -234,7 +234,7 @@ def _split_k_cases(target: str, dtype: str, precision: str) -> list[Case]:
     arguments = (target, "output", dtype, precision)
     found = [Case(*arguments, config) for config in aligned]
     if precision == "tf32":
-        return found
+        return [*found, Case(target, "grad_input", dtype, precision, unaligned[0], aligned=False)]
     largest = aligned[0]
     found += [
         Case(target, "grad_input", dtype, precision, largest),
