@@ -21,6 +21,16 @@ MATRIX_INSTRUCTION = re.compile(
 STREAMED = re.compile(
     r"ld\.global\.L1::evict_first[\w.:]*\.(?:v4\.b32|v2\.b64)|\b(?:global|buffer)_load_dwordx4"
 )
+# The same of what is read in any way, in PTX past registers as well.
+WIDE_LOAD = re.compile(
+    r"cp\.async\.cg\.\S* .*, 0x10\b|ld\.global[\w.:]*\.(?:v4\.b32|v2\.b64)"
+    r"|\b(?:global|buffer)_load_dwordx4"
+)
+# The atomic of a sum that programs share: what they stored comes before it, what they load after.
+ORDERED_ATOMIC = re.compile(
+    r"atom\.global\.gpu\.acq_rel\.add|buffer_wbl2 sc1\s+s_waitcnt vmcnt\(0\).*\s+"
+    r"global_atomic_add .*\s+s_waitcnt vmcnt\(0\).*\s+buffer_inv sc1"
+)
 # Of Triton's GPU dialect, where it takes a tile through shared memory.
 MOVED_TILE = re.compile(r"ttg\.(?:convert_layout|local_\w+) .*tensor<\d+x\d+x")
 # Of PTX and of AMD's assembly. The labels that Triton's inline assembly brings along, to wait at,
@@ -106,6 +116,8 @@ def read(case: Case) -> dict[str, Any]:
         sums_apart: whether steps are summed apart.
         buffers: how many of each operand there are, on NVIDIA's.
         streamed: loads of 16 bytes in one pass of its loops.
+        wide_loads: loads of 16 bytes in all.
+        ordered_atomics: atomics that both acquire and release.
         moved: whether a loop brings a tile of two dimensions to other threads.
         descriptor_loads: how many loads by descriptors there are.
         selects: how many numbers are chosen out of two, on NVIDIA's.
@@ -154,6 +166,8 @@ def read(case: Case) -> dict[str, Any]:
         "sums_apart": bool(re.search(r"arith\.addf .*tensor<\d+x\d+xf\d+>", loop)),
         "buffers": sorted({int(count) for count in buffers}),
         "streamed": instructions_in_loops(text, STREAMED),
+        "wide_loads": len(WIDE_LOAD.findall(text)),
+        "ordered_atomics": len(ORDERED_ATOMIC.findall(text)),
         "moved": bool(MOVED_TILE.search(gpu_loop)),
         "descriptor_loads": len(re.findall(r"cp\.async\.bulk\.tensor\S*global\b", text)),
         "selects": len(re.findall(r"\bselp\.f32\b", text)),
@@ -226,6 +240,11 @@ def faults(case: Case, found: dict[str, Any]) -> list[str]:
         wanted_apart = launch.sum_steps_apart(getattr(torch, case.dtype), case.precision)
         if found["sums_apart"] != wanted_apart:
             wrong.append("sums steps apart" if found["sums_apart"] else "has one running sum")
+    if case.config is not None and case.config.kind == "split_k":
+        if case.aligned and not found["wide_loads"]:
+            wrong.append("has no loads of 16 bytes")
+        if found["ordered_atomics"] != (case.config.splits > 1):
+            wrong.append(f"has {found['ordered_atomics']} atomics that acquire and release")
     if not found["resident"]:
         wrong.append(f"fits no multiprocessor with {found['registers']} registers a thread")
     expected = expected_instruction(case)
