@@ -12,10 +12,12 @@ import triton.language as tl
 def arrives_last(counter_ptr, programs):
     """Whether this program is the last of `programs` to get here: each has stored its part then.
 
-    The counter starts as 0 and is left as 0 by the last one, for the next launch.
+    The counter (int32) starts as 0 and is left as 0 by the last one, for the next launch. What
+    others stored is to be loaded past L1 (cache_modifier ".cg"), which may hold it as it was.
     """
     # Every thread's part is stored before one thread counts for all, and that one's release and
-    # acquire order the parts of all programs before what is loaded next.
+    # acquire order the parts of all programs before what is loaded next. The barriers hand that
+    # order on from and to the other threads.
     tl.debug_barrier()
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1
     tl.debug_barrier()

@@ -624,6 +624,27 @@ MUTANTS = [
         SPLIT_K,
     ),
     Mutant(
+        "split_k: layers share the counters of their tiles",
+        "kernels/split_k.py",
+        "counter_ptr + batch * tiles + tile",
+        "counter_ptr + tile",
+        SPLIT_K,
+    ),
+    Mutant(
+        "split_k: offsets of a far workspace in 32 bits",
+        "kernels/split_k.py",
+        "if launch.offset_dtype(partial) == tl.int64:",
+        "if False:",
+        SPLIT_K,
+    ),
+    Mutant(
+        "streams share their counters",
+        "kernels/launch.py",
+        "stream = torch.cuda.current_stream(device).cuda_stream",
+        "stream = 0",
+        ("tests/test_launch.py",),
+    ),
+    Mutant(
         "a counter is left where the last program found it",
         "kernels/reduction.py",
         "tl.store(counter_ptr, 0)",

@@ -1,5 +1,8 @@
 """Launchers: how rows lie in memory, how wide offsets are, what counts as aligned."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 import triton.language as tl
@@ -77,3 +80,45 @@ def test_alignment_is_what_triton_can_prove(device: torch.device) -> None:
     assert not aligned(matrix[:, ::2])  # no stride of 1
     assert not aligned(torch.empty(64, 40, device=device)[:, :32])  # the row stride
     assert not aligned(torch.empty(64, 80, device=device)[:, :40])  # the row's size
+
+
+class OnStream:
+    """Stands in for a tensor on a GPU, and for PyTorch's current stream and its capture."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stream, self.capturing = 1, False
+        monkeypatch.setattr(launch, "_counters", {})
+        monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(
+            torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=self.stream)
+        )
+
+    def new_zeros(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(count, dtype=dtype)
+
+    def counters(self, count: int) -> torch.Tensor:
+        return launch.counters(self, count)  # type: ignore[arg-type]
+
+
+def test_counters_are_each_stream_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    like = OnStream(monkeypatch)
+    first = like.counters(5)
+    assert like.counters(7) is first
+    like.stream = 2
+    assert like.counters(5) is not first
+    like.stream = 1
+    assert like.counters(5) is first
+
+
+def test_counters_of_a_graph_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    like = OnStream(monkeypatch)
+    kept = like.counters(5)
+    like.capturing = True
+    captured = like.counters(5), like.counters(5)
+    like.capturing = False
+    assert like.counters(5) is kept
+    assert len({id(one) for one in (kept, *captured)}) == 3
+    assert all(one.dtype == torch.int32 and one.tolist() == [0] * 5 for one in captured)

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import triton.language as tl
 from oracle import (
     assert_as_exact,
     exact_forward,
@@ -95,6 +96,27 @@ def test_split_k_sums_in_one_order_however_programs_arrive(
         found = call()
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
+
+
+def test_split_k_keeps_layers_apart_however_programs_arrive(device: torch.device) -> None:
+    if device.type != "cpu":
+        pytest.skip("a GPU has orders of its own")
+    input, weight = (normal((3, size, 80), torch.float32, device) for size in (10, 30))
+    expected = linear_forward(input, weight, config=CONFIG)
+    with programs_in_order(lambda index, count: index * 7 % count):  # of 15, by layer
+        found = linear_forward(input, weight, config=CONFIG)
+    assert torch.equal(found, expected)
+
+
+def test_split_k_chooses_offsets_by_its_workspace(device: torch.device) -> None:
+    input, weight = (
+        launch.Operand((size, 2**10), (0, 0), torch.float32, device, True)
+        for size in (2**10, 2**17)
+    )
+    for splits, expected in ((16, tl.int32), (32, tl.int64)):
+        config = dataclasses.replace(CONFIG, splits=splits)
+        plan = plan_forward((input, weight, None), "ieee", None, False, config).launch
+        assert plan.launch.constants["OFFSET_DTYPE"] == expected
 
 
 def test_split_k_repeats_bit_for_bit(device: torch.device) -> None:
