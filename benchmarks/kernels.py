@@ -24,10 +24,14 @@ from torch import Tensor
 from benchmarks.environment import environment
 from benchmarks.files import write_json
 from fastlinear.kernels import launch
-from fastlinear.kernels.backward import linear_backward_input, linear_backward_weight
-from fastlinear.kernels.choose import choose
-from fastlinear.kernels.forward import linear_forward
-from fastlinear.kernels.tiles import legal_configs
+from fastlinear.kernels.backward import (
+    linear_backward_input,
+    linear_backward_weight,
+    plan_backward_weight,
+)
+from fastlinear.kernels.choose import candidates
+from fastlinear.kernels.configs import Config
+from fastlinear.kernels.forward import linear_forward, plan_forward
 
 ARITHMETICS = [
     (torch.bfloat16, "ieee"),
@@ -62,11 +66,31 @@ def kernel_call(
     }[product]
 
 
-def configs(product: str, dtype: torch.dtype, precision: str, aligned: bool) -> tuple[Any, ...]:
-    kernel = "backward_weight" if product == "grad_weight" else "forward"
-    return legal_configs(
-        kernel, dtype, precision, aligned, launch.target_of(torch.device("cuda", 0))
+def configs(
+    product: str, x: Tensor, w: Tensor, b: Tensor, g: Tensor, precision: str
+) -> tuple[Config, list[Config]]:
+    """The configuration that is chosen, and all that are legal, splits of powers of two alone."""
+    if product == "grad_weight":
+        plan = plan_backward_weight(launch.describe(g, x), True, False, precision, None, None)
+        operands, sizes = (g, x), (x.shape[0], x.shape[1])
+    else:
+        operands = (x, w) if product == "output" else (g, w.mT)
+        bias = b if product == "output" else None
+        plan = plan_forward(launch.describe(*operands, bias), precision, None, False, None)
+        sizes = operands[0].shape
+    described = [launch.Operand(*fields) for fields in launch.describe(*operands)[:2]]
+    found = candidates(
+        "backward_weight" if product == "grad_weight" else "forward",
+        *sizes,
+        x.dtype,
+        precision,
+        launch.aligned(*described),
+        launch.target_of(x.device),
+        descriptors=launch.describable(launch.rows_of(described[0]), described[1]),
+        reads_outputs=product == "grad_input",
     )
+    powers = [one for one in found if one.splits & (one.splits - 1) == 0]
+    return plan.config, powers if plan.config in powers else [*powers, plan.config]
 
 
 def set_tf32(precision: str) -> None:
@@ -116,14 +140,7 @@ def measure(record: Callable[[dict[str, Any]], None], dtypes: list[str], deadlin
                 if time.monotonic() > deadline:
                     print("out of time: the rest is not measured")
                     return
-                kernel = "backward_weight" if product == "grad_weight" else "forward"
-                dims = (m, k, n) if product == "grad_input" else (m, n, k)
-                aligned = launch.aligned(
-                    *(launch.Operand(*launch.describe(one)) for one in (x, w, g))
-                )
-                chosen = choose(
-                    kernel, 1, *dims, dtype, precision, aligned, launch.target_of(x.device)
-                )
+                chosen, legal = configs(product, x, w, b, g, precision)
                 row: dict[str, Any] = {
                     "part": "time",
                     "product": product,
@@ -135,7 +152,7 @@ def measure(record: Callable[[dict[str, Any]], None], dtypes: list[str], deadlin
                 }
                 calls = {
                     str(config): kernel_call(product, x, w, b, g, precision, config)
-                    for config in configs(product, dtype, precision, aligned)
+                    for config in legal
                 }
                 row["native_us"], row["kernel_us"] = [], {name: [] for name in calls}
                 for _ in range(ROUNDS):  # in turn, so that a slow moment of the machine is outvoted

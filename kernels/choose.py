@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .configs import Config, Kernel, Target, arithmetic
+from .configs import KINDS, Config, Kernel, Kind, Target, arithmetic
 from .tiles import legal_configs
 
 # Multiply-adds a clock on one multiprocessor, of H100's order;
@@ -87,20 +87,42 @@ def choose(
             computing += _ARRIVAL + parts / _BANDWIDTH
         return max(computing, reading) + _EXPOSED * min(computing, reading)
 
+    given = (dtype, precision, aligned, target, activation, descriptors)
+    kinds: tuple[Kind, ...] = ("tiled",) if batch_invariant else KINDS
+    return min(candidates(kernel, m, k, *given, reads_outputs, kinds), key=modelled_time)
+
+
+def candidates(
+    kernel: Kernel,
+    m: int,
+    k: int,
+    dtype: torch.dtype,
+    precision: str,
+    aligned: bool,
+    target: Target,
+    activation: bool = False,
+    descriptors: bool = False,
+    reads_outputs: bool = False,
+    kinds: tuple[Kind, ...] = KINDS,
+) -> list[Config]:
+    """Every configuration of `kinds` that `choose` chooses among; the arguments are its own."""
     given = (kernel, dtype, precision, aligned, target, activation, descriptors)
-    candidates = list(legal_configs(*given))
-    if kernel == "forward" and not batch_invariant:
-        candidates += legal_configs(*given, "persistent")
-        if m <= _GEMV_ROWS:
-            few = legal_configs(*given, "gemv")
-            candidates += [config for config in few if config.reads_outputs == reads_outputs]
-        candidates += [
+    found = list(legal_configs(*given))
+    if kernel != "forward":
+        return found
+    if "persistent" in kinds:
+        found += legal_configs(*given, "persistent")
+    if "gemv" in kinds and m <= _GEMV_ROWS:
+        few = legal_configs(*given, "gemv")
+        found += [config for config in few if config.reads_outputs == reads_outputs]
+    if "split_k" in kinds:
+        found += [
             dataclasses.replace(config, splits=splits)
             for config in legal_configs(*given, "split_k")
             for splits in _SPLITS
             if splits * 4 * config.block_k <= max(k, 4 * config.block_k)
         ]
-    return min(candidates, key=modelled_time)
+    return found
 
 
 def choose_splits(config: Config, batch: int, m: int, n: int, k: int, target: Target) -> int:

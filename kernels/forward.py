@@ -5,7 +5,7 @@ There may be a batch of independent layers. The kernels are in files of their ow
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -71,7 +71,6 @@ def plan_forward(
         weight_strides=launch.batch_strides(weight, dims=3),
         bias_strides=(0, 0) if bias is None else launch.batch_strides(bias, dims=2),
         output=output,
-        activation=activation,
         precision=precision,
         target=target,
         constants={
@@ -186,17 +185,17 @@ def _run(
         input = input.contiguous()
     output = launch.allocate(input, plan.output)
     preactivation = launch.allocate(input, plan.output) if save_preactivation else None
-    kernel, launched, partial, counters = plan.launch
-    if launched.grid != (0,):
-        pointers: tuple[Tensor | None, ...] = (input, weight, bias, output, preactivation)
-        if partial is not None:
-            pointers += _workspace(input, partial, counters)
-        launch.run(kernel, launched, pointers)
+    if plan.launch.launch.grid != (0,):
+        _launch(plan.launch, (input, weight, bias, output, preactivation))
     return output, preactivation
 
 
-def _workspace(like: Tensor, partial: launch.Operand, counters: int) -> tuple[Tensor, Tensor]:
-    return launch.allocate(like, partial), launch.counters(like, counters)
+def _launch(planned: ForwardLaunch, pointers: tuple[Tensor | None, ...]) -> None:
+    kernel, launched, partial, counters = planned
+    if partial is not None:
+        like: Any = pointers[0]
+        pointers += launch.allocate(like, partial), launch.counters(like, counters)
+    launch.run(kernel, launched, pointers)
 
 
 def as_planned(plan: ForwardPlan) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
@@ -204,16 +203,11 @@ def as_planned(plan: ForwardPlan) -> Callable[[Tensor, Tensor, Tensor | None], T
 
     The plan is one with something to launch, no copy of input and no pre-activation.
     """
-    kernel, launched, partial, counters = plan.launch
-    described = plan.output
+    planned, described = plan.launch, plan.output
 
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         output = launch.allocate(input, described)
-        if partial is None:
-            launch.run(kernel, launched, (input, weight, bias, output, None))
-        else:
-            workspace = _workspace(input, partial, counters)
-            launch.run(kernel, launched, (input, weight, bias, output, None, *workspace))
+        _launch(planned, (input, weight, bias, output, None))
         return output
 
     return forward

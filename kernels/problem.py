@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 from . import launch
 from .configs import Config, Target
-from .operands import Activation
 
 
 class ForwardProblem(NamedTuple):
@@ -24,7 +23,6 @@ class ForwardProblem(NamedTuple):
     weight_strides: tuple[int, ...]
     bias_strides: tuple[int, ...]
     output: launch.Operand
-    activation: Activation | None
     precision: str
     target: Target
     constants: dict[str, Any]
