@@ -66,6 +66,7 @@ class Case:
     aligned: bool = True  # pointers, sizes and strides divisible by 16
     wide: bool = False  # 64-bit offsets
     activation: str | None = None
+    odd: bool = False  # as many outputs as may be, where `aligned` says nothing of them
 
     @property
     def label(self) -> str:
@@ -83,6 +84,7 @@ class Case:
             notes += f" {config.epilogue_parts} parts" if config.epilogue_parts > 1 else ""
             notes += " specialized" if config.warp_specialize else ""
         notes += ("" if self.aligned else " unaligned") + (" int64" if self.wide else "")
+        notes += " odd" if self.odd else ""
         notes += f" {self.activation}" if self.activation else ""
         return (
             f"{self.target:7} {self.product:26} {self.dtype:9} {self.precision:5} {blocks}{notes}"
@@ -165,6 +167,14 @@ def cases(targets: list[str]) -> list[Case]:
             for config in chosen("gated_forward", aligned=False, activation=True):
                 given = {"aligned": False, "activation": "silu"}
                 found += [Case(target, "gated_output", dtype, precision, config, **given)]
+            found += [Case(target, "output", dtype, precision, forwards[0], odd=True)]
+            # The largest that has an activation where operands are not aligned, or outputs not.
+            for product, kernel in (("output", "forward"), ("gated_output", "gated_forward")):
+                largest = chosen(kernel, aligned=False, activation=True)[0]
+                found += [
+                    Case(target, product, dtype, precision, largest, activation="gelu", **given)
+                    for given in ({"aligned": False}, {"odd": True})
+                ]
             found += _split_k_cases(target, dtype, precision)
             for config in chosen("forward", aligned=False):
                 found += [Case(target, "output", dtype, precision, config, aligned=False)]
@@ -233,6 +243,7 @@ def _split_k_cases(target: str, dtype: str, precision: str) -> list[Case]:
     )
     arguments = (target, "output", dtype, precision)
     found = [Case(*arguments, config) for config in aligned]
+    found += [Case(*arguments, aligned[0], odd=True)]
     if precision == "tf32":
         return [*found, Case(target, "grad_input", dtype, precision, unaligned[0], aligned=False)]
     largest = aligned[0]
@@ -356,7 +367,7 @@ def compile_case(case: Case) -> Any:
             signature[name] = pointers.get(name, POINTER[dtype])
         else:
             signature[name] = "i64" if case.wide and name.startswith("stride_") else "i32"
-        if case.aligned:
+        if case.aligned and not (case.odd and name == "N"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)

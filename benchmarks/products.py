@@ -67,8 +67,9 @@ class Product:
 
     @property
     def aligned(self) -> bool:
-        described = (launch.describe(one, one)[0] for one in self.operands)
-        return launch.aligned(*(launch.Operand(*fields) for fields in described))
+        described = [launch.Operand(*launch.describe(one, one)[0]) for one in self.operands]
+        whole = not (self.applies and described[1].shape[-2] % 16)  # as launch.aligned_product
+        return whole and launch.aligned(*described)
 
     @property
     def describable(self) -> bool:

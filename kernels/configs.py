@@ -132,7 +132,8 @@ def why_illegal(
         kernel: whose tile the configuration is.
         config: the configuration.
         dtype, precision: of the operands, and how float32 products are formed.
-        aligned: whether every operand can be read 16 bytes at a time (launch.aligned); if not, the
+        aligned: whether every operand can be read 16 bytes at a time (launch.aligned) and, with an
+            activation, the output so written (launch.aligned_product); if not, the
             operands pass through registers, each element with an address of its own.
         target: the device.
         activation: whether the kernel applies one to its accumulators.
@@ -164,6 +165,11 @@ def _why_no_room(operands: int, config: Config, target: Target) -> str | None:
             f"{target.family} has {target.shared_memory}"
         )
     return None
+
+
+# Registers of unaligned TF32, as measured by compiling: its operands pass through registers too, to
+# be rounded there.
+_MOST_OF_TF32 = 80
 
 
 def _why_no_addresses(accumulators: int, addresses: int, kind: str, most: int = 128) -> str | None:
@@ -218,7 +224,11 @@ def _why_tiled_illegal(
             f"accumulators take {accumulators} registers a thread, "
             f"more than the {most} that leave room for the rest"
         )
-    return None if aligned else _why_no_addresses(accumulators, operands // threads * 2, kind)
+    if aligned:
+        return None
+    rounds = kind == "tf32" and activation and kernel != "gated_forward"
+    most = _MOST_OF_TF32 if rounds else 128
+    return _why_no_addresses(accumulators, operands // threads * 2, kind, most)
 
 
 def _why_gemv_illegal(
@@ -278,8 +288,7 @@ def _why_split_k_illegal(
     if aligned:
         return None
     kind = arithmetic(dtype, precision)
-    # As measured by compiling: TF32's weight passes through registers, to be rounded there.
-    most = 80 if kind == "tf32" else 128
+    most = _MOST_OF_TF32 if kind == "tf32" else 128
     return _why_no_addresses(accumulators, operands // threads * 2, kind, most)
 
 

@@ -90,7 +90,7 @@ def plan_forward(
             in_features,
             input.dtype,
             precision,
-            launch.aligned(rows.operand, weight),
+            launch.aligned_product(rows, weight, activation is not None),
             target,
             activation is not None,
             launch.describable(rows, weight),

@@ -193,7 +193,7 @@ def plan_gated_forward(
             in_features,
             input.dtype,
             precision,
-            launch.aligned(rows.operand, gate_weight, up_weight),
+            launch.aligned_product(rows, gate_weight, True) and launch.aligned(up_weight),
             target,
             activation=True,
             batch_invariant=batch_invariant,

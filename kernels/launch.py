@@ -208,6 +208,15 @@ def aligned(*operands: Operand) -> bool:
     return True
 
 
+def aligned_product(rows: Rows, weight: Operand, activation: bool) -> bool:
+    """Whether a forward product counts as aligned, as configurations have to fit it.
+
+    Input and weight have to be. An activation needs the registers too that a store of rows of
+    another size than a multiple of 16 takes for its addresses.
+    """
+    return aligned(rows.operand, weight) and not (activation and weight.shape[-2] % 16)
+
+
 class Stored(NamedTuple):
     """How a matrix lies in memory.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from types import ModuleType
+from typing import get_args
 
 import pytest
 import torch
@@ -45,9 +46,12 @@ def test_predicate_counts_the_target_s_shared_memory() -> None:
     )
 
 
-@pytest.mark.parametrize("kernel", ["forward", "backward_weight"])
+@pytest.mark.parametrize("activation", [False, True])
+@pytest.mark.parametrize("kernel", get_args(configs.Kernel))
 @pytest.mark.parametrize("shared_memory", [65_536, 101_376, 166_912])
-def test_some_configuration_is_always_legal(kernel: configs.Kernel, shared_memory: int) -> None:
+def test_some_configuration_is_always_legal(
+    kernel: configs.Kernel, activation: bool, shared_memory: int
+) -> None:
     for target in TARGETS.values():
         smaller = dataclasses.replace(
             target, shared_memory=min(shared_memory, target.shared_memory)
@@ -55,7 +59,8 @@ def test_some_configuration_is_always_legal(kernel: configs.Kernel, shared_memor
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             for precision in ("ieee", "tf32"):
                 for aligned in (True, False):
-                    assert legal_configs(kernel, dtype, precision, aligned, smaller)
+                    given = (kernel, dtype, precision, aligned, smaller, activation)
+                    assert legal_configs(*given), given
 
 
 def test_choice_fills_the_gpu() -> None:

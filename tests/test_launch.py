@@ -122,3 +122,14 @@ def test_counters_of_a_graph_are_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
     assert like.counters(5) is kept
     assert len({id(one) for one in (kept, *captured)}) == 3
     assert all(one.dtype == torch.int32 and one.tolist() == [0] * 5 for one in captured)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "activation", "expected"), [(48, True, True), (50, False, True), (50, True, False)]
+)
+def test_a_product_with_an_activation_is_aligned_with_its_outputs(
+    outputs: int, activation: bool, expected: bool, device: torch.device
+) -> None:
+    input, weight = torch.empty(64, 32, device=device), torch.empty(outputs, 32, device=device)
+    rows = launch.rows_of(operand(input))
+    assert launch.aligned_product(rows, operand(weight), activation) == expected
