@@ -11,6 +11,7 @@ from twins import Backend
 
 import fastlinear
 import fastlinear.kernels.backward  # takes the launcher that the fixture replaces: before it does
+from fastlinear import shortcut
 from fastlinear.kernels import forward, gated
 
 
@@ -19,17 +20,18 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Runs the test with each backend, and sees to it that the kernels ran with theirs alone."""
     backend = Backend(request.param)
 
-    def count(kernels, launcher: str, layers: int) -> None:  # type: ignore[no-untyped-def]
-        plain = getattr(kernels, launcher)
-
-        def counted(*operands, **options):  # type: ignore[no-untyped-def]
+    def counted(launcher, layers: int):  # type: ignore[no-untyped-def]
+        def count(*operands, **options):  # type: ignore[no-untyped-def]
             backend.calls += layers
-            return plain(*operands, **options)
+            return launcher(*operands, **options)
 
-        monkeypatch.setattr(kernels, launcher, counted)
+        return count
 
-    count(forward, "linear_forward", 1)
-    count(gated, "gated_linear_forward", 2)
+    as_planned = forward.as_planned
+    monkeypatch.setattr(shortcut, "_shortcuts", {})  # those of earlier tests count for those
+    monkeypatch.setattr(forward, "as_planned", lambda plan: counted(as_planned(plan), 1))
+    monkeypatch.setattr(forward, "linear_forward", counted(forward.linear_forward, 1))
+    monkeypatch.setattr(gated, "gated_linear_forward", counted(gated.gated_linear_forward, 2))
     with fastlinear.use_backend(backend.name):
         yield backend
     assert (backend.calls > 0) == (backend.name == "triton"), f"{backend.calls} kernels ran"
