@@ -15,9 +15,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastlinear.kernels import activation as activation_pass
-from fastlinear.kernels import backward, gated, gemv, launch, persistent, split_k, tiled
-from fastlinear.kernels.configs import TARGETS, Config
+from fastlinear.kernels import (
+    backward_weight,
+    gated,
+    gemv,
+    grouped,
+    launch,
+    persistent,
+    split_k,
+    tiled,
+)
+from fastlinear.kernels.configs import TARGETS, BackwardConfig, Config, Kernel
 from fastlinear.kernels.operands import ACTIVATIONS, FROM_OUTPUT
+from fastlinear.kernels.pairs import legal_pairs
 from fastlinear.kernels.tiles import experimental_configs, legal_configs
 
 GPU_TARGETS = {
@@ -48,21 +58,18 @@ FORWARD_KERNELS = {
     "persistent": persistent.persistent_forward_kernel,
 }
 
-SUMS = {"SUM_BIAS": True, "SUM_BLOCK": backward.SUM_BLOCK}
-
 
 @dataclass(frozen=True)
 class Case:
     """One kernel, as one call would compile it."""
 
     target: str
-    # "output", "grad_input", "columns", "grad_weight", "grad_weight_partial", "sum_splits",
-    # "grad_input_and_sums", "grad_preactivation", "gated_output", "grad_products" or
-    # "grad_input_of_two_and_sums"
+    # "output", "grad_input", "columns", "grad_weight", "grad_weight_split", "backward",
+    # "backward_of_two", "grad_preactivation", "gated_output" or "grad_products"
     product: str
     dtype: str
     precision: str
-    config: Config | None
+    config: Config | BackwardConfig | None
     aligned: bool = True  # pointers, sizes and strides divisible by 16
     wide: bool = False  # 64-bit offsets
     activation: str | None = None
@@ -70,16 +77,14 @@ class Case:
 
     @property
     def label(self) -> str:
-        config = self.config
-        blocks = (
-            f"{config.block_m}x{config.block_n}x{config.block_k} "
-            f"s{config.num_stages} w{config.num_warps}"
-            if config
-            else "-"
-        )
-        notes = ""
-        if config and config.kind != "tiled":
-            blocks = f"{config.kind} {blocks}"
+        configs = [config for config, _ in self.products()]
+        blocks, notes = "-", ""
+        if configs:
+            config = configs[0]
+            blocks = "+".join(f"{one.block_m}x{one.block_n}x{one.block_k}" for one in configs)
+            blocks += f" s{config.num_stages} w{config.num_warps}"
+            if config.kind != "tiled":
+                blocks = f"{config.kind} {blocks}"
             notes += " splits" if config.splits > 1 else ""
             notes += f" {config.epilogue_parts} parts" if config.epilogue_parts > 1 else ""
             notes += " specialized" if config.warp_specialize else ""
@@ -87,8 +92,17 @@ class Case:
         notes += " odd" if self.odd else ""
         notes += f" {self.activation}" if self.activation else ""
         return (
-            f"{self.target:7} {self.product:26} {self.dtype:9} {self.precision:5} {blocks}{notes}"
+            f"{self.target:7} {self.product:18} {self.dtype:9} {self.precision:5} {blocks}{notes}"
         )
+
+    def products(self) -> list[tuple[Config, Kernel]]:
+        """Each product's configuration, and the kernel whose tile it is."""
+        if self.config is None:
+            return []
+        if isinstance(self.config, BackwardConfig):
+            return [(self.config.input, "forward"), (self.config.weight, "backward_weight")]
+        weight = self.product.startswith("grad_weight")
+        return [(self.config, "backward_weight" if weight else "forward")]
 
     @property
     def name(self) -> str:
@@ -126,20 +140,25 @@ def cases(targets: list[str]) -> list[Case]:
                 ]
             found += [Case(target, "grad_weight", dtype, precision, config) for config in weights]
             found += [Case(target, "columns", dtype, precision, forwards[0])]
-            found += [Case(target, "grad_weight_partial", dtype, precision, weights[0])]
+            found += [
+                Case(target, "grad_weight_split", dtype, precision, config) for config in weights
+            ]
             found += [Case(target, "output", dtype, precision, forwards[0], wide=True)]
             found += [Case(target, "grad_weight", dtype, precision, weights[0], wide=True)]
-            found += [Case(target, "sum_splits", dtype, precision, None)]
-            found += [
-                Case(target, "grad_input_and_sums", dtype, precision, config) for config in forwards
-            ]
+            pairs = functools.partial(
+                legal_pairs, getattr(torch, dtype), precision, target=TARGETS[target]
+            )
+            for pair in pairs(aligned=True):
+                found += [
+                    Case(target, product, dtype, precision, pair)
+                    for product in ("backward", "backward_of_two")
+                ]
+            for pair in pairs(aligned=False):
+                found += [Case(target, "backward", dtype, precision, pair, aligned=False)]
             for activation in ("gelu", "gelu_tanh", "tanh"):  # the others do less of the same
                 given = {"activation": activation}
                 largest = chosen("forward", aligned=True, activation=True)[0]
                 found += [Case(target, "output", dtype, precision, largest, **given)]
-                found += [
-                    Case(target, "grad_weight_partial", dtype, precision, weights[0], **given)
-                ]
             found += [
                 Case(target, "grad_preactivation", dtype, precision, None, activation=activation)
                 for activation in ACTIVATIONS
@@ -159,10 +178,6 @@ def cases(targets: list[str]) -> list[Case]:
                 Case(target, "grad_products", dtype, precision, None, activation=activation)
                 for activation in ACTIVATIONS
                 if precision == "ieee"
-            ]
-            found += [
-                Case(target, "grad_input_of_two_and_sums", dtype, precision, config)
-                for config in forwards
             ]
             for config in chosen("gated_forward", aligned=False, activation=True):
                 given = {"aligned": False, "activation": "silu"}
@@ -275,12 +290,7 @@ def compile_case(case: Case) -> Any:
     if case.activation is None:
         constants["preactivation_ptr"] = None
     pointers: dict[str, str] = {}
-    if case.product == "sum_splits":
-        kernel = backward.sum_splits_kernel
-        pointers = {"partial_weight_ptr": accumulator, "partial_bias_ptr": accumulator}
-        constants |= SUMS | {"SUM_OFFSET_DTYPE": constants["OFFSET_DTYPE"]}
-        options = {}
-    elif case.product in ("grad_preactivation", "grad_products"):
+    if case.product in ("grad_preactivation", "grad_products"):
         kernel = (
             activation_pass.activation_backward_kernel
             if case.product == "grad_preactivation"
@@ -296,29 +306,42 @@ def compile_case(case: Case) -> Any:
         }
         options = {}
     else:
-        config = case.config
         constants |= {
             "ACC_DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,
             "INPUT_PRECISION": case.precision,
             "UPCAST": False,
             "SUM_STEPS_APART": launch.sum_steps_apart(dtype, case.precision),
+            "SUM_BY_DOT": dtype.itemsize == 2,
+            "NESTED_GRAD_OUTPUT": False,
             "NESTED_INPUT": False,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_K": config.block_k,
-            "GROUP": config.group,
         }
-        options = config.compile_options(TARGETS[case.target])
-        if case.product.startswith("grad_weight"):
-            kernel = backward.linear_backward_weight_kernel
+        for config, product in case.products():
+            prefix = ""
+            if isinstance(case.config, BackwardConfig):
+                prefix = "INPUT_" if product == "forward" else "WEIGHT_"
             constants |= {
-                "SUM_BY_DOT": dtype.itemsize == 2,
-                "NESTED_GRAD_OUTPUT": False,
-                "stride_gn": 1,
-                "stride_ik": 1,
+                f"{prefix}BLOCK_M": config.block_m,
+                f"{prefix}BLOCK_N": config.block_n,
+                f"{prefix}BLOCK_K": config.block_k,
+                f"{prefix}GROUP": config.group,
             }
-            if case.product == "grad_weight_partial":
-                pointers = {"grad_weight_ptr": accumulator, "grad_bias_ptr": accumulator}
+            options = config.compile_options(TARGETS[case.target])
+        parts = {"partial_weight_ptr": accumulator, "partial_bias_ptr": accumulator}
+        parts["counter_ptr"] = "*i32"
+        if case.product.startswith("grad_weight"):
+            kernel = backward_weight.linear_backward_weight_kernel
+            constants |= {"stride_gn": 1, "stride_ik": 1, "SPLIT": case.product.endswith("split")}
+            if constants["SPLIT"]:
+                pointers = parts
+            else:
+                constants |= dict.fromkeys(parts)
+        elif case.product.startswith("backward"):
+            # A launch that splits has all that another has.
+            kernel, pointers = grouped.linear_backward_kernel, parts
+            constants |= {"stride_gn": 1, "stride_ik": 1, "stride_wk": 1, "SPLIT": True}
+            constants["SECOND_PRODUCT"] = case.product == "backward_of_two"
+            if case.product == "backward":
+                constants["second_weight_ptr"] = None
         elif case.product == "gated_output":
             kernel = gated.gated_linear_forward_kernel
             constants |= {
@@ -330,30 +353,23 @@ def compile_case(case: Case) -> Any:
                 "stride_uk": 1,
             }
         else:
+            config = case.config
             kernel = FORWARD_KERNELS[config.kind]
-            products, _, sums = case.product.partition("_and_")
-            layout, _, two = products.partition("_of_")
-            constants |= dict.fromkeys(FORWARD_LAYOUTS[layout], 1)
+            constants |= dict.fromkeys(FORWARD_LAYOUTS[case.product], 1)
             split = config.splits > 1
-            constants |= {"SECOND_PRODUCT": bool(two), "SPLIT": split}
+            constants["SPLIT"] = split
             pointers = {"partial_ptr": accumulator, "counter_ptr": "*i32"}
             if not split:
                 constants |= {"partial_ptr": None, "counter_ptr": None, "splits": 1}
             constants |= {
-                "INPUT_TRANSPOSED": layout == "columns",
-                "WEIGHT_TRANSPOSED": layout == "grad_input",
+                "INPUT_TRANSPOSED": case.product == "columns",
+                "WEIGHT_TRANSPOSED": case.product == "grad_input",
                 "EPILOGUE_PARTS": config.epilogue_parts,
                 "FLATTEN": persistent.flattens(config, case.target),
                 "WARP_SPECIALIZE": config.warp_specialize,
             }
-            if not two:
-                constants |= {"second_input_ptr": None, "second_weight_ptr": None}
-            if layout == "grad_input":
+            if case.product == "grad_input":
                 constants |= {"HAS_BIAS": False, "bias_ptr": None}
-            if sums:
-                kernel = backward.linear_forward_and_sums_kernel
-                constants |= SUMS | {"SUM_OFFSET_DTYPE": constants["OFFSET_DTYPE"]}
-                pointers = {"partial_weight_ptr": accumulator, "partial_bias_ptr": accumulator}
 
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):

@@ -14,6 +14,8 @@ from benchmarks.ahead_of_time import Case, compile_case
 from fastlinear.kernels import launch
 from fastlinear.kernels.configs import TARGETS, Config, arithmetic, persistent_shared_memory
 
+Row = dict[str, Any]
+
 MATRIX_INSTRUCTION = re.compile(
     r"(?:wgmma\.mma_async|tcgen05\.mma\b|mma\.sync)[\w.:]*|\bv_mfma_\w+"
 )
@@ -40,11 +42,11 @@ BRANCH = re.compile(r"\b(bra|bra\.uni|s_branch|s_cbranch_\w+)\s+(\$L__BB\d+_\d+|
 END = re.compile(r"^\s*(?:ret;|exit;|trap;|s_endpgm)")
 
 
-def instructions_in_loops(assembly: str, kind: re.Pattern[str] = MATRIX_INSTRUCTION) -> int:
-    """How many instructions of a kind in `assembly`, PTX or AMD's, can be reached from themselves.
+def instructions_in_loops(assembly: str, kind: re.Pattern[str] = MATRIX_INSTRUCTION) -> list[int]:
+    """How many instructions of a kind each loop of `assembly`, PTX or AMD's, has, where it has any.
 
-    Both sides of a branch within a loop count, and so do both loops where there are two; what a
-    pipeline does before and after its loop does not. In PTX, ptxas may still unroll.
+    Those are in a loop that can be reached from themselves. Both sides of a branch within it count;
+    what a pipeline does before and after its loop does not. In PTX, ptxas may still unroll.
     """
     # Straight runs of instructions, with how many of that kind each has and where it may go on.
     runs: list[tuple[int, list[int | str]]] = [(0, [])]
@@ -67,21 +69,25 @@ def instructions_in_loops(assembly: str, kind: re.Pattern[str] = MATRIX_INSTRUCT
         elif kind.search(line):
             runs[-1] = (runs[-1][0] + 1, runs[-1][1])
 
-    def returns(start: int) -> bool:
-        """Whether what is run after `start` leads back to it."""
+    def reached_from(start: int) -> set[int]:
+        """What may be run after `start`, itself if it leads back there."""
         seen: set[int] = set()
         ahead = [start]
         while ahead:
             for place in runs[ahead.pop()][1]:
                 place = labels[place] if isinstance(place, str) else place
-                if place == start:
-                    return True
                 if place not in seen and place < len(runs):
                     seen.add(place)
                     ahead.append(place)
-        return False
+        return seen
 
-    return sum(count for place, (count, _) in enumerate(runs) if count and returns(place))
+    ahead_of = {place: reached_from(place) for place, (count, _) in enumerate(runs) if count}
+    loops: dict[int, int] = {}  # by the first of its runs that has any
+    for place, ahead in ahead_of.items():
+        if place in ahead:
+            first = min(one for one in ahead & ahead_of.keys() if place in ahead_of[one])
+            loops[first] = loops.get(first, 0) + runs[place][0]
+    return list(loops.values())
 
 
 def _usage(cubin: bytes) -> str:
@@ -101,7 +107,7 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def read(case: Case) -> dict[str, Any]:
+def read(case: Case) -> Row:
     """Compiles `case`, and reads from the result what it takes.
 
     Returns:
@@ -109,12 +115,13 @@ def read(case: Case) -> dict[str, Any]:
         spilled: bytes of one thread.
         shared: bytes of shared memory of one program.
         matrix: how many matrix instructions one pass of its loops has.
+        loops: how many loops have any.
         resident: programs that one multiprocessor is predicted to hold.
         occupancy: their warps, in percent of the most that it could hold.
         waves: how many times over the GPU is filled by occupancy.SIDE rows, outputs and inputs.
         instructions: the kinds of matrix instructions.
-        sums_apart: whether steps are summed apart.
-        buffers: how many of each operand there are, on NVIDIA's.
+        sums_apart: of each product whether its steps are summed apart.
+        buffers: of each operand, on NVIDIA's, how many there are, and their rows and columns.
         streamed: loads of 16 bytes in one pass of its loops.
         wide_loads: loads of 16 bytes in all.
         ordered_atomics: atomics that both acquire and release.
@@ -129,9 +136,6 @@ def read(case: Case) -> dict[str, Any]:
     except Exception as error:  # whatever the compiler raises is a result here
         return {"error": f"{type(error).__name__}: {error}"[:2000]}
     metadata = compiled.metadata
-    # Of the loops, those with a product: sums over splits are added in one as well.
-    loops = (part.rpartition("scf.yield")[0] for part in compiled.asm["ttir"].split("scf.for")[1:])
-    loop = "".join(part for part in loops if "tt.dot" in part)
     gpu_loop = compiled.asm["ttgir"].partition("scf.for")[2].rpartition("scf.yield")[0]
     buffers = []
     if case.target == "gfx942":
@@ -144,7 +148,7 @@ def read(case: Case) -> dict[str, Any]:
         registers = _number("REG:", usage)
         spilled = _number("STACK:", usage) + _number("LOCAL:", usage)
         buffers = re.findall(
-            r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x\w+,[^>]*mutable>",
+            r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x(\d+)x(\d+)x\w+,[^>]*mutable>",
             compiled.asm["ttgir"],
         )
     resident = occupancy.resident_programs(
@@ -158,14 +162,15 @@ def read(case: Case) -> dict[str, Any]:
         "registers": registers,
         "spilled": spilled,
         "shared": metadata.shared,
-        "matrix": instructions_in_loops(text),
+        "matrix": sum(loops := instructions_in_loops(text)),
+        "loops": len(loops),
         "resident": resident,
         "occupancy": occupancy.occupancy(case.target, resident, metadata.num_warps),
         "waves": occupancy.waves(case, resident),
         "instructions": sorted(set(MATRIX_INSTRUCTION.findall(text))),
-        "sums_apart": bool(re.search(r"arith\.addf .*tensor<\d+x\d+xf\d+>", loop)),
-        "buffers": sorted({int(count) for count in buffers}),
-        "streamed": instructions_in_loops(text, STREAMED),
+        "sums_apart": sums_apart(compiled.asm["ttir"]),
+        "buffers": [tuple(map(int, sizes)) for sizes in buffers],
+        "streamed": sum(instructions_in_loops(text, STREAMED)),
         "wide_loads": len(WIDE_LOAD.findall(text)),
         "ordered_atomics": len(ORDERED_ATOMIC.findall(text)),
         "moved": bool(MOVED_TILE.search(gpu_loop)),
@@ -176,23 +181,26 @@ def read(case: Case) -> dict[str, Any]:
     }
 
 
+def sums_apart(ttir: str) -> list[bool]:
+    """Of each product whether what it adds to is something else than the total."""
+    found = []
+    for dot in re.finditer(r"(%\w+) = tt\.dot ", ttir):
+        # Beside a branch, or after it, the name may be another value's.
+        scope = ttir[dot.end() :].partition(f"{dot[1]} = ")[0]
+        found.append(bool(re.search(rf"arith\.addf .*{dot[1]}\b", scope)))
+    return found
+
+
 def triton_version() -> tuple[int, ...]:
     return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
-def expected_instruction(case: Case) -> str | None:
-    """The matrix instruction that `case` has to contain on its target, as a prefix.
+def expected_instruction(case: Case, rows: int) -> str | None:
+    """The matrix instruction that a product with tiles of `rows` rows has to contain, as a prefix.
 
     None where plain cores do the work.
     """
-    if case.config is None or case.config.kind == "gemv":
-        return None
     kind = arithmetic(getattr(torch, case.dtype), case.precision)
-    rows, columns, _ = case.config.tile(
-        "backward_weight" if case.product.startswith("grad_weight") else "forward"
-    )
-    if case.config.kind == "split_k":
-        rows = columns  # outputs are the rows of its instructions
     if case.target == "gfx942":
         return "v_mfma"
     if kind == "float32":
@@ -207,7 +215,7 @@ def expected_instruction(case: Case) -> str | None:
     return "mma.sync"
 
 
-def streaming_faults(case: Case, config: Config, found: dict[str, Any]) -> list[str]:
+def streaming_faults(case: Case, config: Config, found: Row) -> list[str]:
     """What keeps the weights of a case of a few rows from streaming from memory into products."""
     wrong = []
     if found["moved"]:
@@ -222,7 +230,33 @@ def streaming_faults(case: Case, config: Config, found: dict[str, Any]) -> list[
     return wrong
 
 
-def faults(case: Case, found: dict[str, Any]) -> list[str]:
+def few_buffers(tiles: list[tuple[int, int, int]], case: Case, found: Row) -> list[str]:
+    """Which operands of asynchronous products have fewer buffers than stages, in words.
+
+    Such a product still reads the last step's operands while the next ones are loaded.
+
+    Args:
+        tiles: rows, columns and depth of each product, again for each loop that forms it.
+    """
+    weights = 2 if case.product == "gated_output" else 1  # of one tile of input
+    shapes: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # asynchronous or not
+    for rows, columns, depth in tiles:
+        asynchronous = expected_instruction(case, rows) == "wgmma.mma_async"
+        shapes[asynchronous] += [(rows, depth), *[(depth, columns)] * weights]
+    stages = case.products()[0][0].num_stages
+    wrong = []
+    for shape in sorted(set(shapes[True])):
+        counts = [count for count, *sizes in found["buffers"] if tuple(sizes) == shape]
+        enough, wanted = sum(count >= stages for count in counts), shapes[True].count(shape)
+        if enough < wanted or len(counts) - enough > shapes[False].count(shape):
+            wrong.append(
+                f"has {counts} buffers for {wanted} operands of {shape[0]} x {shape[1]}, "
+                f"{stages} stages deep"
+            )
+    return wrong
+
+
+def faults(case: Case, found: Row) -> list[str]:
     """What is wrong with a compiled case, in words; empty where nothing is."""
     if found["error"]:
         return [found["error"]]
@@ -234,56 +268,66 @@ def faults(case: Case, found: dict[str, Any]) -> list[str]:
             f"needs {found['shared']} bytes of shared memory "
             f"of {TARGETS[case.target].shared_memory}"
         )
-    if case.config is not None and case.config.kind == "gemv":
-        wrong += streaming_faults(case, case.config, found)
-    elif case.config is not None:
-        wanted_apart = launch.sum_steps_apart(getattr(torch, case.dtype), case.precision)
-        if found["sums_apart"] != wanted_apart:
-            wrong.append("sums steps apart" if found["sums_apart"] else "has one running sum")
-    if case.config is not None and case.config.kind == "split_k":
-        if case.aligned and not found["wide_loads"]:
-            wrong.append("has no loads of 16 bytes")
-        if found["ordered_atomics"] != (case.config.splits > 1):
-            wrong.append(f"has {found['ordered_atomics']} atomics that acquire and release")
     if not found["resident"]:
         wrong.append(f"fits no multiprocessor with {found['registers']} registers a thread")
-    expected = expected_instruction(case)
-    persistent = case.config is not None and case.config.kind == "persistent"
-    if persistent:
-        wrong += persistent_faults(case, found)
-    if persistent or (expected == "wgmma.mma_async" and case.precision == "ieee" and case.aligned):
-        # An asynchronous product still reads the last step's operands while
-        # the next ones are loaded.
-        short = [count for count in found["buffers"] if count < case.config.num_stages]
-        if short or not found["buffers"]:
-            wrong.append(
-                f"has {found['buffers']} buffers for operands {case.config.num_stages} stages deep"
-            )
-    if expected and not any(
-        instruction.startswith(expected) for instruction in found["instructions"]
-    ):
-        wrong.append(f"has no {expected} but {found['instructions']}")
-    elif expected and not found["matrix"]:
-        wrong.append(f"has no {expected} in a loop")
-    if expected is None and found["instructions"]:
+    if not case.products():
+        return wrong
+    config = case.products()[0][0]
+    if config.kind == "gemv":
+        return wrong + streaming_faults(case, config, found) + product_faults(case, found, [])
+    wanted_apart = launch.sum_steps_apart(getattr(torch, case.dtype), case.precision)
+    if not found["sums_apart"] or any(apart != wanted_apart for apart in found["sums_apart"]):
+        wrong.append(f"sums steps apart: {found['sums_apart']}")
+    tiles = [config.tile(kernel) for config, kernel in case.products()]
+    if case.product == "backward_of_two":
+        tiles.append(tiles[0])
+    if config.kind == "split_k":
+        if case.aligned and not found["wide_loads"]:
+            wrong.append("has no loads of 16 bytes")
+        if found["ordered_atomics"] != (config.splits > 1):
+            wrong.append(f"has {found['ordered_atomics']} atomics that acquire and release")
+        # Outputs are the rows of its instructions.
+        tiles = [(columns, rows, depth) for rows, columns, depth in tiles]
+    if config.kind == "persistent":
+        wrong += persistent_faults(case, config, found)
+    elif case.precision == "ieee" and case.aligned:
+        wrong += few_buffers(tiles, case, found)
+    return wrong + product_faults(case, found, tiles)
+
+
+def product_faults(case: Case, found: Row, tiles: list[tuple[int, int, int]]) -> list[str]:
+    """What is wrong with the matrix instructions of `tiles`, one for each loop that forms one."""
+    wrong = []
+    expected = {expected_instruction(case, rows) for rows, _, _ in tiles} - {None}
+    for one in sorted(filter(None, expected)):
+        if not any(instruction.startswith(one) for instruction in found["instructions"]):
+            wrong.append(f"has no {one} but {found['instructions']}")
+    persistent = case.products()[0][0].kind == "persistent"  # Triton may make several of its loop
+    if expected and (not found["loops"] if persistent else found["loops"] != len(tiles)):
+        wrong.append(f"has {found['loops']} loops with matrix instructions, not {len(tiles)}")
+    if not expected and found["instructions"]:
         wrong.append(f"has {found['instructions']} where plain multiply-adds were asked for")
     return wrong
 
 
-def persistent_faults(case: Case, found: dict[str, Any]) -> list[str]:
+def persistent_faults(case: Case, config: Config, found: Row) -> list[str]:
     """What is wrong with how a compiled case of that kind loads its operands."""
     wrong = []
-    most = persistent_shared_memory(case.config, getattr(torch, case.dtype).itemsize)
+    most = persistent_shared_memory(config, getattr(torch, case.dtype).itemsize)
     if found["shared"] > most:
         wrong.append(
             f"needs {found['shared']} bytes of shared memory where {most} are reckoned with"
         )
     if not found["descriptor_loads"]:
         wrong.append("loads nothing by descriptors")
+    short = [count for count, *_ in found["buffers"] if count < config.num_stages]
+    if short or not found["buffers"]:
+        # As in `few_buffers`.
+        wrong.append(f"has buffers of {found['buffers']} for {config.num_stages} stages")
     if found["selects"] and not case.activation:
         # Triton starts a tile's sums as zeros or the sums so far, of which the latter are still
         # being computed; where that is no branch, every step waits for its product.
         wrong.append(f"selects {found['selects']} numbers, its sums perhaps")
-    if found["specialized"] != case.config.warp_specialize:
+    if found["specialized"] != config.warp_specialize:
         wrong.append("has warps of their own for loading" if found["specialized"] else "has none")
     return wrong

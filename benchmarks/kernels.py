@@ -24,14 +24,12 @@ from torch import Tensor
 from benchmarks.environment import environment
 from benchmarks.files import write_json
 from fastlinear.kernels import launch
-from fastlinear.kernels.backward import (
-    linear_backward_input,
-    linear_backward_weight,
-    plan_backward_weight,
-)
+from fastlinear.kernels.backward import linear_backward, linear_backward_input, plan_backward
+from fastlinear.kernels.backward_weight import linear_backward_weight, plan_backward_weight
 from fastlinear.kernels.choose import candidates
-from fastlinear.kernels.configs import Config
+from fastlinear.kernels.configs import BackwardConfig, Config
 from fastlinear.kernels.forward import linear_forward, plan_forward
+from fastlinear.kernels.pairs import legal_pairs
 
 ARITHMETICS = [
     (torch.bfloat16, "ieee"),
@@ -46,18 +44,29 @@ ROWS = [1, 16, 64, 256, 1024, 4096, 16384]
 
 
 def products(x: Tensor, w: Tensor, b: Tensor, g: Tensor) -> dict[str, Callable[[], Any]]:
-    """What PyTorch runs for each product of the layer; grad_weight comes with grad_bias."""
+    """What PyTorch runs for each product of the layer; grad_weight comes with grad_bias.
+
+    "backward" is both of them.
+    """
     return {
         "output": lambda: F.linear(x, w, b),
         "grad_input": lambda: g @ w,
         "grad_weight": lambda: (g.mT @ x, g.sum(0)),
+        "backward": lambda: (g @ w, g.mT @ x, g.sum(0)),
     }
 
 
 def kernel_call(
     product: str, x: Tensor, w: Tensor, b: Tensor, g: Tensor, precision: str, config: Any
 ) -> Callable[[], Any]:
+    def backward() -> Any:
+        if config is not None:
+            return linear_backward(g, x, w, True, precision=precision, config=config)
+        of_weight = linear_backward_weight(g, x, True, precision=precision)
+        return linear_backward_input(g, w, precision=precision), *of_weight
+
     return {
+        "backward": backward,
         "output": lambda: linear_forward(x, w, b, precision=precision, config=config),
         "grad_input": lambda: linear_backward_input(g, w, precision=precision, config=config),
         "grad_weight": lambda: linear_backward_weight(
@@ -66,10 +75,15 @@ def kernel_call(
     }[product]
 
 
+Chosen = Config | BackwardConfig | None  # None: a launch for each product of "backward"
+
+
 def configs(
     product: str, x: Tensor, w: Tensor, b: Tensor, g: Tensor, precision: str
-) -> tuple[Config, list[Config]]:
+) -> tuple[Chosen, list[Chosen]]:
     """The configuration that is chosen, and all that are legal, splits of powers of two alone."""
+    if product == "backward":
+        return pairs(x, w, g, precision)
     if product == "grad_weight":
         plan = plan_backward_weight(launch.describe(g, x), True, False, precision, None, None)
         operands, sizes = (g, x), (x.shape[0], x.shape[1])
@@ -91,6 +105,15 @@ def configs(
     )
     powers = [one for one in found if one.splits & (one.splits - 1) == 0]
     return plan.config, powers if plan.config in powers else [*powers, plan.config]
+
+
+def pairs(x: Tensor, w: Tensor, g: Tensor, precision: str) -> tuple[Chosen, list[Chosen]]:
+    """The same for both gradients, which may take one launch."""
+    operands = launch.describe(g, w, x)
+    chosen = plan_backward(operands, None, True, False, precision, None, None).config
+    aligned = launch.aligned(*(launch.Operand(*fields) for fields in operands))
+    legal = legal_pairs(x.dtype, precision, aligned, launch.target_of(x.device))
+    return chosen, [None, *legal]
 
 
 def set_tf32(precision: str) -> None:

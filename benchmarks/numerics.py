@@ -34,7 +34,8 @@ from benchmarks.environment import environment
 from benchmarks.files import write_json
 from benchmarks.products import Product, Results, largest_error
 from fastlinear.kernels import launch
-from fastlinear.kernels.configs import KINDS, Config
+from fastlinear.kernels.configs import KINDS, BackwardConfig, Config
+from fastlinear.kernels.pairs import legal_pairs
 from fastlinear.kernels.tiles import experimental_configs, legal_configs
 
 ROOT = Path(__file__).parent.parent
@@ -67,12 +68,14 @@ def poisoned_outputs(small: bool) -> Iterator[None]:
             raise AssertionError("a kernel wrote beside its output")
 
 
-def configs(product: Product, group: Group) -> tuple[Config, ...]:
+def configs(product: Product, group: Group) -> tuple[Config | BackwardConfig, ...]:
     """Every configuration that is legal for the product's operands, chosen ever or not."""
     if product.kernel is None:
         return ()
     dtype, precision = ARITHMETICS[group.arithmetic]
     target = launch.target_of(torch.device(group.device))
+    if product.kernel == "backward":
+        return legal_pairs(dtype, precision, product.aligned, target)
     given = dtype, precision, product.aligned, target, product.applies, product.describable
     if product.kernel != "forward":
         return legal_configs(product.kernel, *given)
@@ -113,7 +116,7 @@ def check(group: Group) -> Iterator[dict[str, Any]]:
 
 def compare(
     product: Product,
-    config: Config | None,
+    config: Config | BackwardConfig | None,
     exact: Results,
     native: Results,
     budgets: list[float],
@@ -131,7 +134,7 @@ def compare(
             fault = f"result {index} is off by {error:.3g}, the budget is {budget:.3g}"
             return {"errors": errors, "fault": fault}
     # A race between warps shows once in many times, if at all.
-    specialized = config is not None and config.warp_specialize
+    specialized = isinstance(config, Config) and config.warp_specialize
     for repeat in range(1, group.repeats * (10 if specialized else 1)):
         with poisoned_outputs(group.small):
             again = product.call(config)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from benchmarks.ahead_of_time import Case
 from fastlinear.kernels.activation import ACTIVATION_BLOCK
-from fastlinear.kernels.backward import SUM_BLOCK
 from fastlinear.kernels.configs import TARGETS
 
 SIDE = 4096  # waves are for this many rows, outputs and inputs
@@ -84,19 +83,19 @@ def occupancy(target: str, resident: int, warps: int) -> int:
 
 
 def programs(case: Case) -> int:
-    """Programs of `case` for SIDE rows, outputs and inputs; for as few rows as "gemv" is for.
+    """Programs of `case` for SIDE rows, outputs and inputs; of two layers, for SIDE each.
 
-    Of a launch that also sums another's splits, the product's alone.
+    For as few rows as "gemv" is for.
     """
     if case.config is None:
-        if case.product == "sum_splits":
-            return math.ceil(SIDE * SIDE / SUM_BLOCK) + math.ceil(SIDE / SUM_BLOCK)
         return math.ceil(SIDE / ACTIVATION_BLOCK) * math.ceil(SIDE * ACTIVATION_BLOCK / 1024)
-    kernel = "backward_weight" if case.product.startswith("grad_weight") else "forward"
-    rows, columns, _ = case.config.tile(kernel)
-    if case.config.kind == "gemv":
-        return math.ceil(SIDE / columns)
-    return math.ceil(SIDE / rows) * math.ceil(SIDE / columns)
+    total = 0
+    for config, kernel in case.products():
+        rows, columns, _ = config.tile(kernel)
+        layers = 2 if case.product == "backward_of_two" and kernel == "backward_weight" else 1
+        row_tiles = 1 if config.kind == "gemv" else math.ceil(SIDE / rows)
+        total += layers * row_tiles * math.ceil(SIDE / columns)
+    return total
 
 
 def waves(case: Case, resident: int) -> float | None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +29,8 @@ from oracle import (
 )
 
 from fastlinear.activations import ACTIVATIONS, GRADIENTS
-from fastlinear.kernels import activation, backward, forward, gated, launch
-from fastlinear.kernels.configs import Config, Kernel
+from fastlinear.kernels import activation, backward, backward_weight, forward, gated, launch
+from fastlinear.kernels.configs import Kernel
 from fastlinear.kernels.operands import FROM_OUTPUT
 
 Results = tuple[Tensor, ...]
@@ -42,17 +43,17 @@ class Product:
     name: the launcher's, with what it was told.
     call: runs it, in the configuration given or, with None, in the one that it chooses.
     native, exact: what PyTorch gives in the same dtype, and the truth in float64; made when called.
-    kernel: whose configurations `call` takes; None where it takes none.
+    kernel: whose configurations `call` takes, "backward" for pairs; None where it takes none.
     operands: those that decide which configurations are legal.
     applies: whether an activation is applied to the accumulators.
     scales: the sizes at which results are rounded on the way, as `oracle.assert_as_exact` has it.
     """
 
     name: str
-    call: Callable[[Config | None], Results]
+    call: Callable[[Any], Results]
     native: Callable[[], Results]
     exact: Callable[[], Results]
-    kernel: Kernel | None = None
+    kernel: Kernel | Literal["backward"] | None = None
     operands: tuple[Tensor, ...] = ()
     applies: bool = False
     scales: Callable[[Results], list[float]] = lambda exact: [0.0] * len(exact)
@@ -145,7 +146,7 @@ def linear(x: Tensor, w: Tensor, b: Tensor, g: Tensor, precision: str) -> Iterat
     for splits in (None, 3):
         yield Product(
             "linear_backward_weight" + (f", {splits} splits" if splits else ""),
-            lambda config, splits=splits: backward.linear_backward_weight(
+            lambda config, splits=splits: backward_weight.linear_backward_weight(
                 g, x, True, batched=batched, precision=precision, config=config, splits=splits
             ),
             lambda: native()[1:],
@@ -154,15 +155,18 @@ def linear(x: Tensor, w: Tensor, b: Tensor, g: Tensor, precision: str) -> Iterat
             (g, x),
             scales=functools.partial(scales, slice(1, 3)),
         )
-    yield Product(
-        "linear_backward",
-        lambda config: backward.linear_backward(
-            g, x, w, True, batched=batched, precision=precision
-        ),
-        native,
-        exact,
-        scales=functools.partial(scales, slice(0, 3)),
-    )
+    for splits in (None, 3):
+        yield Product(
+            "linear_backward" + (f", {splits} splits" if splits else ""),
+            lambda config, splits=splits: backward.linear_backward(
+                g, x, w, True, batched=batched, precision=precision, config=config, splits=splits
+            ),
+            native,
+            exact,
+            "backward",
+            (g, x, w),
+            scales=functools.partial(scales, slice(0, 3)),
+        )
 
 
 def activated(
@@ -268,10 +272,12 @@ def gated_pair(
     yield Product(
         f"gated_linear_backward, {name}",
         lambda config: gated.gated_linear_backward(
-            g, gate, up, x, wg, wu, True, name, precision=precision
+            g, gate, up, x, wg, wu, True, name, precision=precision, config=config
         ),
         native,
         exact,
+        "backward",
+        (g, x, wg, wu),
         scales=scales,
     )
 

@@ -147,6 +147,7 @@ class Launchers(NamedTuple):
 
     forward: ModuleType
     backward: ModuleType
+    backward_weight: ModuleType
     activation: ModuleType
     gated: ModuleType
 
@@ -159,13 +160,13 @@ def launchers() -> Launchers:
         RuntimeError: Triton is not installed.
     """
     try:
-        from fastlinear.kernels import activation, backward, forward, gated
+        from fastlinear.kernels import activation, backward, backward_weight, forward, gated
     except (ImportError, OSError) as error:
         raise RuntimeError(
             f"backend 'triton' needs the package triton, 3.6 or newer ({error}); "
             "install it with `pip install 'fastlinear[triton]'`, or use backend 'auto'"
         ) from error
-    return Launchers(forward, backward, activation, gated)
+    return Launchers(forward, backward, backward_weight, activation, gated)
 
 
 def float32_precision() -> str:

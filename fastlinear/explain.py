@@ -28,10 +28,10 @@ class Product:
     name: what it computes: "output", "activation" where PyTorch applies it, "grad_preactivation"
         where there is one, "grad_input", "grad_weight" (with grad_bias) or, where that alone is
         wanted, "grad_bias".
-    kernel: the Triton kernel's name, or None where PyTorch computes it.
+    kernel: the Triton kernel's name, or None where PyTorch computes it; "linear_backward_kernel"
+        computes both grad_input and grad_weight, in one launch.
     config: its blocks, warps and stages, or None where PyTorch computes it.
-    splits: programs that share a sum; the last of them adds the parts, of grad_weight a later
-        launch, grad_input's if there is one.
+    splits: programs that share a sum; the last of them adds the parts.
     operations: multiplications and additions of the product itself, or of the sum.
     bytes: what has to move if every operand is read once and every result written once.
     """
@@ -280,36 +280,42 @@ def _plans(
         operands[2] = one if bias.numel() == 1 else rows
     grad_output = operands[0].contiguous(*input.shape[:-1], weight.shape[0])
     transposed = operands[1]._replace(shape=weight.shape[::-1], strides=operands[1].strides[::-1])
+    bias_wanted = bias is not None and bias.requires_grad
 
     output = kernels.forward.plan_forward(
         tuple(operands), precision, activation, False, None, backend.invariant
     )
-    grad_weight = kernels.backward.plan_backward_weight(
-        (grad_output, operands[0], None),
-        bias is not None and bias.requires_grad,
-        False,
-        precision,
-        None,
-        1 if backend.invariant else None,
-    )
-    partial = grad_weight.partial_weight
-    splits = 1 if partial is None else partial.shape[0]
-    # The sums that end a split grad_weight share grad_input's launch.
-    both = splits > 1 and weight.requires_grad
-    grad_input = kernels.forward.plan_forward(
-        (grad_output, transposed, None),
-        precision,
-        None,
-        False,
-        None,
-        backend.invariant,
-        "forward_and_sums" if both else "forward",
-    )
-    return {
+    plans = {
         "output": (output.launch.kernel.__name__, output.config, output.config.splits),
         "grad_preactivation": ("activation_backward_kernel", None, 1),
+    }
+    splits = 1 if backend.invariant else None
+    if input.requires_grad and weight.requires_grad and not backend.invariant:
+        both = kernels.backward.plan_backward(
+            (grad_output, operands[1], operands[0]),
+            None,
+            bias_wanted,
+            False,
+            precision,
+            None,
+            splits,
+        )
+        if both.config is not None:
+            kernel = "linear_backward_kernel"
+            return plans | {
+                "grad_input": (kernel, both.config.input, 1),
+                "grad_weight": (kernel, both.config.weight, both.shares.splits),
+            }
+    grad_input = kernels.forward.plan_forward(
+        (grad_output, transposed, None), precision, None, False, None, backend.invariant
+    )
+    grad_weight = kernels.backward_weight.plan_backward_weight(
+        (grad_output, operands[0], None), bias_wanted, False, precision, None, splits
+    )
+    splits = grad_weight.shares.splits
+    return plans | {
         "grad_input": (
-            "linear_forward_and_sums_kernel" if both else grad_input.launch.kernel.__name__,
+            grad_input.launch.kernel.__name__,
             grad_input.config,
             grad_input.config.splits,
         ),

@@ -126,7 +126,7 @@ def linear_activation_backward(
     precision: str = "ieee",
     batch_invariant: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """The gradients of `activation(input @ weight.mT + bias)`, in three launches at most.
+    """The gradients of `activation(input @ weight.mT + bias)`, in two launches, or three.
 
     The gradient is taken through the activation once, in a pass that reads grad_output and what was
     saved and writes the pre-activation's gradient, which both products then read, grad_bias with

@@ -10,7 +10,8 @@ import math
 
 import torch
 
-from .configs import KINDS, Config, Kernel, Kind, Target, arithmetic
+from .configs import KINDS, BackwardConfig, Config, Kernel, Kind, Target, arithmetic
+from .pairs import legal_pairs
 from .tiles import legal_configs
 
 # Multiply-adds a clock on one multiprocessor, of H100's order;
@@ -31,6 +32,8 @@ _GEMV_ROWS = 4
 # For which the configuration of every batch is chosen where it may not depend on the batch.
 _INVARIANT_ROWS = 128
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+# Waves of programs beyond which it does not matter that two launches start, and run out, twice.
+_WAVES_OF_ONE_LAUNCH = 8
 
 
 @functools.lru_cache(maxsize=4096)
@@ -134,3 +137,118 @@ def choose_splits(config: Config, batch: int, m: int, n: int, k: int, target: Ta
     tiles = batch * math.ceil(n / config.block_n) * math.ceil(k / config.block_k)
     most = max(1, m // (4 * config.block_m))
     return min(max(1, target.multiprocessors // max(1, tiles)), most)
+
+
+def _program_time(
+    config: Config, kernel: Kernel, terms: int, dtype: torch.dtype, precision: str
+) -> float:
+    """Modelled clocks of one program that sums `terms` products of each element of its tile."""
+    rows, columns, depth = config.tile(kernel)
+    multiply_adds = rows * columns * depth / _RATE[arithmetic(dtype, precision)]
+    traffic = (rows + columns) * depth * dtype.itemsize / _BANDWIDTH
+    store = rows * columns * dtype.itemsize / _BANDWIDTH
+    return math.ceil(terms / depth) * (multiply_adds + traffic) + store
+
+
+def _times(
+    pair: BackwardConfig,
+    splits: int,
+    batch: int,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    precision: str,
+) -> tuple[float, float, float]:
+    """Modelled clocks of a grad_input program, of a grad_weight program, and of all together."""
+    input, weight = pair.input, pair.weight
+    input_time = _program_time(input, "forward", n, dtype, precision)
+    weight_time = _program_time(weight, "backward_weight", m // splits, dtype, precision)
+    inputs = batch * math.ceil(m / input.block_m) * math.ceil(k / input.block_n)
+    weights = batch * math.ceil(n / weight.block_n) * math.ceil(k / weight.block_k) * splits
+    return input_time, weight_time, inputs * input_time + weights * weight_time
+
+
+def starts_with_input(
+    pair: BackwardConfig,
+    splits: int,
+    batch: int,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    precision: str,
+) -> bool:
+    """Whether grad_input's programs are the longer ones, which are to start first."""
+    input_time, weight_time, _ = _times(pair, splits, batch, m, n, k, dtype, precision)
+    return input_time > weight_time
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_pair(
+    batch: int,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    precision: str,
+    aligned: bool,
+    target: Target,
+    batch_invariant: bool = False,
+) -> BackwardConfig:
+    """The pair with the least modelled time, for a launch that computes both products.
+
+    Time is that of all programs over the multiprocessors, and then of a longest one: however they
+    are dealt out, none ends later. batch_invariant is as in `choose`.
+    """
+    if batch_invariant:
+        batch, m, aligned = 1, _INVARIANT_ROWS, False
+    return min(
+        legal_pairs(dtype, precision, aligned, target),
+        key=lambda pair: sum(_wave_times(pair, batch, m, n, k, dtype, precision, target)),
+    )
+
+
+def _wave_times(
+    pair: BackwardConfig,
+    batch: int,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    precision: str,
+    target: Target,
+) -> tuple[float, float]:
+    """Modelled clocks of each multiprocessor's share, and of a longest program."""
+    splits = choose_splits(pair.weight, batch, m, n, k, target)
+    *programs, work = _times(pair, splits, batch, m, n, k, dtype, precision)
+    return work / target.multiprocessors, max(programs)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_backward(
+    batch: int,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    precision: str,
+    aligned: bool,
+    target: Target,
+    descriptors: bool = False,
+) -> BackwardConfig | None:
+    """The pair to compute grad_input and grad_weight with in one launch; None for two launches.
+
+    One launch spares the start of another, and fills the multiprocessors that one product's last
+    programs leave idle. After many waves neither shows, and each product may have its own best
+    configuration, or a kind of kernel that has no pair.
+    """
+    given = (batch, m, n, k, dtype, precision)
+    pair = choose_pair(*given, aligned, target)
+    share, longest = _wave_times(pair, *given, target)
+    if share > _WAVES_OF_ONE_LAUNCH * longest:
+        return None
+    alone = choose(
+        "forward", batch, m, k, n, dtype, precision, aligned, target, descriptors=descriptors
+    )
+    return None if alone.kind == "persistent" else pair

@@ -8,9 +8,9 @@ from typing import Literal, get_args
 
 import torch
 
-# What is computed: the layer's output (or grad_input), grad_input beside the sums that end a split
-# grad_weight, both products of a gated pair, or grad_weight with grad_bias.
-Kernel = Literal["forward", "forward_and_sums", "gated_forward", "backward_weight"]
+# What is computed: the layer's output (or grad_input), both products of a gated pair, or
+# grad_weight with grad_bias.
+Kernel = Literal["forward", "gated_forward", "backward_weight"]
 
 # How a forward product is computed, each in a file of its own: by tiles of rows and outputs; a few
 # rows on the plain cores; some rows, with the sum over K split; by a program a multiprocessor that
@@ -100,6 +100,26 @@ class Config:
         if kernel == "backward_weight":
             return self.block_n, self.block_k, self.block_m
         return self.block_m, self.block_n, self.block_k
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Blocks of grad_input's and of grad_weight's programs, which one launch runs side by side.
+
+    input: as the forward kernel takes it, whose N is the layer's K.
+    weight: as the grad_weight kernel takes it; with as many warps and stages, which are a launch's.
+    """
+
+    input: Config
+    weight: Config
+
+    def __post_init__(self) -> None:
+        compiled = [(one.num_warps, one.num_stages) for one in (self.input, self.weight)]
+        if compiled[0] != compiled[1]:
+            raise ValueError(
+                "both products of a launch have its warps and stages, "
+                f"but they are {compiled[0]} and {compiled[1]}"
+            )
 
 
 def arithmetic(dtype: torch.dtype, precision: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import gemv, launch, persistent, split_k, tiled
 from .choose import choose
-from .configs import Config, Kernel
+from .configs import Config
 from .operands import Activation, check_activation, check_forward_shapes, check_same_kind
 from .problem import ForwardLaunch, ForwardProblem
 
@@ -45,12 +45,10 @@ def plan_forward(
     save_preactivation: bool,
     config: Config | None,
     batch_invariant: bool = False,
-    kernel: Kernel = "forward",
 ) -> ForwardPlan:
     """How `linear_forward` goes about tensors like these: `launch.describe(input, weight, bias)`.
 
-    `kernel` may also be "forward_and_sums", which is tiled. Cached, because it takes longer than
-    all the rest of a call.
+    Cached, because it takes longer than all the rest of a call.
     """
     input, weight = launch.Operand(*operands[0]), launch.Operand(*operands[1])
     bias = None if operands[2] is None else launch.Operand(*operands[2])
@@ -83,7 +81,7 @@ def plan_forward(
     )
     if config is None:
         config = choose(
-            kernel,
+            "forward",
             problem.batch,
             rows.size,
             out_features,

@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .backward import backward_input_and_sums, backward_weight_but_sums, run_sums
+from .backward import linear_backward
 from .choose import choose
-from .configs import Config
+from .configs import BackwardConfig, Config
 from .epilogue import activate, activation_gradient
 from .indexing import locate_rows, locate_tile
 from .operands import (
@@ -417,13 +417,14 @@ def gated_linear_backward(
     *,
     precision: str = "ieee",
     batch_invariant: bool = False,
+    config: BackwardConfig | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """The gradients of `activation(gate) * up`, in three launches at most.
+    """The gradients of `activation(gate) * up`, in two launches.
 
     The first pass reads grad_output, gate and up and writes the gradients of gate and up as one
-    matrix of 2 N columns: of M x N elements, five reads and writes. Then the gradients of both
-    weights and biases are those of one layer with that many outputs, in one launch, and grad_input
-    is the sum of two products in one accumulator, in another: neither of its parts is written.
+    matrix of 2 N columns: of M x N elements, five reads and writes. The second computes the
+    gradients of both weights and biases as those of one layer with that many outputs, and
+    grad_input as the sum of two products in one accumulator: neither of its parts is written.
 
     Args:
         grad_output: (*, N); any strides.
@@ -434,34 +435,24 @@ def gated_linear_backward(
         activation: one of `operands.ACTIVATIONS`.
         precision: as in `gated_linear_forward`.
         batch_invariant: as in `linear_backward`.
+        config: block sizes of the second launch; None chooses by shape, dtype and device.
 
     Returns:
         grad_input (*, K), grad_weight (2 N, K), the gate's before up's, grad_bias (2 N,) likewise,
         None for what is not wanted, and the gradients of gate and up (*, 2 N).
     """
     grad_products = gate_backward(grad_output, gate.contiguous(), up.contiguous(), activation)
-    grad_input = grad_weight = grad_bias = sums = None
-    if input is not None:
-        grad_weight, grad_bias, sums = backward_weight_but_sums(
-            grad_products,
-            input,
-            bias,
-            precision=precision,
-            splits=1 if batch_invariant else None,
-        )
     if gate_weight is not None and up_weight is not None:
-        features = grad_output.shape[-1]
         if gate_weight.stride() != up_weight.stride():  # rare: copied, so that they lie alike
             gate_weight, up_weight = gate_weight.contiguous(), up_weight.contiguous()
-        grad_input = backward_input_and_sums(
-            grad_products[..., :features],
-            gate_weight,
-            sums,
-            grad_products[..., features:],
-            up_weight,
-            precision=precision,
-            batch_invariant=batch_invariant,
-        )
-    elif sums is not None:
-        run_sums(sums)
-    return grad_input, grad_weight, grad_bias, grad_products
+    gradients = linear_backward(
+        grad_products,
+        input,
+        gate_weight,
+        bias,
+        second_weight=up_weight,
+        precision=precision,
+        batch_invariant=batch_invariant,
+        config=config,
+    )
+    return *gradients, grad_products

@@ -24,3 +24,17 @@ def arrives_last(counter_ptr, programs):
     if last:
         tl.store(counter_ptr, 0)
     return last
+
+
+@triton.jit
+def sum_slices(partial_ptrs, mask, slices, slice_size):
+    """sum_s partial[s * slice_size], in the order of s.
+
+    For the last to arrive. Its own part is read back like the others: kept, it would come first or
+    last. All are read from L2, where those are that others have stored in this launch.
+    """
+    acc = tl.zeros(partial_ptrs.shape, dtype=partial_ptrs.dtype.element_ty)
+    for _ in range(slices):
+        acc += tl.load(partial_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+        partial_ptrs += slice_size
+    return acc

@@ -14,7 +14,7 @@ from .epilogue import activate
 from .indexing import locate_rows, locate_tile
 from .precision import add_product, prepare_operand
 from .problem import ForwardLaunch, ForwardProblem
-from .reduction import arrives_last
+from .reduction import arrives_last, sum_slices
 
 
 @triton.jit
@@ -143,13 +143,8 @@ def linear_split_k_kernel(
         partial_ptrs = partial_ptr + layer * splits + offs
         tl.store(partial_ptrs + split * slice_size, acc, mask=mask)
         if arrives_last(counter_ptr + batch * tiles + tile, splits):
-            # Its own part is read back like the others: kept, it would come first or last.
-            acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC_DTYPE)
-            for _ in range(splits):
-                acc += tl.load(partial_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
-                partial_ptrs += slice_size
             _finish_tile(
-                acc,
+                sum_slices(partial_ptrs, mask, splits, slice_size),
                 bias_ptrs,
                 output_ptrs,
                 preactivation_ptrs,

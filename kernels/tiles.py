@@ -196,7 +196,7 @@ _WARP_SPECIALIZED = {
 }
 
 
-def _config(
+def shaped(
     kernel: Kernel, rows: int, columns: int, depth: int, num_stages: int, num_warps: int
 ) -> Config:
     if kernel == "backward_weight":
@@ -247,7 +247,7 @@ def _shipped(kernel: Kernel, kind: Kind, arithmetic: str, family: str) -> list[C
         float32 = arithmetic in ("float32", "tf32") and family != "interpreter"
         if kernel == "gated_forward" and float32:
             tiles = [*tiles, _SMALLEST_GATED]
-        return [_config(kernel, *tile) for tile in tiles]
+        return [shaped(kernel, *tile) for tile in tiles]
     if kind == "gemv" and family == "interpreter":
         return [Config(4, 64, 64, num_warps=1, num_stages=1, kind=kind)]
     if kind == "gemv":

@@ -26,6 +26,13 @@ FORWARD, BACKWARD, GRADIENTS, DISPATCH, BATCHED = (
     ("tests/test_dispatch.py",),
     ("tests/test_batched.py",),
 )
+TOGETHER = tuple(
+    f"tests/test_backward.py::test_together_{name}"
+    for name in ("splits", "batch_of_layers", "two_layers_side_by_side")
+)
+IN_ANY_ORDER = (
+    "tests/test_backward.py::test_together_gives_the_same_bits_whichever_program_comes_last",
+)
 ACTIVATED = ("tests/test_activations.py::test_activation_is_as_exact_as_pytorch_s",)
 ACTIVATED_BACKWARD = (
     "tests/test_activations.py::test_activation_gradients_are_as_exact_as_pytorch_s",
@@ -61,7 +68,7 @@ MUTANTS = [
     ),
     Mutant(
         "store mask dropped, grad_weight",
-        "kernels/backward.py",
+        "kernels/weight_tile.py",
         "mask=mask_n[:, None] & mask_k[None, :],",
         "mask=mask_n[:, None] & (offs_k >= 0)[None, :],",
         BACKWARD,
@@ -82,7 +89,7 @@ MUTANTS = [
     ),
     Mutant(
         "rows past a split's last are counted",
-        "kernels/backward.py",
+        "kernels/weight_tile.py",
         "mask_m = offs_m < last_row",
         "mask_m = offs_m < M + BLOCK_M",
         BACKWARD,
@@ -103,14 +110,14 @@ MUTANTS = [
     ),
     Mutant(
         "grad_bias counted twice",
-        "kernels/backward.py",
+        "kernels/weight_tile.py",
         "acc_bias += tl.sum(grad_output_tile, axis=1)",
         "acc_bias += 2 * tl.sum(grad_output_tile, axis=1)",
         BACKWARD,
     ),
     Mutant(
         "grad_bias by a product, summed over its columns",
-        "kernels/backward.py",
+        "kernels/weight_tile.py",
         "tl.max(acc_bias, axis=1)",
         "tl.sum(acc_bias, axis=1)",
         BACKWARD,
@@ -180,7 +187,7 @@ MUTANTS = [
     ),
     Mutant(
         "batch stride of the input ignored, grad_weight",
-        "kernels/backward.py",
+        "kernels/weight_tile.py",
         "input_ptr + batch * stride_ib",
         "input_ptr + batch * 0 * stride_ib",
         BATCHED,
@@ -200,15 +207,78 @@ MUTANTS = [
         FORWARD,
     ),
     Mutant(
-        "split sums unscaled: one split left out",
-        "kernels/backward.py",
-        "for _ in range(splits):\n            acc += tl.load(partial_weight_ptr",
-        "for _ in range(1, splits):\n            acc += tl.load(partial_weight_ptr",
-        BACKWARD,
+        "split sums: one split left out",
+        "kernels/weight_tile.py",
+        "for _ in range(slices):",
+        "for _ in range(1, slices):",
+        TOGETHER,
+    ),
+    Mutant(
+        "split sums: slices taken from the wrong stride",
+        "kernels/weight_tile.py",
+        "mask, splits, layers * N * K)",
+        "mask, splits, tl.full((), N, OFFSET_DTYPE) * K)",
+        TOGETHER,
+    ),
+    Mutant(
+        "split sums: only the first rows of a tile",
+        "kernels/weight_tile.py",
+        "for row in range(0, BLOCK_N, SUM_ROWS):",
+        "for row in range(0, SUM_ROWS, SUM_ROWS):",
+        TOGETHER,
+    ),
+    Mutant(
+        "split sums: one counter for the tiles of all layers",
+        "kernels/weight_tile.py",
+        "counter_ptr + pid % (tiles * batches)",
+        "counter_ptr + pid % tiles",
+        TOGETHER,
+    ),
+    Mutant(
+        "counter not reset",
+        "kernels/reduction.py",
+        "tl.store(counter_ptr, 0)",
+        "tl.store(counter_ptr, programs)",
+        TOGETHER,
+    ),
+    Mutant(
+        "the last but one to arrive taken for the last",
+        "kernels/reduction.py",
+        "== programs - 1",
+        "== programs - 2",
+        TOGETHER,
+    ),
+    Mutant(
+        "split sums: grad_bias by the columns that have none",
+        "kernels/weight_tile.py",
+        "if tile_k == 0:\n                    offs = batch * N + offs_n",
+        "if tile_k > 0:\n                    offs = batch * N + offs_n",
+        IN_ANY_ORDER,
+    ),
+    Mutant(
+        "grad_bias stored by every column",
+        "kernels/weight_tile.py",
+        "    if HAS_BIAS:\n        if tile_k == 0:\n            # The 16",
+        "    if HAS_BIAS:\n        if tile_k >= 0:\n            # The 16",
+        TOGETHER,
+    ),
+    Mutant(
+        "grad_input's programs start one late",
+        "kernels/grouped.py",
+        "            pid - weight_programs,",
+        "            pid - weight_programs + 1,",
+        TOGETHER,
+    ),
+    Mutant(
+        "second layer's gradient read where the first's is",
+        "kernels/grouped.py",
+        "grad_output_ptr + tl.full((), N, OFFSET_DTYPE) * stride_gn",
+        "grad_output_ptr",
+        TOGETHER,
     ),
     Mutant(
         "splits overlap by a block",
-        "kernels/backward.py",
+        "kernels/weight_tile.py",
         "last_row = min(first_row + rows_per_split, M)",
         "last_row = min(first_row + rows_per_split + BLOCK_M, M)",
         BACKWARD,
@@ -331,13 +401,6 @@ MUTANTS = [
         "kernels/compiled_launch.py",
         "if len(launch.compiled) >= LARGEST_CACHE:",
         "if False:",
-        LAUNCHED,
-    ),
-    Mutant(
-        "one launch of sums for all dtypes",
-        "kernels/backward.py",
-        "    sums = _launch_of_sums(\n        plan.kernel,\n",
-        "    sums = _launch_of_sums(\n        None,\n",
         LAUNCHED,
     ),
     Mutant(
@@ -467,13 +530,6 @@ MUTANTS = [
         ACTIVATED_BACKWARD,
     ),
     Mutant(
-        "tiles shifted in the launch they share with the sums",
-        "kernels/backward.py",
-        "            tl.program_id(0) - sum_blocks,",
-        "            tl.program_id(0) - sum_blocks + 1,",
-        ACTIVATED_BACKWARD,
-    ),
-    Mutant(
         "activation's gradient left out of the pass",
         "kernels/activation.py",
         "grad = activation_gradient(grad_output.to(ACC_DTYPE), saved.to(ACC_DTYPE), ACTIVATION)",
@@ -600,13 +656,11 @@ MUTANTS = [
         FOLDED,
     ),
     Mutant(
-        "split_k: a program's own part is added first, not in its place",
+        "split_k: a program's own part is added out of its place",
         "kernels/split_k.py",
-        "            acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC_DTYPE)\n"
-        "            for _ in range(splits):\n"
-        "                acc += tl.load(partial_ptrs, mask=mask,",
-        "            for other in range(splits):\n"
-        "                acc += tl.load(partial_ptrs, mask=mask & (other != split),",
+        "                sum_slices(partial_ptrs, mask, splits, slice_size),\n",
+        "                acc + sum_slices(partial_ptrs, mask, splits, slice_size)\n"
+        "                - tl.load(partial_ptrs + split * slice_size, mask=mask, other=0.0),\n",
         SPLIT_K,
     ),
     Mutant(

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlinear.kernels import launch
-from fastlinear.kernels.configs import TARGETS, Config, Kernel, Kind
+from fastlinear.kernels.configs import TARGETS, BackwardConfig, Config, Kernel, Kind
+from fastlinear.kernels.pairs import legal_pairs
 from fastlinear.kernels.tiles import legal_configs
 
 # Of every kind that a forward product may be computed by.
@@ -61,6 +62,24 @@ def shipped_configs(kernel: Kernel, kind: Kind = "tiled") -> list[tuple[str, str
             for config in legal_configs(*given, kind=kind):
                 found[config.block_m, config.block_n, config.block_k, dtype, precision] = config
     return [(dtype, precision, config) for (*_, dtype, precision), config in found.items()]
+
+
+def shipped_pairs() -> list[tuple[str, str, BackwardConfig]]:
+    """(dtype, precision, pair) of every pair of every GPU; those that read alike once."""
+    found = {}
+    for target in TARGETS.values():
+        for dtype, precision in [
+            ("float16", "ieee"),
+            ("float32", "ieee"),
+            ("float32", "tf32"),
+            ("float64", "ieee"),
+        ]:
+            for pair in legal_pairs(getattr(torch, dtype), precision, True, target):
+                blocks = [
+                    (one.block_m, one.block_n, one.block_k) for one in (pair.input, pair.weight)
+                ]
+                found[(*blocks, dtype, precision)] = pair
+    return [(dtype, precision, pair) for (*_, dtype, precision), pair in found.items()]
 
 
 def smallest_config(kind: Kind, input: Tensor, weight: Tensor, precision: str) -> Config:

@@ -3,6 +3,10 @@
 Each gradient, split sums, shapes, dtypes, strides, configurations.
 """
 
+import itertools
+import random
+from collections.abc import Iterator
+
 import pytest
 import torch
 from oracle import (
@@ -14,13 +18,16 @@ from oracle import (
     native_backward,
     normal,
     shipped_configs,
+    shipped_pairs,
     sum_scale,
 )
 from torch import Tensor
 
 from fastlinear.kernels import launch
-from fastlinear.kernels.backward import linear_backward_input, linear_backward_weight
-from fastlinear.kernels.configs import Config
+from fastlinear.kernels.backward import linear_backward, linear_backward_input
+from fastlinear.kernels.backward_weight import linear_backward_weight
+from fastlinear.kernels.configs import BackwardConfig, Config
+from fastlinear.kernels.pairs import legal_pairs
 from fastlinear.kernels.tiles import legal_configs
 
 
@@ -51,15 +58,16 @@ def check(
     assert no_bias is None
     torch.testing.assert_close(without_bias, grad_weight, rtol=0, atol=0)
 
+    assert_gradients((grad_input, grad_weight, grad_bias), grad_output, input, weight)
+
+
+def assert_gradients(
+    gradients: tuple[Tensor | None, ...], grad_output: Tensor, input: Tensor, weight: Tensor
+) -> None:
     exact = exact_backward(grad_output, input, weight)
     native = native_backward(grad_output, input, weight)
-    for name, *results in zip(
-        ("grad_input", "grad_weight", "grad_bias"),
-        (grad_input, grad_weight, grad_bias),
-        native,
-        exact,
-        strict=True,
-    ):
+    names = ("grad_input", "grad_weight", "grad_bias")
+    for name, *results in zip(names, gradients, native, exact, strict=True):
         assert results[0].is_contiguous()
         scale = 0.0
         if name == "grad_bias":
@@ -168,3 +176,180 @@ def test_backward_weight_configuration(
     m, n, k = 2 * config.block_m + 3, config.block_n + 5, config.block_k + 9
     operands = (normal(shape, getattr(torch, dtype), device) for shape in ((m, n), (m, k), (n, k)))
     check(*operands, config=config, precision=precision)
+
+
+# All gradients in one launch.
+
+# Tiles of both products and steps of both sums, none as large as another.
+UNEQUAL = BackwardConfig(
+    Config(16, 64, 32, num_warps=1, num_stages=1), Config(64, 32, 16, num_warps=1, num_stages=1)
+)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    names: list[str] = []
+    run = launch.run
+
+    def spy(kernel, plan: launch.Launch, pointers: tuple[Tensor | None, ...]) -> None:  # type: ignore[no-untyped-def]
+        names.append(kernel.__name__)
+        run(kernel, plan, pointers)
+
+    monkeypatch.setattr(launch, "run", spy)
+    return names
+
+
+@pytest.fixture
+def counters() -> Iterator[None]:
+    """Counters are zero when a launch is over, as the next one needs them."""
+    yield
+    assert all(not counters.any() for counters in launch._counters.values())
+
+
+def check_together(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    config: BackwardConfig | None = None,
+    splits: int | None = None,
+    precision: str = "ieee",
+) -> None:
+    gradients = linear_backward(
+        grad_output,
+        input,
+        weight,
+        True,
+        batched=weight.dim() == 3,
+        precision=precision,
+        config=config,
+        splits=splits,
+    )
+    assert_gradients(gradients, grad_output, input, weight)
+
+
+def pair_for(device: torch.device) -> BackwardConfig | None:
+    """UNEQUAL, where any blocks will do; a GPU chooses, and its pairs are checked below."""
+    return UNEQUAL if launch.INTERPRETING else None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.usefixtures("counters")
+def test_together_matches_float64_in_one_launch(
+    shape: tuple[int, int, int], dtype: torch.dtype, launched: list[str], device: torch.device
+) -> None:
+    m, n, k = shape
+    operands = (normal(size, dtype, device) for size in ((m, n), (m, k), (n, k)))
+    check_together(*operands, config=pair_for(device))
+    assert launched == ["linear_backward_kernel"] * (max(m * k, n) > 0)
+
+
+@pytest.mark.parametrize("splits", [2, 7])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("counters")
+def test_together_splits(splits: int, dtype: torch.dtype, device: torch.device) -> None:
+    shapes = ((100, 70), (100, 40), (70, 40))
+    operands = (normal(size, dtype, device) for size in shapes)
+    check_together(*operands, config=pair_for(device), splits=splits)
+
+
+@pytest.mark.parametrize("layout", STRIDED.values(), ids=STRIDED)
+def test_together_takes_strided_operands(layout, device: torch.device) -> None:  # type: ignore[no-untyped-def]
+    grad_output, input = map(fenced, layout(device))
+    weight = fenced(normal((60, 40), torch.float32, device)[::2, ::2].t())
+    check_together(grad_output, input, weight, pair_for(device), splits=2)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.usefixtures("counters")
+def test_together_batch_of_layers(splits: int, device: torch.device) -> None:
+    shapes = ((3, 70, 66), (3, 70, 20), (3, 66, 20))
+    operands = (normal(shape, torch.float32, device) for shape in shapes)
+    check_together(*operands, config=pair_for(device), splits=splits)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize(("splits", "needed"), [*itertools.product([1, 3], ["11", "01", "10"])])
+@pytest.mark.usefixtures("counters")
+def test_together_two_layers_side_by_side(
+    splits: int, needed: str, precision: str, launched: list[str], device: torch.device
+) -> None:
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    m, n, k = 130, 35, 50
+    grad_output, input, weights = (
+        normal(shape, torch.float32, device) for shape in ((m, 2 * n), (m, k), (2 * n, k))
+    )
+    gradients = linear_backward(
+        grad_output,
+        input if needed[0] == "1" else None,
+        weights[:n] if needed[1] == "1" else None,
+        True,
+        second_weight=weights[n:] if needed[1] == "1" else None,
+        precision=precision,
+        splits=splits,
+    )
+    exact = exact_backward(grad_output, input, weights)
+    native = native_backward(grad_output, input, weights)
+    assert [one is not None for one in gradients] == [
+        wanted == "1" for wanted in needed[::-1] + needed[0]
+    ]
+    for result, *reference in zip(gradients, native, exact, strict=True):
+        if result is not None:
+            assert_as_exact(result, *reference, scale=sum_scale(grad_output, torch.float32, 0))
+    assert len(launched) == 1
+
+
+@pytest.mark.skipif(not launch.INTERPRETING, reason="a GPU has an order of its own")
+@pytest.mark.usefixtures("counters")
+def test_together_gives_the_same_bits_whichever_program_comes_last(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    from triton.runtime.interpreter import interpreter_builder
+
+    shapes = ((90, 70), (90, 40), (70, 40))
+    one = [normal(shape, torch.float32, device) for shape in shapes]
+    two = [normal((2, *shape), torch.float32, device) for shape in shapes]
+    order: list[int] = []
+
+    def at(x: int, y: int, z: int) -> None:
+        if x == 0:
+            programs = interpreter_builder.grid_dim[0]
+            order[:] = random.sample(range(programs), programs)
+        place(order[x], y, z)
+
+    place = interpreter_builder.set_grid_idx
+    for batched, given in ((False, one), (True, two)):
+        options = {"batched": batched, "config": UNEQUAL, "splits": 3}
+        first = linear_backward(*given, True, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(interpreter_builder, "set_grid_idx", at)
+            for _ in range(2):
+                again = linear_backward(*given, True, **options)
+                assert all(map(torch.equal, again, first))
+
+
+def test_together_takes_two_launches_after_many_waves(
+    launched: list[str], device: torch.device
+) -> None:
+    if not launch.INTERPRETING:
+        pytest.skip("a GPU's waves hold more than a test should multiply")
+    check_together(
+        *(normal(shape, torch.float32, device) for shape in ((70, 9, 8), (70, 9, 7), (70, 8, 7)))
+    )
+    assert launched == ["linear_backward_weight_kernel", "linear_forward_kernel"]
+
+
+@pytest.mark.parametrize(("dtype", "precision", "pair"), shipped_pairs(), ids=str)
+@pytest.mark.usefixtures("counters")
+def test_together_configuration(
+    dtype: str, precision: str, pair: BackwardConfig, device: torch.device
+) -> None:
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    if not launch.INTERPRETING and pair not in legal_pairs(
+        getattr(torch, dtype), precision, False, launch.target_of(device)
+    ):
+        pytest.skip("not a pair of this GPU")
+    m = max(2 * pair.weight.block_m, pair.input.block_m) + 3
+    n, k = pair.weight.block_n + 5, max(pair.weight.block_k, pair.input.block_n) + 9
+    operands = (normal(shape, getattr(torch, dtype), device) for shape in ((m, n), (m, k), (n, k)))
+    check_together(*operands, config=pair, splits=2, precision=precision)

@@ -218,11 +218,8 @@ def test_kernels_take_all_layers_at_once_and_operands_as_they_lie(
     assert launched[0][0] in FORWARD_KERNELS
     assert launched[0][1][:3] == [input.data_ptr(), weight.data_ptr(), bias.data_ptr()]
     output.backward(grad_output)
-    assert len(launched) == 3
-    assert launched[1][0] == "linear_backward_weight_kernel"
-    assert launched[2][0] in FORWARD_KERNELS
-    assert launched[1][1][:2] == [grad_output.data_ptr(), input.data_ptr()]
-    assert launched[2][1][:2] == [grad_output.data_ptr(), weight.data_ptr()]
+    assert [name for name, _ in launched[1:]] == ["linear_backward_kernel"]
+    assert launched[1][1][:3] == [grad_output.data_ptr(), input.data_ptr(), weight.data_ptr()]
 
 
 BIASES = {"of one layer": (1, 3), "of one number a layer": (2, 1), "of one number": (1, 1)}

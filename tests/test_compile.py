@@ -119,12 +119,14 @@ def test_resources_reads_back_what_it_writes(tmp_path: Path) -> None:
 
 
 def test_resources_counts_matrix_instructions_in_loops() -> None:
-    """Not those before and after; a loop need not be entered at its top."""
+    """Not those before and after; a loop need not be entered at its top; each loop by itself."""
     amd = LOOP.replace("$L__", ".L").replace("@%p1 bra", "s_cbranch_vccz")
     amd = amd.replace("@%p2 bra", "s_cbranch_scc1").replace("bra.uni \t.", "s_branch .")
-    assert instructions_in_loops(LOOP) == 2
-    assert instructions_in_loops(amd) == 2
-    assert instructions_in_loops(LOOP.replace("@%p2 bra \t$L__BB0_2;", "")) == 0
+    other = LOOP.replace("$L__BB0_", "$L__BB0_1")
+    assert instructions_in_loops(LOOP) == [2]
+    assert instructions_in_loops(amd) == [2]
+    assert instructions_in_loops(LOOP + other) == [2, 2]
+    assert instructions_in_loops(LOOP.replace("@%p2 bra \t$L__BB0_2;", "")) == []
 
 
 STREAM = """
@@ -140,11 +142,11 @@ $L__BB0_1:
 
 
 def test_resources_counts_wide_loads_of_what_is_read_once() -> None:
-    assert instructions_in_loops(STREAM, STREAMED) == 2
+    assert instructions_in_loops(STREAM, STREAMED) == [2]
     amd = (
         ".LBB0_1:\n\tglobal_load_dwordx4 v[6:9], v[30:31], off\n\tglobal_load_dword v6, v[30:31]\n"
     )
-    assert instructions_in_loops(amd + "\ts_cbranch_scc1 .LBB0_1\n", STREAMED) == 1
+    assert instructions_in_loops(amd + "\ts_cbranch_scc1 .LBB0_1\n", STREAMED) == [1]
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,15 @@ import torch
 
 from fastlinear.kernels import choose as chooser
 from fastlinear.kernels import configs, tiles
-from fastlinear.kernels.choose import choose, choose_splits
-from fastlinear.kernels.configs import TARGETS, Config, why_illegal
+from fastlinear.kernels.choose import (
+    choose,
+    choose_backward,
+    choose_pair,
+    choose_splits,
+    starts_with_input,
+)
+from fastlinear.kernels.configs import TARGETS, BackwardConfig, Config, why_illegal
+from fastlinear.kernels.pairs import legal_pairs
 from fastlinear.kernels.tiles import legal_configs
 
 SM_90 = TARGETS["sm_90"]
@@ -61,6 +68,7 @@ def test_some_configuration_is_always_legal(
                 for aligned in (True, False):
                     given = (kernel, dtype, precision, aligned, smaller, activation)
                     assert legal_configs(*given), given
+                    assert legal_pairs(dtype, precision, aligned, smaller), given
 
 
 def test_choice_fills_the_gpu() -> None:
@@ -111,6 +119,37 @@ def test_splits_fill_idle_multiprocessors_and_no_more() -> None:
     assert choose_splits(config, 1, 1024, 128, 128, SM_90) == 4, (
         "each split takes four steps at least"
     )
+
+
+def test_pair_is_one_launch_s() -> None:
+    with pytest.raises(ValueError, match=r"they are \(8, 3\) and \(4, 3\)"):
+        BackwardConfig(LARGE, dataclasses.replace(LARGE, num_warps=4))
+
+
+def test_pair_follows_the_rows() -> None:
+    def pair(m: int, n: int, k: int) -> BackwardConfig:
+        return choose_pair(1, m, n, k, torch.bfloat16, "ieee", True, SM_90)
+
+    assert pair(8192, 8192, 8192).input.block_m >= 128
+    few = pair(16, 4096, 4096)
+    assert few.input.block_m == 16, "rows that are not there would be multiplied"
+    assert few.weight.block_m <= 32, "and here summed"
+
+
+@pytest.mark.parametrize(("m", "first"), [(16, True), (1024, True), (65536, False)])
+def test_longer_programs_start_first(m: int, first: bool) -> None:
+    given = (1, m, 4096, 4096, torch.bfloat16, "ieee")
+    pair = choose_pair(*given, True, SM_90)
+    assert starts_with_input(pair, 1, *given) == first
+
+
+def test_one_launch_unless_it_takes_many_waves() -> None:
+    def chosen(m: int, side: int) -> BackwardConfig | None:
+        return choose_backward(1, m, side, side, torch.bfloat16, "ieee", True, SM_90)
+
+    assert chosen(16, 4096) == choose_pair(1, 16, 4096, 4096, torch.bfloat16, "ieee", True, SM_90)
+    assert chosen(4096, 1024) is not None
+    assert chosen(32768, 32768) is None
 
 
 @pytest.mark.parametrize("module", [configs, tiles, chooser])

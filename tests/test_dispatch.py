@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlinear
 from fastlinear.autograd import linear_backward_op, linear_op
-from fastlinear.kernels import backward, forward
+from fastlinear.kernels import backward, backward_weight, forward
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -130,5 +130,10 @@ def test_plans_keep_no_tensor_alive_and_are_bounded(device: torch.device) -> Non
     del layer, input
     gc.collect()
     assert [reference() for reference in alive] == [None] * 3
-    for plan in (forward.plan_forward, backward.plan_backward_weight):
+    plans = (
+        forward.plan_forward,
+        backward.plan_backward,
+        backward_weight.plan_backward_weight,
+    )
+    for plan in plans:
         assert plan.cache_info().maxsize is not None

@@ -20,11 +20,13 @@ INPUTS: dict[str, Callable[[torch.device], Tensor]] = {
     "transposed": lambda device: torch.randn(40, 33, device=device).t(),
     "sliced": lambda device: torch.randn(64, 83, device=device)[::2, 3:43],
     "copied rows": lambda device: torch.randn(2, 3, 4, 40, device=device).permute(2, 1, 0, 3),
+    "two launches": lambda device: torch.randn(500, 400, device=device),
 }
 CASES = {  # input, what needs a gradient, autocast, activation
     **{name: (name, "both", False, None) for name in INPUTS},
     "activation": ("one row", "both", False, "gelu"),
     "activation, split sums": ("split sums", "both", False, "relu"),
+    "activation, two launches": ("two launches", "both", False, "silu"),
     "activation, no gradient": ("one row", "none", False, "gelu"),
     "input's gradient": ("one row", "input", False, None),
     "weight's gradient": ("one row", "weight", False, None),
@@ -44,7 +46,8 @@ def test_explained_launches_are_those_that_happen(
     monkeypatch: pytest.MonkeyPatch,
     device: torch.device,
 ) -> None:
-    layer = fastlinear.Linear(40, 70, device=device, activation=activation)
+    features = INPUTS[name](device).shape[-1]
+    layer = fastlinear.Linear(features, 70, device=device, activation=activation)
     layer.requires_grad_(needs in ("weight", "both"))
     input = INPUTS[name](device).requires_grad_(needs in ("input", "both"))
     launched: list[tuple[str, tuple[int, ...]]] = []
@@ -52,8 +55,10 @@ def test_explained_launches_are_those_that_happen(
 
     def spy(kernel, plan: launch.Launch, pointers: tuple[Tensor | None, ...]) -> None:  # type: ignore[no-untyped-def]
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
-        blocks = tuple(plan.constants[name] for name in names if name in plan.constants)
-        launched.append((kernel.__name__, blocks if len(blocks) == 3 else ()))
+        both = kernel.__name__ == "linear_backward_kernel"
+        for product in ("INPUT_", "WEIGHT_") if both else ("",):
+            found = [plan.constants.get(product + name) for name in names]
+            launched.append((kernel.__name__, () if None in found else tuple(found)))
         run(kernel, plan, pointers)
 
     monkeypatch.setattr(launch, "run", spy)
@@ -95,14 +100,14 @@ def test_explained_work_is_counted(device: torch.device) -> None:
         assert len(fastlinear.explain(layer, input).products) == 1
 
 
+@pytest.mark.parametrize("both", [False, True], ids=["weight's gradient", "both gradients"])
 @pytest.mark.usefixtures("triton_backend")
-def test_explained_splits_are_those_of_the_launch(device: torch.device) -> None:
+def test_explained_splits_are_those_of_the_launch(both: bool, device: torch.device) -> None:
     layer = fastlinear.Linear(10, 20, device=device)
-    *_, grad_weight = fastlinear.explain(layer, torch.randn(100_000, 10, device=device)).products
+    said = fastlinear.explain(layer, torch.randn(100_000, 10, device=device, requires_grad=both))
+    *_, grad_weight = said.products
     assert grad_weight.splits > 1
-    assert f"{grad_weight.splits} splits" in str(
-        fastlinear.explain(layer, torch.randn(100_000, 10, device=device))
-    )
+    assert f"{grad_weight.splits} splits" in str(said)
 
 
 def test_explained_path_follows_the_backend(device: torch.device) -> None:
