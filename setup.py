@@ -25,7 +25,10 @@ setup(
     # A top-level package named `kernels` would collide with the one of that name on PyPI.
     packages=["fastlinear", "fastlinear.kernels"],
     package_dir={"fastlinear": "fastlinear", "fastlinear.kernels": "kernels"},
-    package_data={"fastlinear": ["py.typed"], "fastlinear.kernels": ["tuned/*.json"]},
+    package_data={
+        "fastlinear": ["py.typed"],
+        "fastlinear.kernels": ["resources.json", "tuned/*.json"],
+    },
     install_requires=["torch>=2.11"],
-    extras_require={"triton": ["triton>=3.6"]},
+    extras_require={"triton": ["triton>=3.6"], "tune": ["triton>=3.6", "tqdm"]},
 )

@@ -81,20 +81,21 @@ Chosen = Config | BackwardConfig | None  # None: a launch for each product of "b
 def configs(
     product: str, x: Tensor, w: Tensor, b: Tensor, g: Tensor, precision: str
 ) -> tuple[Chosen, list[Chosen]]:
-    """The configuration that is chosen, and all that are legal, splits of powers of two alone."""
+    """The configuration that is chosen, and all that it is chosen among."""
     if product == "backward":
         return pairs(x, w, g, precision)
     if product == "grad_weight":
         plan = plan_backward_weight(launch.describe(g, x), True, False, precision, None, None)
-        operands, sizes = (g, x), (x.shape[0], x.shape[1])
+        operands, sizes = (g, x), (*g.shape, x.shape[1])
     else:
         operands = (x, w) if product == "output" else (g, w.mT)
         bias = b if product == "output" else None
         plan = plan_forward(launch.describe(*operands, bias), precision, None, False, None)
-        sizes = operands[0].shape
+        sizes = (operands[0].shape[0], *operands[1].shape)
     described = [launch.Operand(*fields) for fields in launch.describe(*operands)[:2]]
     found = candidates(
         "backward_weight" if product == "grad_weight" else "forward",
+        1,
         *sizes,
         x.dtype,
         precision,
@@ -103,8 +104,7 @@ def configs(
         descriptors=launch.describable(launch.rows_of(described[0]), described[1]),
         reads_outputs=product == "grad_input",
     )
-    powers = [one for one in found if one.splits & (one.splits - 1) == 0]
-    return plan.config, powers if plan.config in powers else [*powers, plan.config]
+    return plan.config, found
 
 
 def pairs(x: Tensor, w: Tensor, g: Tensor, precision: str) -> tuple[Chosen, list[Chosen]]:

@@ -6,7 +6,9 @@ and, as predicted from those, the programs that share a multiprocessor, their wa
 the most, and the waves of programs that 4096 rows, outputs and inputs make on the whole GPU.
 
 With `--check` it also compares with benchmarks/results/resources.json, and names what got worse;
-`--json benchmarks/results/resources.json` writes that table anew.
+`--json benchmarks/results/resources.json` writes that table anew. With it comes
+kernels/resources.json: of that table what the choice of a configuration goes by, the programs that
+share a multiprocessor.
 """
 
 import argparse
@@ -18,15 +20,29 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 
 from benchmarks import compiled, occupancy
 from benchmarks.ahead_of_time import GPU_TARGETS, Case, cases
+from fastlinear.kernels.configs import BackwardConfig, Config, Kernel, arithmetic
+from fastlinear.kernels.model import resident_key
+from fastlinear.kernels.pair_model import pair_key
 
 Row = dict[str, Any]
 Table = dict[str, Row]  # by the case's name
 
 COMMITTED = Path(__file__).with_name("results") / "resources.json"
+SHIPPED = Path(__file__).parent.parent / "kernels" / "resources.json"
+# Which kernel's configurations a product's are.
+KERNELS: dict[str, Kernel] = {
+    "output": "forward",
+    "grad_input": "forward",
+    "columns": "forward",
+    "grad_weight": "backward_weight",
+    "grad_weight_split": "backward_weight",
+    "gated_output": "gated_forward",
+}
 COLUMNS = ("registers", "spilled", "shared", "matrix", "resident", "occupancy", "waves")
 REGISTER_SLACK = 8  # the step that GPUs give registers out in
 # The columns that are compared: whether more of it is worse, and how much worse is let pass.
@@ -56,6 +72,30 @@ def write_table(table: Table, path: Path) -> None:
     )
     head = f'{{\n "triton": "{triton.__version__}",\n "waves of": {occupancy.SIDE},\n "cases": {{\n'
     path.write_text(head + rows + "\n }\n}\n")
+
+
+def residents(table: Table, known: list[Case]) -> dict[str, dict[str, int]]:
+    """Programs a multiprocessor by target and `resident_key` or `pair_key`.
+
+    The least of the cases that have that key, but for those of 64-bit offsets and of odd numbers of
+    outputs, which are rare.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for case in known:
+        row = table.get(case.name)
+        rare = case.wide or case.odd
+        if row is None or row.get("error") or rare:
+            continue
+        kind = arithmetic(getattr(torch, case.dtype), case.precision)
+        if case.product == "backward" and isinstance(case.config, BackwardConfig):
+            key = pair_key(kind, case.config, case.aligned)
+        elif case.product in KERNELS and isinstance(case.config, Config):
+            key = resident_key(KERNELS[case.product], kind, case.config, case.aligned)
+        else:
+            continue
+        of_target = found.setdefault(case.target, {})
+        of_target[key] = min(row["resident"], of_target.get(key, row["resident"]))
+    return {target: dict(sorted(of_target.items())) for target, of_target in found.items()}
 
 
 def minor(version: str) -> str:
@@ -160,6 +200,8 @@ def main() -> None:
     print_totals(table)
     if arguments.json:
         write_table(table, arguments.json)
+        if arguments.json.resolve() == COMMITTED:
+            SHIPPED.write_text(json.dumps(residents(table, wanted), indent=1) + "\n")
 
     failures = [f"FAULT: {fault}" for fault in faults]
     if committed:

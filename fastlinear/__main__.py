@@ -1,8 +1,10 @@
-"""`python -m fastlinear info`: versions, settings, and what can run on this machine."""
+"""`python -m fastlinear`: `info` says what can run here, `tune` measures what is fastest."""
 
 import argparse
 import json
+import sys
 
+from fastlinear import tune
 from fastlinear.explain import info
 
 
@@ -11,7 +13,16 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("info", help="versions, settings, and what can run here")
     command.add_argument("--json", action="store_true", help="print it as JSON")
+    tune.add_arguments(
+        commands.add_parser(
+            "tune",
+            help="measure what is fastest on this GPU, for backend 'auto' to go by",
+            description=tune.__doc__,
+        )
+    )
     arguments = parser.parse_args()
+    if arguments.command == "tune":
+        sys.exit(tune.run(arguments))
     found = info()
     if arguments.json:
         print(json.dumps(found, indent=2))
@@ -19,6 +30,7 @@ def main() -> None:
     rows = [
         *found.pop("versions").items(),
         *((f"on {name}", path) for name, path in found.pop("devices").items()),
+        *((f"table for {name}", files) for name, files in found.pop("tables").items()),
     ]
     rows[4:4] = found.items()
     width = max(len(name) for name, _ in rows)

@@ -48,6 +48,14 @@ def below_autograd() -> contextlib.AbstractContextManager[object]:
     return torch._C._AutoDispatchBelowAutograd()
 
 
+def constant_to_dynamo(function: Callable[..., Any]) -> None:
+    """Makes Dynamo call `function` while it traces, and take the result for a constant.
+
+    As torch.compiler.assume_constant_result, which imports Dynamo.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def hide_from_dynamo(function: Callable[..., Any]) -> None:
     """Makes Dynamo run `function`, and what it calls, as it stands.
 

@@ -152,6 +152,7 @@ class LinearActivationFunction(internals.SingleLevelFunction):
         if internals.forward_ad_active():
             ctx.save_for_forward(input, weight, saved)
         ctx.batched, ctx.activation = weight.dim() == 3, activation
+        ctx.auto = backend.current == "auto"
         ctx.set_materialize_grads(False)
         return output, preactivation
 
@@ -165,17 +166,18 @@ class LinearActivationFunction(internals.SingleLevelFunction):
         needed, batched, activation = ctx.needs_input_grad, ctx.batched, ctx.activation
         differentiated = torch.is_grad_enabled() or internals.forward_ad_active()
         gradients: Gradients
-        if grad_output is not None and grad_preactivation is None and not differentiated:
-            gradients = backward_op(
-                grad_output, saved, input, weight, needed[2], batched, activation
-            )
-        else:
-            grad = grad_preactivation
-            if grad_output is not None:
-                through = GRADIENTS[activation](grad_output, saved)
-                grad = through if grad is None else through + grad
-            assert grad is not None
-            gradients = gradients_of(grad, input, weight, needed[2], batched)
+        with backend.as_its_forward(ctx.auto):
+            if grad_output is not None and grad_preactivation is None and not differentiated:
+                gradients = backward_op(
+                    grad_output, saved, input, weight, needed[2], batched, activation
+                )
+            else:
+                grad = grad_preactivation
+                if grad_output is not None:
+                    through = GRADIENTS[activation](grad_output, saved)
+                    grad = through if grad is None else through + grad
+                assert grad is not None
+                gradients = gradients_of(grad, input, weight, needed[2], batched)
         return (
             gradients[0] if needed[0] else None,
             gradients[1] if needed[1] else None,

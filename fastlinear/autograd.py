@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend
+from fastlinear import backend, tuned
 from fastlinear.kernels.operands import (
     DTYPES,
     check_backward_shapes,
@@ -96,14 +96,25 @@ class LinearFunction(internals.SingleLevelFunction):
             ctx.batched = True  # to set an attribute takes 0.1 us: of a single layer there is none
         if internals.forward_ad_active():
             ctx.save_for_forward(input, weight)
+        if tuned.available and backend.current == "auto":
+            ctx.auto = True
         return compute(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
-        grad_input, grad_weight, grad_bias = gradients_of(
-            grad_output, input, weight, ctx.needs_input_grad[2], getattr(ctx, "batched", False)
+        given = (
+            grad_output,
+            input,
+            weight,
+            ctx.needs_input_grad[2],
+            getattr(ctx, "batched", False),
         )
+        if tuned.available:
+            with backend.as_its_forward(getattr(ctx, "auto", False)):
+                grad_input, grad_weight, grad_bias = gradients_of(*given)
+        else:
+            grad_input, grad_weight, grad_bias = gradients_of(*given)
         needed = ctx.needs_input_grad
         return (
             grad_input if needed[0] else None,

@@ -3,16 +3,21 @@
 Backends, what the kernels need of the machine, and the calls into the kernels.
 """
 
+from __future__ import annotations
+
 import functools
 import os
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType, TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlinear import _torch_internals as internals
+from fastlinear import tuned
 from fastlinear.kernels.operands import (
     DTYPES,
     FROM_OUTPUT,
@@ -20,6 +25,10 @@ from fastlinear.kernels.operands import (
     check_gated_backward_shapes,
     check_saved_shape,
 )
+from fastlinear.tuned import PYTORCH
+
+if TYPE_CHECKING:
+    from fastlinear.kernels.tables import Row
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -115,7 +124,8 @@ class batch_invariant(use_backend):
             )
         super().__enter__()
         self.outer.append(invariant)
-        invariant, settings = True, _invariant_settings
+        invariant = True
+        settings = _settings_now()
 
     def __exit__(
         self,
@@ -126,7 +136,7 @@ class batch_invariant(use_backend):
         global invariant, settings
         super().__exit__(kind, error, traceback)
         invariant = self.outer.pop()
-        settings = _invariant_settings if invariant else internals.float32_matmul_precision
+        settings = _settings_now()
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -177,45 +187,111 @@ def float32_precision() -> str:
     return "tf32" if internals.float32_matmul_precision() == "tf32" else "ieee"
 
 
-# What plans depend on besides operands: called in every call, and so not asked about `invariant`.
-settings: Callable[[], Hashable] = internals.float32_matmul_precision
+def _settings() -> Hashable:
+    """With what makes a difference where there are tables: elsewhere it would only cost time."""
+    return internals.float32_matmul_precision(), current, tuned.generation
 
 
 def _invariant_settings() -> Hashable:
     return "batch invariant", internals.float32_matmul_precision()
 
 
+def _settings_now() -> Callable[[], Hashable]:
+    if invariant:
+        return _invariant_settings
+    return _settings if tuned.available else internals.float32_matmul_precision
+
+
+# What plans depend on besides operands: called in every call, and so as short as it can be.
+settings: Callable[[], Hashable] = _settings_now()
+
+
+def use_tables(rows: dict[torch.device, tuple[Row, ...]] | None = None) -> None:
+    """Goes by the tables that there are now, or by these rows alone."""
+    global settings
+    tuned.reload(rows)
+    settings = _settings_now()
+
+
+def table_precision(dtype: torch.dtype) -> str:
+    """By which tables know how products of `dtype` are formed."""
+    return float32_precision() if dtype == torch.float32 else "ieee"
+
+
+def _of_output(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
+) -> Any:
+    """What a table says of the output: PYTORCH, a kernel's configuration, or None for neither."""
+    if not tuned.available or invariant:
+        return None
+    from fastlinear import by_table
+
+    return by_table.output_candidate(input, weight, bias, activation)
+
+
+def as_its_forward(auto: bool) -> AbstractContextManager[None]:
+    """Within it, a backward whose forward ran in "auto" or did not."""
+    if not tuned.available:
+        return nullcontext()
+    from fastlinear.by_table import backward_of
+
+    return backward_of(auto)
+
+
 def plan(input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-    """The plan that `forward` follows."""
+    """The plan that `forward` follows; None where that is PyTorch's."""
+    config = _of_output(input, weight, bias)
+    if config == PYTORCH:
+        return None
     kernels = launchers().forward
     operands = kernels.launch.describe(input, weight, bias)
-    return kernels.plan_forward(operands, float32_precision(), None, False, None, invariant)
+    return kernels.plan_forward(operands, float32_precision(), None, False, config, invariant)
 
 
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The op `linear` by the kernels."""
+    """The op `linear` by the kernels, or by PyTorch where a table says so."""
+    config = _of_output(input, weight, bias)
+    if config == PYTORCH:
+        return F.linear(input, weight, bias)
     return launchers().forward.linear_forward(
-        input, weight, bias, precision=float32_precision(), batch_invariant=invariant
+        input,
+        weight,
+        bias,
+        precision=float32_precision(),
+        config=config,
+        batch_invariant=invariant,
     )
 
 
 def backward(
     grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool, batched: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `linear_backward` by the kernels.
+    """The op `linear_backward` by the kernels, or by PyTorch where a table says so.
 
     A gradient that is not wanted is not computed, and comes back empty.
     """
     _check_backward_shapes(grad_output, input, weight, batched)
-    gradients = launchers().backward.linear_backward(
-        grad_output,
-        input,
-        weight,
-        bias,
-        batched=batched,
-        precision=float32_precision(),
-        batch_invariant=invariant,
-    )
+    return _backward(grad_output, input, weight, bias, batched)
+
+
+def _backward(
+    grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool, batched: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = None
+    if tuned.available and not batched and not invariant:
+        from fastlinear import by_table
+
+        gradients = by_table.gradients(grad_output, input, weight, bias)
+    if gradients is None:
+        gradients = launchers().backward.linear_backward(
+            grad_output,
+            input,
+            weight,
+            bias,
+            batched=batched,
+            precision=float32_precision(),
+            batch_invariant=invariant,
+        )
     return _with_empty(grad_output, gradients, bias, batched)
 
 
@@ -249,11 +325,27 @@ def _with_empty(
 def activation_output(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:
-    """The op `linear_activation` by the kernels."""
+    """The op `linear_activation` by the kernels, or by PyTorch where a table says so."""
+    config = _of_output(input, weight, bias, activation)
+    if config == PYTORCH:
+        return _activated(F.linear(input, weight, bias), activation)
     kernels, precision = launchers().forward, float32_precision()
     return kernels.linear_activation_forward(
-        input, weight, bias, activation, False, precision=precision, batch_invariant=invariant
+        input,
+        weight,
+        bias,
+        activation,
+        False,
+        precision=precision,
+        config=config,
+        batch_invariant=invariant,
     )[0]
+
+
+def _activated(preactivation: Tensor, activation: str) -> Tensor:
+    from fastlinear.activations import ACTIVATIONS  # which needs this module
+
+    return ACTIVATIONS[activation](preactivation)
 
 
 def activation_forward(
@@ -263,6 +355,11 @@ def activation_forward(
 
     The pre-activation comes back empty where the derivative is taken from the output.
     """
+    config = _of_output(input, weight, bias, activation)
+    if config == PYTORCH:
+        preactivation = F.linear(input, weight, bias)
+        output = _activated(preactivation, activation)
+        return output, output.new_empty(0) if activation in FROM_OUTPUT else preactivation
     kernels, precision = launchers().forward, float32_precision()
     output, preactivation = kernels.linear_activation_forward(
         input,
@@ -271,6 +368,7 @@ def activation_forward(
         activation,
         activation not in FROM_OUTPUT,
         precision=precision,
+        config=config,
         batch_invariant=invariant,
     )
     return output, output.new_empty(0) if preactivation is None else preactivation
@@ -288,6 +386,11 @@ def activation_backward(
     """The op `linear_activation_backward` by the kernels, as `backward`."""
     _check_backward_shapes(grad_output, input, weight, batched)
     check_saved_shape(saved.shape, grad_output.shape)
+    if tuned.available and not batched and not invariant:
+        grad = launchers().activation.activation_backward(
+            grad_output, saved.contiguous(), activation
+        )
+        return _backward(grad, input, weight, bias, batched)
     *gradients, grad = launchers().activation.linear_activation_backward(
         grad_output,
         saved,

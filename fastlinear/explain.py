@@ -5,17 +5,20 @@ import importlib.metadata
 import math
 import platform
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlinear import backend
-from fastlinear.functional import why_not
+from fastlinear import backend, tuned
+from fastlinear.functional import tables_say_so, why_not
 from fastlinear.kernels.configs import Config
 from fastlinear.kernels.operands import FROM_OUTPUT
 from fastlinear.modules import Linear
+
+if TYPE_CHECKING:
+    from fastlinear.planned import Plan
 
 PYTORCH = "torch.nn.functional.linear"
 KERNELS = "fastlinear.kernels"
@@ -34,6 +37,10 @@ class Product:
     splits: programs that share a sum; the last of them adds the parts.
     operations: multiplications and additions of the product itself, or of the sum.
     bytes: what has to move if every operand is read once and every result written once.
+    microseconds: the launch's time on the device: measured, if there is a `table`, or modelled;
+        None where neither is known.
+    table: the file that the choice is from, with its date, and PyTorch's microseconds there; or
+        None where there is none.
     """
 
     name: str
@@ -42,6 +49,8 @@ class Product:
     splits: int
     operations: int
     bytes: int
+    microseconds: float | None = None
+    table: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,11 +126,15 @@ def explain(layer: nn.Linear, input: Tensor) -> Explanation:
 
     dtype = backend.dtype_under(backend.autocast_dtype(input.device.type), input.dtype)
     activation = layer.activation if isinstance(layer, Linear) else None
-    path, reason, planned = _path(layer, input, unsupported)
+    path, reason, planned = _path(layer, input, weight, bias, unsupported)
     products: tuple[Product, ...] = ()
     if path is not None and unsupported is None:  # the rest is PyTorch's own business
         try:
-            plans = _plans(input, weight, bias, activation, dtype) if planned else {}
+            plans: dict[str, Plan] = {}
+            if planned:
+                from fastlinear.planned import plans_of
+
+                plans = plans_of(input, weight, bias, activation, dtype)
             products = _products(input, weight, bias, activation, dtype, plans)
         except RuntimeError as error:
             path, reason = None, f"it raises RuntimeError: {error}"
@@ -150,7 +163,13 @@ def _parameters(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
             module.training = was_training
 
 
-def _path(layer: nn.Linear, input: Tensor, unsupported: str | None) -> tuple[str | None, str, bool]:
+def _path(
+    layer: nn.Linear,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    unsupported: str | None,
+) -> tuple[str | None, str, bool]:
     """(path, reason, whether kernels are launched)."""
     if "forward" in vars(layer) or type(layer).forward not in (nn.Linear.forward, Linear.forward):
         return None, "the layer has a forward of its own, which is not known here", False
@@ -161,6 +180,8 @@ def _path(layer: nn.Linear, input: Tensor, unsupported: str | None) -> tuple[str
     if backend.current == "auto":
         if unsupported is not None:
             return PYTORCH, f"the kernels take {unsupported}", False
+        if tuned.available and tables_say_so(input, weight, bias, layer.activation):
+            return KERNELS, "a table says that it is faster here", True
         return PYTORCH, "no measurement says that a kernel is faster here", False
     if unsupported is not None:
         return None, f"it raises TypeError: the kernels take {unsupported}", False
@@ -196,7 +217,17 @@ def info() -> dict[str, Any]:
         "backend": backend.current,
         "float32 products": backend.float32_precision(),
         "devices": {_device_name(device): _kernels_on(device) for device in devices},
+        "tables": {_device_name(device): _tables_of(device) for device in devices},
     }
+
+
+def _tables_of(device: torch.device) -> str:
+    if not tuned.available:
+        return "none"
+    from fastlinear import lookup
+
+    files = lookup.files(device)
+    return ", ".join(f"{path} ({_counted(rows, 'row')})" for path, rows in files.items()) or "none"
 
 
 def _kernels_on(device: torch.device) -> str:
@@ -215,16 +246,13 @@ def _device_name(device: torch.device) -> str:
     )
 
 
-Plan = tuple[str, Config | None, int]  # kernel, configuration, splits
-
-
 def _products(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None,
     dtype: torch.dtype,
-    plans: dict[str, Plan],
+    plans: "dict[str, Plan]",
 ) -> tuple[Product, ...]:
     """The products of a call on `input`, with the kernels' plans, where there are any."""
     rows = math.prod(input.shape[:-1])
@@ -248,79 +276,12 @@ def _products(
         found.append(("grad_bias", rows * n, rows * n + n))  # a sum of PyTorch's
     products = []
     for name, operations, elements in found:
-        kernel, config, splits = plans.get(name, (None, None, 1))
         moved = elements * dtype.itemsize
-        products.append(Product(name, kernel, config, splits, operations, moved))
+        one = Product(name, None, None, 1, operations, moved)
+        if name in plans:
+            one = dataclasses.replace(one, **plans[name]._asdict())
+        products.append(one)
     return tuple(products)
-
-
-def _plans(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    dtype: torch.dtype,
-) -> dict[str, Plan]:
-    """What the launchers would choose, by product."""
-    kernels, precision = backend.launchers(), backend.float32_precision()
-    launch = kernels.forward.launch
-
-    def operand(tensor: Tensor) -> Any:
-        """As the op would get it: under autocast a copy, which lies as torch likes it."""
-        if tensor.dtype != dtype:
-            like = torch.empty_like(tensor, dtype=dtype, device="meta")
-            return launch.Operand(like.shape, like.stride(), dtype, tensor.device, True)
-        return launch.Operand(*launch.describe(tensor, tensor)[0])
-
-    operands = [operand(input), operand(weight), None]
-    if bias is not None:
-        rows = operand(bias)
-        # One element stands for every feature.
-        one = rows._replace(shape=weight.shape[:1], strides=(0,))
-        operands[2] = one if bias.numel() == 1 else rows
-    grad_output = operands[0].contiguous(*input.shape[:-1], weight.shape[0])
-    transposed = operands[1]._replace(shape=weight.shape[::-1], strides=operands[1].strides[::-1])
-    bias_wanted = bias is not None and bias.requires_grad
-
-    output = kernels.forward.plan_forward(
-        tuple(operands), precision, activation, False, None, backend.invariant
-    )
-    plans = {
-        "output": (output.launch.kernel.__name__, output.config, output.config.splits),
-        "grad_preactivation": ("activation_backward_kernel", None, 1),
-    }
-    splits = 1 if backend.invariant else None
-    if input.requires_grad and weight.requires_grad and not backend.invariant:
-        both = kernels.backward.plan_backward(
-            (grad_output, operands[1], operands[0]),
-            None,
-            bias_wanted,
-            False,
-            precision,
-            None,
-            splits,
-        )
-        if both.config is not None:
-            kernel = "linear_backward_kernel"
-            return plans | {
-                "grad_input": (kernel, both.config.input, 1),
-                "grad_weight": (kernel, both.config.weight, both.shares.splits),
-            }
-    grad_input = kernels.forward.plan_forward(
-        (grad_output, transposed, None), precision, None, False, None, backend.invariant
-    )
-    grad_weight = kernels.backward_weight.plan_backward_weight(
-        (grad_output, operands[0], None), bias_wanted, False, precision, None, splits
-    )
-    splits = grad_weight.shares.splits
-    return plans | {
-        "grad_input": (
-            grad_input.launch.kernel.__name__,
-            grad_input.config,
-            grad_input.config.splits,
-        ),
-        "grad_weight": ("linear_backward_weight_kernel", grad_weight.config, splits),
-    }
 
 
 def _counted(number: int, noun: str) -> str:
@@ -329,8 +290,12 @@ def _counted(number: int, noun: str) -> str:
 
 def _launch_in_words(product: Product) -> str:
     config = product.config
+    measured = []
+    if product.microseconds is not None:
+        source = product.table or "by the model"
+        measured = [f"{product.microseconds:.4g} us ({source})"]
     if product.kernel is None:
-        return "PyTorch"
+        return ", ".join(["PyTorch", *measured])
     if config is None:
         return product.kernel
     words = [
@@ -339,7 +304,8 @@ def _launch_in_words(product: Product) -> str:
         _counted(config.num_warps, "warp"),
         _counted(config.num_stages, "stage"),
     ]
-    return ", ".join(words + [f"{product.splits} splits"] * (product.splits > 1))
+    splits = [f"{product.splits} splits"] * (product.splits > 1)
+    return ", ".join(words + splits + measured)
 
 
 def _scaled(number: int) -> str:

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend, shortcut
+from fastlinear import backend, shortcut, tuned
 from fastlinear.activations import ACTIVATIONS, linear_activation_op
 from fastlinear.autograd import LinearFunction, linear_op
 from fastlinear.gated import gated_linear_op
@@ -58,7 +58,9 @@ def linear(
     """
     if activation is not None:
         check_activation(activation)
-    if backend.current != "triton":
+    if backend.current != "triton" and not (
+        tuned.available and tables_say_so(input, weight, bias, activation)
+    ):
         output = F.linear(input, weight, bias)
         return output if activation is None else ACTIVATIONS[activation](output)
     if (
@@ -281,6 +283,23 @@ def _by_the_kernels(
     if activation is None:
         return linear_op(input, weight, bias)
     return linear_activation_op(input, weight, bias, activation)
+
+
+def tables_say_so(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+) -> bool:
+    """Whether backend "auto" takes the op: for plain operands, if a table says so."""
+    if (
+        backend.current != "auto"
+        or type(input) not in _PLAIN
+        or type(weight) not in _PLAIN
+        or (bias is not None and type(bias) not in _PLAIN)
+        or internals.transforming()
+    ):
+        return False
+    from fastlinear import by_table
+
+    return by_table.kernels_win(input, weight, bias, activation)
 
 
 def _changes_meaning(tensor: Tensor) -> bool:

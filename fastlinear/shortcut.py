@@ -60,11 +60,15 @@ def remember(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     operands = (input, weight) if bias is None else (input, weight, bias)
     if not internals.plain(*operands):
         return
+    # Asked before the plan is made, so that a table that comes between makes it one of the past.
+    settings = backend.settings()
     plan = backend.plan(input, weight, bias)
+    if plan is None:
+        return
     straight = not plan.copy_input and plan.launch.launch.grid != (0,)
     if len(_shortcuts) >= LARGEST_CACHE:
         _shortcuts.clear()
-    key = input.shape, weight.shape, None if bias is None else bias.shape, backend.settings()
+    key = input.shape, weight.shape, None if bias is None else bias.shape, settings
     shortcuts = _shortcuts.setdefault(key, [])
     if len(shortcuts) >= SHORTCUTS_A_SHAPE:
         shortcuts.clear()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import launch
 from .backward_weight import linear_backward_weight
-from .choose import choose_backward, choose_pair, starts_with_input
+from .choose_pair import choose_backward, choose_pair, starts_with_input
 from .configs import BackwardConfig, Config, Target
 from .forward import linear_forward
 from .grouped import linear_backward_kernel
@@ -129,7 +129,7 @@ def plan_backward(
     input_programs = problem.batch * row_tiles * column_tiles
     weight_programs = 0 if alone else shares.programs
     first_program = 0
-    if input_programs and starts_with_input(pair, shares.splits, *given[:6]):
+    if input_programs and starts_with_input(pair, shares.splits, *given[1:6], problem.target):
         first_program = weight_programs
     offsets = launch.offset_dtype(
         rows, input_rows, weight, second, shares.partial_weight, grad_input

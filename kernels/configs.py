@@ -28,21 +28,26 @@ class Target:
     shared_memory: bytes one program may use.
     multiprocessors: programs that run at once, at one a multiprocessor.
     warp_size: threads in a warp.
+    clock: the highest, in MHz; memory_bandwidth: the peak, in GB/s. Only the model of times
+        (model.py) asks for them.
     """
 
     family: str
     shared_memory: int
     multiprocessors: int
     warp_size: int
+    clock: int = 1980
+    memory_bandwidth: int = 3350
 
 
 # One of each family, for compiling where there is no GPU; a GPU at hand describes
-# itself (launch.target_of).
+# itself (launch.target_of). Clocks and bandwidths are by the data sheets of A100 (80 GB, SXM), H100
+# (SXM), B200 and MI300X.
 TARGETS = {
-    "sm_80": Target("sm_80", shared_memory=166_912, multiprocessors=108, warp_size=32),
-    "sm_90": Target("sm_90", shared_memory=232_448, multiprocessors=132, warp_size=32),
-    "sm_100": Target("sm_100", shared_memory=232_448, multiprocessors=148, warp_size=32),
-    "gfx942": Target("gfx942", shared_memory=65_536, multiprocessors=304, warp_size=64),
+    "sm_80": Target("sm_80", 166_912, 108, 32, clock=1410, memory_bandwidth=2039),
+    "sm_90": Target("sm_90", 232_448, 132, 32, clock=1980, memory_bandwidth=3350),
+    "sm_100": Target("sm_100", 232_448, 148, 32, clock=1965, memory_bandwidth=8000),
+    "gfx942": Target("gfx942", 65_536, 304, 64, clock=2100, memory_bandwidth=5300),
 }
 # A few multiprocessors, so that small shapes take the same paths (tile groups, splits) as large
 # ones on a GPU.

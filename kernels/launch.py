@@ -14,7 +14,7 @@ from torch import Tensor
 from .compiled_launch import INTERPRETING as INTERPRETING
 from .compiled_launch import Launch as Launch
 from .compiled_launch import run as run
-from .configs import INTERPRETER, Config, Target
+from .configs import INTERPRETER, TARGETS, Config, Target
 
 LARGEST_INT32 = 2**31 - 1
 
@@ -335,4 +335,18 @@ def target_of(device: torch.device) -> Target:
         ),
         multiprocessors=properties.multi_processor_count,
         warp_size=properties.warp_size,
+        clock=getattr(properties, "clock_rate", 0) // 1000 or TARGETS[family].clock,
+        memory_bandwidth=_memory_bandwidth(properties) or TARGETS[family].memory_bandwidth,
     )
+
+
+def _memory_bandwidth(properties: Any) -> int:
+    """GB/s by what NVIDIA's driver says, two transfers a clock over the bus; 0 where it does not.
+
+    AMD's has four, or two, by the memory.
+    """
+    if torch.version.hip:
+        return 0
+    kilohertz = getattr(properties, "memory_clock_rate", 0)
+    bits = getattr(properties, "memory_bus_width", 0)
+    return 2 * kilohertz * bits // 8_000_000

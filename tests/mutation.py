@@ -40,6 +40,8 @@ ACTIVATED_BACKWARD = (
 GATED = ("tests/test_gated.py::test_gated_values_and_gradients_are_as_exact_as_pytorch_s",)
 GATED_MLP = ("tests/test_gated_mlp.py",)
 FOLDED = ("tests/test_fold.py",)
+TABLES = ("tests/test_tables.py",)
+TUNER = ("tests/test_tune.py",)
 SPLIT_K = ("tests/test_split_k.py",)
 INVARIANT = ("tests/test_batch_invariant.py",)
 LAUNCHED, SHORTCUT = ("tests/test_compiled_launch.py",), ("tests/test_shortcut.py",)
@@ -715,7 +717,7 @@ MUTANTS = [
     Mutant(
         "batch invariance: the configuration goes by the rows",
         "kernels/choose.py",
-        "batch, m, aligned, descriptors = 1, _INVARIANT_ROWS, False, False",
+        "batch, m, aligned, descriptors = 1, INVARIANT_ROWS, False, False",
         "batch, aligned, descriptors = 1, False, False",
         INVARIANT,
     ),
@@ -725,6 +727,83 @@ MUTANTS = [
         "invariant, settings = True, _invariant_settings",
         "invariant = True",
         INVARIANT,
+    ),
+    Mutant(
+        "a table's row for more rows than were measured",
+        "fastlinear/lookup.py",
+        "        first = m // 2 + 1\n",
+        "        first = m // 4 + 1\n",
+        TABLES,
+    ),
+    Mutant(
+        "backend triton takes PyTorch's product",
+        "fastlinear/by_table.py",
+        "    return None if candidate == PYTORCH else candidate\n",
+        "    return candidate\n",
+        TABLES,
+    ),
+    Mutant(
+        "a backward goes by the backend in force",
+        "fastlinear/by_table.py",
+        'return backend.current == "auto" if self.auto is None else self.auto',
+        'return backend.current == "auto"',
+        TABLES,
+    ),
+    Mutant(
+        "a row for layers with a bias serves those without",
+        "fastlinear/by_table.py",
+        "in _ranges(device, product, dtype, activation, bias is not None, n, k):",
+        "in _ranges(device, product, dtype, activation, True, n, k):",
+        TABLES,
+    ),
+    Mutant(
+        "one launch of both gradients that is slower than two wins",
+        "fastlinear/tune_rows.py",
+        "    if best != apart and wins(*of_best, *of_apart) and wins(*of_best, *of_pytorch):\n",
+        "    if best != apart and wins(*of_best, *of_pytorch):\n",
+        TUNER,
+    ),
+    Mutant(
+        "the shorter programs of one launch start first in the model",
+        "kernels/choose_pair.py",
+        "    return of_input > of_weight\n",
+        "    return of_input < of_weight\n",
+        ("tests/test_configs.py",),
+    ),
+    Mutant(
+        "shortcuts outlive a table",
+        "fastlinear/backend.py",
+        "current, tuned.generation\n",
+        "current\n",
+        TABLES,
+    ),
+    Mutant(
+        "a kernel that callers wait longer for wins",
+        "fastlinear/tune_rows.py",
+        "    if faster(their_device, device) or faster(their_wall, wall):\n",
+        "    if faster(their_device, device):\n",
+        TUNER,
+    ),
+    Mutant(
+        "an inexact kernel wins",
+        "fastlinear/tune_rows.py",
+        "            if as_exact(call(), theirs, exact, most):\n",
+        "            if as_exact(call(), theirs, exact, most) or layer.m:\n",
+        TUNER,
+    ),
+    Mutant(
+        "another process's rows are lost",
+        "fastlinear/tune_store.py",
+        "rows = self.rows() | {row.key: row}",
+        "rows = {row.key: row}",
+        TUNER,
+    ),
+    Mutant(
+        "residents of a multiprocessor left out of the model",
+        "kernels/model.py",
+        "        resident = resident_programs(kernel, config, dtype, precision, aligned, target)\n",
+        "        resident = 1\n",
+        ("tests/test_choose.py",),
     ),
 ]
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +84,7 @@ with fastlinear.use_backend("triton"):
 def test_triton_not_installed_says_what_to_install() -> None:
     code = """
 import sys
+from pathlib import Path
 sys.modules["triton"] = None  # as if it were not installed
 import torch, fastlinear
 print(fastlinear.Linear(3, 2)(torch.ones(1, 3)).shape)
@@ -95,25 +97,27 @@ with fastlinear.use_backend("triton"):
     assert "pip install 'fastlinear[triton]'" in result.stderr
 
 
-def test_import_brings_no_triton_and_costs_little() -> None:
+def test_import_brings_no_triton_and_costs_little(tmp_path: Path) -> None:
     code = """
-import time
+import os, sys, time
 start = time.process_time()
 import torch
 between = time.process_time()
+# As torch is, and as pip installs both: compiled to bytecode, which the first process writes.
+sys.dont_write_bytecode, sys.pycache_prefix = False, os.environ["BYTECODE"]
+compiled = time.process_time()
 import fastlinear
-share = (time.process_time() - between) / (between - start)
-import sys
+share = (time.process_time() - compiled) / (between - start)
 print(share, "triton" in sys.modules, "kernels" in sys.modules)
 import importlib.util
 importlib.util.find_spec("torch.utils.flop_counter")  # asking for it is not importing it
 import torch.utils.flop_counter
 print(torch.ops.fastlinear.linear in torch.utils.flop_counter.flop_registry)
 """
-    results = [in_a_new_process(code).stdout.split() for _ in range(3)]
+    results = [in_a_new_process(code, BYTECODE=str(tmp_path)).stdout.split() for _ in range(4)]
     assert all(result[1:] == ["False", "False", "True"] for result in results)
     # As a share of torch's own import, which a slow or busy machine slows as much.
-    assert min(float(result[0]) for result in results) < 0.04, f"shares of torch's: {results}"
+    assert min(float(result[0]) for result in results) < 0.025, f"shares of torch's: {results}"
 
 
 def test_float32_follows_torch_s_settings() -> None:

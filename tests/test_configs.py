@@ -8,14 +8,10 @@ import pytest
 import torch
 
 from fastlinear.kernels import choose as chooser
-from fastlinear.kernels import configs, tiles
-from fastlinear.kernels.choose import (
-    choose,
-    choose_backward,
-    choose_pair,
-    choose_splits,
-    starts_with_input,
-)
+from fastlinear.kernels import choose_pair as pair_chooser
+from fastlinear.kernels import configs, model, pair_model, tiles
+from fastlinear.kernels.choose import choose, choose_splits
+from fastlinear.kernels.choose_pair import choose_backward, choose_pair, starts_with_input
 from fastlinear.kernels.configs import TARGETS, BackwardConfig, Config, why_illegal
 from fastlinear.kernels.pairs import legal_pairs
 from fastlinear.kernels.tiles import legal_configs
@@ -138,21 +134,22 @@ def test_pair_follows_the_rows() -> None:
 
 @pytest.mark.parametrize(("m", "first"), [(16, True), (1024, True), (65536, False)])
 def test_longer_programs_start_first(m: int, first: bool) -> None:
-    given = (1, m, 4096, 4096, torch.bfloat16, "ieee")
-    pair = choose_pair(*given, True, SM_90)
-    assert starts_with_input(pair, 1, *given) == first
+    given = (m, 4096, 4096, torch.bfloat16, "ieee")
+    pair = choose_pair(1, *given, True, SM_90)
+    assert starts_with_input(pair, 1, *given, SM_90) == first
 
 
-def test_one_launch_unless_it_takes_many_waves() -> None:
+def test_one_launch_unless_two_are_faster() -> None:
     def chosen(m: int, side: int) -> BackwardConfig | None:
-        return choose_backward(1, m, side, side, torch.bfloat16, "ieee", True, SM_90)
+        given = (1, m, side, side, torch.bfloat16, "ieee", True, SM_90)
+        return choose_backward(*given, descriptors=True)
 
     assert chosen(16, 4096) == choose_pair(1, 16, 4096, 4096, torch.bfloat16, "ieee", True, SM_90)
-    assert chosen(4096, 1024) is not None
+    assert chosen(128, 4096) is not None
     assert chosen(32768, 32768) is None
 
 
-@pytest.mark.parametrize("module", [configs, tiles, chooser])
+@pytest.mark.parametrize("module", [configs, tiles, model, chooser, pair_model, pair_chooser])
 def test_choosing_imports_no_triton_and_measures_nothing(module: ModuleType) -> None:
     imported = {name for name, value in vars(module).items() if isinstance(value, ModuleType)}
-    assert imported <= {"dataclasses", "functools", "math", "torch"}
+    assert imported <= {"dataclasses", "functools", "json", "math", "torch"}

@@ -1,0 +1,172 @@
+"""What the launchers would do with a call, for `explain`: kernels, configurations and times."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlinear import backend, tuned
+from fastlinear.kernels.configs import BackwardConfig, Config
+from fastlinear.kernels.model import modelled_time
+from fastlinear.kernels.pair_model import pair_time
+from fastlinear.kernels.tables import KERNEL_OF
+
+BOTH = "linear_backward_kernel"  # computes both gradients
+
+
+class Plan(NamedTuple):
+    """What computes a product."""
+
+    kernel: str | None
+    config: Config | None
+    splits: int = 1
+    microseconds: float | None = None
+    table: str | None = None
+
+
+def plans_of(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    dtype: torch.dtype,
+) -> dict[str, Plan]:
+    """What the launchers would choose, by product."""
+    kernels, precision = backend.launchers(), backend.float32_precision()
+    launch = kernels.forward.launch
+
+    def operand(tensor: Tensor) -> Any:
+        """As the op would get it: under autocast a copy, which lies as torch likes it."""
+        if tensor.dtype != dtype:
+            like = torch.empty_like(tensor, dtype=dtype, device="meta")
+            return launch.Operand(like.shape, like.stride(), dtype, tensor.device, True)
+        return launch.Operand(*launch.describe(tensor, tensor)[0])
+
+    operands = [operand(input), operand(weight), None]
+    if bias is not None:
+        rows = operand(bias)
+        # One element stands for every feature.
+        one = rows._replace(shape=weight.shape[:1], strides=(0,))
+        operands[2] = one if bias.numel() == 1 else rows
+    grad_output = operands[0].contiguous(*input.shape[:-1], weight.shape[0])
+    transposed = operands[1]._replace(shape=weight.shape[::-1], strides=operands[1].strides[::-1])
+
+    rows = {}
+    if tuned.available and not backend.invariant:
+        from fastlinear import by_table
+
+        rows = by_table.rows_of(input, weight, bias, activation, dtype)
+    together = rows.pop("gradients", None)
+    pair = None if together is None else together.row.candidate
+    if together is not None and isinstance(pair, BackwardConfig):
+        rows |= {"grad_input": together, "grad_weight": together}
+    else:
+        pair = None
+    configs = {
+        product: found.row.candidate if isinstance(found.row.candidate, Config) else None
+        for product, found in rows.items()
+    }
+    output = kernels.forward.plan_forward(
+        tuple(operands), precision, activation, False, configs.get("output"), backend.invariant
+    )
+    plans = {
+        "output": Plan(output.launch.kernel.__name__, output.config, output.config.splits),
+        "grad_preactivation": Plan("activation_backward_kernel", None),
+    }
+    bias_wanted = bias is not None and bias.requires_grad
+    splits = 1 if backend.invariant else None
+    # One launch for both gradients, where a table says so or none has a say.
+    apart = backend.current == "auto" or configs.keys() & {"grad_input", "grad_weight"}
+    both = None
+    wanted = input.requires_grad and weight.requires_grad and not backend.invariant
+    if wanted and (pair is not None or not apart):
+        given = (grad_output, operands[1], operands[0])
+        both = kernels.backward.plan_backward(
+            given, None, bias_wanted, False, precision, pair, splits
+        )
+    if both is not None and both.config is not None:
+        plans["grad_input"] = Plan(BOTH, both.config.input)
+        plans["grad_weight"] = Plan(BOTH, both.config.weight, both.shares.splits)
+    else:
+        grad_input = kernels.forward.plan_forward(
+            (grad_output, transposed, None),
+            precision,
+            None,
+            False,
+            configs.get("grad_input"),
+            backend.invariant,
+        )
+        grad_weight = kernels.backward_weight.plan_backward_weight(
+            (grad_output, operands[0], None),
+            bias_wanted,
+            False,
+            precision,
+            configs.get("grad_weight"),
+            splits,
+        )
+        plans["grad_input"] = Plan(
+            grad_input.launch.kernel.__name__, grad_input.config, grad_input.config.splits
+        )
+        plans["grad_weight"] = Plan(
+            "linear_backward_weight_kernel", grad_weight.config, grad_weight.shares.splits
+        )
+    for product, plan in plans.items():
+        found = rows.get(product)
+        if found is not None:
+            row = found.row
+            table = f"{found.file} of {found.date}, PyTorch {row.pytorch_device_us:.4g} us"
+            if row.candidate == tuned.PYTORCH:
+                plan = Plan(None, None)
+            plans[product] = plan._replace(microseconds=row.device_us, table=table)
+        elif backend.current == "auto" and plan.config is not None:
+            plans[product] = Plan(None, None)
+        else:
+            modelled = _modelled(product, plans, input, weight, operands[:2], dtype)
+            plans[product] = plan._replace(microseconds=modelled)
+    return plans
+
+
+def _modelled(
+    product: str,
+    plans: dict[str, Plan],
+    input: Tensor,
+    weight: Tensor,
+    operands: list[Any],
+    dtype: torch.dtype,
+) -> float | None:
+    """The model's microseconds for a kernel; None in the interpreter, and of what is no product."""
+    launch, plan = backend.launchers().forward.launch, plans[product]
+    target = launch.target_of(input.device)
+    if plan.config is None or target.family == "interpreter":
+        return None
+    m, (n, k) = math.prod(input.shape[:-1]), weight.shape
+    if plan.kernel == BOTH:
+        of_input, of_weight = plans["grad_input"], plans["grad_weight"]
+        assert of_input.config is not None
+        assert of_weight.config is not None
+        return pair_time(
+            BackwardConfig(of_input.config, of_weight.config),
+            of_weight.splits,
+            1,
+            m,
+            n,
+            k,
+            dtype,
+            backend.table_precision(dtype),
+            launch.aligned(*operands),
+            target,
+        )
+    return modelled_time(
+        KERNEL_OF[product],
+        plan.config,
+        1,
+        m,
+        *((k, n) if product == "grad_input" else (n, k)),
+        dtype,
+        backend.table_precision(dtype),
+        launch.aligned(*operands),
+        target,
+        product == "grad_input",
+        plan.splits if product == "grad_weight" else 1,
+    )

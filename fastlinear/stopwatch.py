@@ -1,0 +1,99 @@
+"""How `python -m fastlinear tune` measures calls on a GPU."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Call = Callable[[], object]
+# Microseconds of each call, by its name, one for each round in which all took turns. The second
+# argument is "device" or "wall".
+Measure = Callable[[dict[str, Call], str], dict[str, list[float]]]
+
+ROUNDS = 11
+WARM_UPS = 3  # calls, of which the first may compile
+LEAST_SECONDS = 0.002  # that a row of calls takes whose wall time is measured
+FLUSHED_BYTES = 2**28  # more than any L2 holds
+# Times that so much is overwritten before a call: in all about half a millisecond on an H100, in
+# which the host gets ahead of the device, for a call's many launches too.
+FLUSHES = 4
+
+
+class Stopwatch:
+    """Times calls in turn, so that a slow moment of the machine meets them all."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        # Backward runs on the stream of its forward, and only what is on the captured stream is
+        # captured: so all is on one.
+        self.stream = torch.cuda.Stream(device)
+        self.flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
+
+    def __call__(self, calls: dict[str, Call], clock: str) -> dict[str, list[float]]:
+        """Each call's times, in microseconds.
+
+        Args:
+            calls: by name.
+            clock: "device" is from the first kernel's start to the last one's end, with nothing of
+                the operands in L2; "wall" is the time until the next call can be made, or the
+                device's where that is longer.
+        """
+        # Operands were made on the current stream.
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            for call in calls.values():
+                for _ in range(WARM_UPS):
+                    call()
+            if clock == "device":
+                # They run one at a time, and nobody reads their outputs: one memory is for all.
+                pool = torch.cuda.graph_pool_handle()
+                time_of = {name: self._on_the_device(call, pool) for name, call in calls.items()}
+            else:
+                time_of = {name: self._on_the_wall(call) for name, call in calls.items()}
+            times: dict[str, list[float]] = {name: [] for name in calls}
+            for _ in range(ROUNDS):
+                for name, measure in time_of.items():
+                    times[name].append(measure())
+        torch.cuda.synchronize(self.device)
+        return times
+
+    def _on_the_device(self, call: Call, pool: Any) -> Callable[[], float]:
+        replay = self._captured(call, pool)
+
+        def measure() -> float:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(FLUSHES):
+                self.flushed.zero_()
+            start.record()
+            replay()
+            end.record()
+            end.synchronize()
+            return 1000 * start.elapsed_time(end)
+
+        return measure
+
+    def _captured(self, call: Call, pool: Any) -> Call:
+        """A CUDA graph's replay of `call`, or `call` itself where it cannot be captured."""
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+                call()
+        except RuntimeError:
+            torch.cuda.synchronize(self.device)
+            return call
+        graph.replay()
+        return graph.replay
+
+    def _on_the_wall(self, call: Call) -> Callable[[], float]:
+        def measure(count: int) -> float:
+            torch.cuda.synchronize(self.device)
+            started = time.perf_counter()
+            for _ in range(count):
+                call()
+            torch.cuda.synchronize(self.device)
+            return 1e6 * (time.perf_counter() - started) / count
+
+        count = max(5, round(LEAST_SECONDS / (measure(5) / 1e6)))
+        return lambda: measure(count)

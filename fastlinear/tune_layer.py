@@ -1,0 +1,160 @@
+"""What `python -m fastlinear tune` measures: a layer's products, by PyTorch and by the kernels."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlinear import backend, by_table
+from fastlinear.activations import ACTIVATIONS
+from fastlinear.functional import linear
+from fastlinear.kernels import tables
+from fastlinear.kernels.choose import ranked
+from fastlinear.kernels.choose_pair import ranked_pairs
+from fastlinear.kernels.tables import Candidate, Key
+from fastlinear.stopwatch import Call
+
+CANDIDATES = 10  # kernels a product, by modelled time
+PAIRS = 3  # for both gradients in one launch
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is measured: `m` rows through a layer."""
+
+    dtype: torch.dtype
+    tf32: bool
+    activation: str | None
+    bias: bool
+    n: int
+    k: int
+    m: int
+
+    @property
+    def precision(self) -> str:
+        return backend.table_precision(self.dtype)
+
+    @property
+    def bytes(self) -> int:
+        """Of all operands, gradients and, in float64, the truth of one product."""
+        elements = self.m * self.k + self.n * self.k + self.m * self.n
+        return elements * (3 * self.dtype.itemsize + 16)
+
+    def __str__(self) -> str:
+        dtype = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+        words = [dtype, f"{self.n}x{self.k}", self.activation, None if self.bias else "no bias"]
+        return " ".join(filter(None, [*words, f"{self.m} rows"]))
+
+    def key(self, product: str) -> Key:
+        """Of a product's row: "grad_input" has neither activation nor bias."""
+        name = str(self.dtype).removeprefix("torch.")
+        activation = self.activation if product in ("output", "training") else None
+        bias = self.bias and product != "grad_input"
+        return Key(product, name, self.precision, activation, bias, self.n, self.k, self.m)
+
+
+class Products:
+    """A layer's products, by PyTorch and by the kernels, and what they should come to."""
+
+    def __init__(self, layer: Layer, device: torch.device) -> None:
+        self.layer, self.device = layer, device
+        n, k, m, dtype = layer.n, layer.k, layer.m, layer.dtype
+        self.input, self.weight, bias, self.grad = (
+            torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (n, k), (n,), (m, n))
+        )
+        self.bias = bias if layer.bias else None
+        self.activation: Callable[[Tensor], Tensor] = (
+            (lambda output: output) if layer.activation is None else ACTIVATIONS[layer.activation]
+        )
+
+    def by_pytorch(self, product: str) -> Call:
+        return lambda: self._native(product, self.input, self.weight, self.bias, self.grad)
+
+    def exact(self, product: str) -> tuple[Tensor, ...]:
+        bias = None if self.bias is None else self.bias.double()
+        given = (self.input.double(), self.weight.double(), bias, self.grad.double())
+        return self._native(product, *given)
+
+    def _native(
+        self, product: str, input: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor
+    ) -> tuple[Tensor, ...]:
+        if product == "output":
+            return (self.activation(F.linear(input, weight, bias)),)
+        products: tuple[Tensor, ...] = ()
+        if product in ("grad_input", "gradients"):
+            products += (grad @ weight,)
+        if product in ("grad_weight", "gradients"):
+            products += (grad.mT @ input,) if bias is None else (grad.mT @ input, grad.sum(0))
+        return products
+
+    def by_kernel(self, product: str, config: Candidate) -> Call:
+        kernels, layer = backend.launchers(), self.layer
+        how: dict[str, Any] = {"precision": layer.precision, "config": config}
+        if product == "output" and layer.activation is None:
+            return lambda: (kernels.forward.linear_forward(*self._operands, **how),)
+        if product == "output":
+            activated = kernels.forward.linear_activation_forward
+            return lambda: activated(*self._operands, layer.activation, False, **how)[:1]
+        if product == "grad_input":
+            return lambda: (kernels.backward.linear_backward_input(self.grad, self.weight, **how),)
+        bias = self.bias is not None
+        last = None if bias else -1  # no grad_bias
+        if product == "gradients":
+            together = kernels.backward.linear_backward
+            return lambda: together(self.grad, self.input, self.weight, bias, **how)[:last]
+        weight_gradient = kernels.backward_weight.linear_backward_weight
+        return lambda: weight_gradient(self.grad, self.input, bias, **how)[:last]
+
+    def apart(self) -> Call:
+        """Both gradients, each as the row in use says."""
+        operands, bias = (self.grad, self.input, self.weight), self.bias is not None
+        return lambda: by_table.gradients(*operands, bias)
+
+    @property
+    def _operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.input, self.weight, self.bias
+
+    def configs(self, product: str) -> list[Candidate]:
+        """The kernels' best, as modelled."""
+        layer = self.layer
+        sizes = (layer.m, layer.n, layer.k)
+        readable = tables.aligned(product, layer.n, layer.k)
+        target = backend.launchers().forward.launch.target_of(self.device)
+        how = (layer.dtype, layer.precision, readable, target)
+        if product == "gradients":
+            return [pair for pair, _ in ranked_pairs(1, *sizes, *how)[:PAIRS]]
+        if product == "grad_input":
+            sizes = (layer.m, layer.k, layer.n)
+        choices = ranked(
+            tables.KERNEL_OF[product],
+            1,
+            *sizes,
+            *how,
+            product == "output" and layer.activation is not None,
+            readable,
+            product == "grad_input",
+        )
+        return [choice.config for choice in choices[:CANDIDATES]]
+
+    def step(self) -> Call:
+        """Forward and backward by `fastlinear.linear`, however it goes about them."""
+        leaves = [one.clone().requires_grad_() for one in self._operands if one is not None]
+        bias = None if self.bias is None else leaves[2]
+
+        def step() -> None:
+            output = linear(leaves[0], leaves[1], bias, self.layer.activation)
+            torch.autograd.grad(output, leaves, self.grad)
+
+        return step
+
+    def public(self) -> Call:
+        """The output by `fastlinear.linear`, without a gradient."""
+
+        def call() -> Tensor:
+            with torch.no_grad():
+                return linear(self.input, self.weight, self.bias, self.layer.activation)
+
+        return call

@@ -1,0 +1,195 @@
+"""The row of a table for each product of a layer, by measuring it.
+
+A kernel is entered where it is as exact as PyTorch, faster than PyTorch on the device or for the
+caller, by more than the measurements scatter, and slower at neither.
+"""
+
+import contextlib
+import math
+import statistics
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlinear import backend
+from fastlinear.kernels import tables
+from fastlinear.kernels.tables import KERNELS, PYTORCH, Candidate, Key, Row
+from fastlinear.stopwatch import Call, Measure
+from fastlinear.tune_layer import Layer, Products
+
+
+def as_exact(results: Any, native: Any, exact: tuple[Tensor, ...], terms: int) -> bool:
+    """Whether no result is farther from the truth than twice PyTorch's, and one rounding.
+
+    In float64 the truth itself is off by the roundings of sums of so many terms.
+    """
+    for result, theirs, truth in zip(results, native, exact, strict=True):
+        rounding = torch.finfo(result.dtype).eps * truth.abs().max()
+        if result.dtype == torch.float64:
+            rounding *= math.sqrt(terms)
+        budget = 2 * (theirs.double() - truth).abs().max() + rounding
+        if not bool((result.double() - truth).abs().max() <= budget):  # NaN is not
+            return False
+    return True
+
+
+def faster(times: list[float], than: list[float]) -> bool:
+    """Whether the median is less, by more than the middle half of either scatters."""
+    return statistics.median(than) - statistics.median(times) > max(_scatter(times), _scatter(than))
+
+
+def _scatter(times: list[float]) -> float:
+    if len(times) < 2:
+        return 0.0
+    first, _, third = statistics.quantiles(times, n=4)
+    return third - first
+
+
+def wins(
+    device: list[float], wall: list[float], their_device: list[float], their_wall: list[float]
+) -> bool:
+    """Whether a kernel is faster than PyTorch on one clock, and slower on neither."""
+    if faster(their_device, device) or faster(their_wall, wall):
+        return False
+    return faster(device, their_device) or faster(wall, their_wall)
+
+
+def measure_layer(
+    layer: Layer, device: torch.device, measure: Measure, known: dict[Key, Row]
+) -> Iterator[Row]:
+    """The rows of a layer that are not known yet; those of its products, and then of all."""
+    keys = [layer.key(product) for product in tables.PRODUCTS]
+    if all(key in known for key in keys):
+        return
+    products = Products(layer, device)
+    rows: list[Row] = []
+    for product, key in zip(tables.PRODUCTS, keys, strict=True):
+        row = known.get(key)
+        if row is None:
+            if product == "training":
+                row = _measure_training(products, key, measure, rows)
+            elif product == "gradients":
+                row = _measure_gradients(products, key, measure, rows[1:])
+            else:
+                row = _measure_product(products, key, measure)
+            yield row
+        rows.append(row)
+
+
+def _exact_calls(products: Products, product: str) -> dict[Candidate, Call]:
+    """The kernels' calls for a product, by configuration, that give what they should."""
+    exact, theirs = products.exact(product), products.by_pytorch(product)()
+    layer = products.layer
+    terms = {"output": layer.k, "grad_input": layer.n, "grad_weight": layer.m}
+    most = terms.get(product, max(layer.m, layer.n))
+    calls: dict[Candidate, Call] = {}
+    for config in products.configs(product):
+        call = products.by_kernel(product, config)
+        try:
+            if as_exact(call(), theirs, exact, most):
+                calls[config] = call
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # Triton has many of its own
+            print(f"left out, as it fails: {product} of {layer} by {config}: {error}")
+    return calls
+
+
+def _measure_product(products: Products, key: Key, measure: Measure) -> Row:
+    product, native = key.product, products.by_pytorch(key.product)
+    calls = _exact_calls(products, product)
+    times = measure({PYTORCH: native} | {str(one): call for one, call in calls.items()}, "device")
+    if not calls:
+        walls = measure({PYTORCH: native}, "wall")
+        return _row(key, PYTORCH, times[PYTORCH], walls[PYTORCH], times[PYTORCH], walls[PYTORCH])
+    best = _least(calls, times)
+    if product == "output":
+        # What a caller waits for is the way through the op too.
+        with _trial(products.device, [_unmeasured(key, best)]):
+            public = products.public()
+            both = {PYTORCH: _by_the_torch_backend(public), str(best): public}
+            walls = measure(both, "wall")
+    else:
+        walls = measure({PYTORCH: native, str(best): calls[best]}, "wall")
+    measured = (times[str(best)], walls[str(best)], times[PYTORCH], walls[PYTORCH])
+    return _row(key, best if wins(*measured) else PYTORCH, *measured)
+
+
+def _measure_gradients(products: Products, key: Key, measure: Measure, rows: list[Row]) -> Row:
+    """One launch for both, if it is faster than PyTorch and than the rows of each."""
+    pairs = _exact_calls(products, key.product)
+    calls: dict[str, Call] = {PYTORCH: products.by_pytorch(key.product)}
+    apart = PYTORCH
+    if any(row.candidate != PYTORCH for row in rows):
+        apart = KERNELS
+        calls[apart] = products.apart()
+    with _trial(products.device, rows):
+        times = measure(calls | {str(pair): call for pair, call in pairs.items()}, "device")
+        best: Candidate = apart
+        if pairs:
+            best = _least(pairs, times)
+            calls[str(best)] = pairs[best]
+        walls = measure(calls, "wall")
+    of_best, of_apart, of_pytorch = (
+        (times[str(one)], walls[str(one)]) for one in (best, apart, PYTORCH)
+    )
+    if best != apart and wins(*of_best, *of_apart) and wins(*of_best, *of_pytorch):
+        return _row(key, best, *of_best, *of_pytorch)
+    return _row(key, apart, *of_apart, *of_pytorch)
+
+
+def _measure_training(products: Products, key: Key, measure: Measure, rows: list[Row]) -> Row:
+    step = products.step()
+    calls = {PYTORCH: _by_the_torch_backend(step)}
+    by_kernels = any(row.candidate != PYTORCH for row in rows)
+    if by_kernels:
+        calls[KERNELS] = step
+    with _trial(products.device, [*rows, _unmeasured(key, KERNELS)]):
+        times, walls = measure(calls, "device"), measure(calls, "wall")
+    ours = KERNELS if by_kernels else PYTORCH
+    measured = (times[ours], walls[ours], times[PYTORCH], walls[PYTORCH])
+    return _row(key, KERNELS if by_kernels and wins(*measured) else PYTORCH, *measured)
+
+
+def _least(calls: Iterable[Candidate], times: dict[str, list[float]]) -> Candidate:
+    return min(calls, key=lambda one: statistics.median(times[str(one)]))
+
+
+def _unmeasured(key: Key, candidate: Candidate) -> Row:
+    return Row(*key, candidate, 1.0, 1.0, 1.0, 1.0)
+
+
+def _by_the_torch_backend(call: Call) -> Call:
+    def by_torch() -> object:
+        with backend.use_backend("torch"):
+            return call()
+
+    return by_torch
+
+
+@contextlib.contextmanager
+def _trial(device: torch.device, rows: Iterable[Row]) -> Iterator[None]:
+    """Within it `rows` are all that tables say, and backend "auto" goes by them."""
+    backend.use_tables({device: tuple(rows)})
+    try:
+        with backend.use_backend("auto"):
+            yield
+    finally:
+        backend.use_tables()
+
+
+def _row(
+    key: Key,
+    candidate: Candidate,
+    device: list[float],
+    wall: list[float],
+    their_device: list[float],
+    their_wall: list[float],
+) -> Row:
+    """`key`'s row with the medians; PyTorch's, where that is the candidate, in both places."""
+    if candidate == PYTORCH:
+        device, wall = their_device, their_wall
+    times = (device, their_device, wall, their_wall)
+    return Row(*key, candidate, *(round(statistics.median(t), 3) for t in times))

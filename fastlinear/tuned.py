@@ -1,0 +1,63 @@
+"""Where tables lie, and whether there are any: what reads them (lookup.py) is imported then."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import fastlinear.kernels
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastlinear.kernels.tables import Row
+
+PYTORCH = "pytorch"  # as tables.PYTORCH
+SHIPPED = Path(fastlinear.kernels.__path__[0]) / "tuned"
+
+
+def user_folder() -> Path:
+    """Where the user's own tables lie.
+
+    FASTLINEAR_CACHE, or fastlinear/ in XDG_CACHE_HOME, which is ~/.cache where it is not set.
+    """
+    given = os.environ.get("FASTLINEAR_CACHE")
+    if given:
+        return Path(given)
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "fastlinear"
+
+
+def folders() -> tuple[Path, Path]:
+    """Where tables lie; a row of the second counts before one of the first."""
+    return SHIPPED, user_folder()
+
+
+def any_files() -> bool:
+    """Whether there is a table for any device."""
+    try:
+        return any(name.endswith(".json") for folder in folders() for name in _names(folder))
+    except RuntimeError:  # nobody knows where the home folder is
+        return False
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+# Whether there is a table at all, which every call asks first.
+available: bool = any_files()
+generation = 0  # counts the times that tables were read anew
+given: dict[torch.device, tuple[Row, ...]] | None = None  # in the place of all tables
+
+
+def reload(rows: dict[torch.device, tuple[Row, ...]] | None = None) -> None:
+    """Looks for tables again, or takes these rows for all that there is."""
+    global available, generation, given
+    given = rows
+    available = rows is not None or any_files()
+    generation += 1

@@ -1,0 +1,246 @@
+"""Tables of what was measured: per GPU, the fastest way to compute each product of a layer.
+
+A table is a JSON file of plain values. Those that are shipped lie in kernels/tuned/. Nothing here
+imports Triton.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+
+from .configs import BackwardConfig, Config, Kernel, Kind, Target, why_illegal
+from .operands import ACTIVATIONS
+
+FORMAT = 1
+
+# "gradients" is grad_input and grad_weight, of which one launch can be both; "training" is all of a
+# layer's products with their autograd, as one step of forward and backward.
+Product = Literal["output", "grad_input", "grad_weight", "gradients", "training"]
+PRODUCTS: tuple[Product, ...] = get_args(Product)
+KERNEL_OF: dict[str, Kernel] = {
+    "output": "forward",
+    "grad_input": "forward",
+    "grad_weight": "backward_weight",
+}
+PYTORCH = "pytorch"
+KERNELS = "kernels"  # for the last two: each product as its own row says
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+PRECISION = re.compile("[a-z0-9]{1,16}")
+
+
+Candidate = Config | BackwardConfig | str
+
+
+class Key(NamedTuple):
+    """What a row is for; its fields are the row's."""
+
+    product: str
+    dtype: str
+    precision: str
+    activation: str | None
+    bias: bool
+    n: int
+    k: int
+    m: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """The fastest of the candidates that were measured for one product.
+
+    product, dtype, precision: of what.
+    activation, bias: what the layer has of them, where that is part of the product: of "output" and
+        "training" and, as the gradient of the bias, of "grad_weight" and "gradients".
+    n, k: out_features and in_features.
+    m: rows that it was measured with; it stands for all numbers of rows with this `bucket`.
+    candidate: a Config, for "gradients" a BackwardConfig, or PYTORCH or KERNELS.
+    device_us, wall_us: microseconds of a call on the device, and for the caller.
+    pytorch_device_us, pytorch_wall_us: PyTorch's.
+    """
+
+    product: Product
+    dtype: str
+    precision: str
+    activation: str | None
+    bias: bool
+    n: int
+    k: int
+    m: int
+    candidate: Candidate
+    device_us: float
+    pytorch_device_us: float
+    wall_us: float
+    pytorch_wall_us: float
+
+    @property
+    def key(self) -> Key:
+        return Key(*(getattr(self, name) for name in Key._fields))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows, and what they were measured on and with."""
+
+    device: str
+    driver: str
+    torch: str
+    triton: str
+    fastlinear: str
+    date: str
+    rows: tuple[Row, ...]
+
+
+def bucket(m: int) -> int:
+    """The power of two that stands for m rows: the next one that is not smaller."""
+    return 1 << max(m - 1, 0).bit_length()
+
+
+def aligned(product: str, n: int, k: int) -> bool:
+    """Whether contiguous operands of a product can be read 16 bytes at a time."""
+    return k % 16 == 0 and (product == "output" or n % 16 == 0)
+
+
+def why_illegal_row(row: Row, target: Target) -> str | None:
+    """`why_illegal` of a row's configuration; None where it has none."""
+    readable = aligned(row.product, row.n, row.k)
+    how = (getattr(torch, row.dtype), row.precision, readable, target)
+    if isinstance(row.candidate, BackwardConfig):
+        pair = row.candidate
+        wrong = why_illegal("forward", pair.input, *how)
+        if pair.input.kind != "tiled":
+            return "one launch of both gradients computes tiles"
+        return wrong or why_illegal("backward_weight", pair.weight, *how)
+    if isinstance(row.candidate, Config):
+        activation = row.activation is not None
+        return why_illegal(KERNEL_OF[row.product], row.candidate, *how, activation, readable)
+    return None
+
+
+def parse(text: str) -> Table:
+    """The table in a file's text.
+
+    Raises:
+        ValueError: it is none, or has values that no measurement gives; the message says which.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        version = found.get("format") if isinstance(found, dict) else None
+        raise ValueError(f"its format is {version!r}, and {FORMAT} is what is read here")
+    names = [field.name for field in dataclasses.fields(Table)]
+    if set(found) != {"format", *names} or not isinstance(found["rows"], list):
+        raise ValueError(f"it has {', '.join(sorted(found))} instead of format, {', '.join(names)}")
+    texts = {name: found[name] for name in names if name != "rows"}
+    for name, value in texts.items():
+        if not isinstance(value, str) or len(value) > 200:
+            raise ValueError(f"{name} is {value!r:.60}, not a short text")
+    rows = tuple(_parse_row(row, number) for number, row in enumerate(found["rows"]))
+    return Table(rows=rows, **texts)
+
+
+def _parse_row(row: Any, number: int) -> Row:
+    def check(right: bool, name: str) -> None:
+        if not right:
+            value = row.get(name) if isinstance(row, dict) else row
+            raise ValueError(f"row {number} has {name} = {value!r:.60}")
+
+    names = {field.name for field in dataclasses.fields(Row)}
+    check(isinstance(row, dict) and set(row) == names, "other columns")
+    check(row["product"] in PRODUCTS, "product")
+    check(row["dtype"] in DTYPES, "dtype")
+    check(isinstance(row["precision"], str), "precision")
+    check(PRECISION.fullmatch(row["precision"]) is not None, "precision")
+    check(row["activation"] is None or row["activation"] in ACTIVATIONS, "activation")
+    check(
+        type(row["bias"]) is bool and not (row["bias"] and row["product"] == "grad_input"), "bias"
+    )
+    for name in ("n", "k", "m"):
+        check(type(row[name]) is int and 0 < row[name] < 2**31, name)
+    check(row["m"] == bucket(row["m"]), "m")
+    for name in names:
+        if name.endswith("_us"):
+            time = row[name]
+            check(type(time) in (int, float) and 0 < time < 1e9, name)
+    candidate = _parse_candidate(row["candidate"], row["product"])
+    check(candidate is not None, "candidate")
+    return Row(**row | {"candidate": candidate})
+
+
+def _parse_candidate(given: Any, product: str) -> Candidate | None:
+    """The candidate of a row for `product`; None if it is none."""
+    if given == PYTORCH:
+        return PYTORCH
+    if product == "training":
+        return KERNELS if given == KERNELS else None
+    if product != "gradients":
+        return _parse_config(given)
+    if given == KERNELS:
+        return KERNELS
+    if not isinstance(given, dict) or set(given) != {"input", "weight"}:
+        return None
+    input, weight = _parse_config(given["input"]), _parse_config(given["weight"])
+    return None if input is None or weight is None else BackwardConfig(input, weight)
+
+
+def _parse_config(given: Any) -> Config | None:
+    names = {field.name for field in dataclasses.fields(Config)}
+    if not isinstance(given, dict) or set(given) != names:
+        return None
+    for name, value in given.items():
+        if name == "kind":
+            right = value in get_args(Kind)
+        elif name == "warp_specialize":
+            right = type(value) is bool
+        else:
+            right = type(value) is int and 0 < value <= 65_536
+        if not right:
+            return None
+    return Config(**given)
+
+
+def as_text(table: Table) -> str:
+    """What `parse` reads, a row a line."""
+    head = {"format": FORMAT} | {
+        field.name: getattr(table, field.name)
+        for field in dataclasses.fields(Table)
+        if field.name != "rows"
+    }
+    lines = ",\n".join(f"  {json.dumps(dataclasses.asdict(row))}" for row in table.rows)
+    return json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n'
+
+
+def read(path: Path) -> Table:
+    """The table in a file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: as `parse`.
+    """
+    return parse(path.read_text(encoding="utf-8"))
+
+
+def write(path: Path, table: Table) -> None:
+    """Puts `table` in the place of what `path` held, so that a kill leaves the one or the other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, unfinished = tempfile.mkstemp(".part", path.name, path.parent, text=True)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(as_text(table))
+        os.replace(unfinished, path)
+    except BaseException:
+        Path(unfinished).unlink(missing_ok=True)
+        raise
+
+
+def file_name(device: str) -> str:
+    """That of a device's table: "NVIDIA H100 80GB HBM3" has nvidia-h100-80gb-hbm3.json."""
+    return re.sub("[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"

@@ -1,0 +1,130 @@
+"""The tuner's stopwatch, on a made-up GPU that runs behind its host."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from fastlinear import stopwatch
+from fastlinear.stopwatch import FLUSHES, ROUNDS, WARM_UPS, Stopwatch
+
+FLUSH = 100.0  # microseconds of overwriting L2 once
+
+
+class Gpu:
+    """In the place of torch.cuda: what is launched runs in order, as soon as the host is there."""
+
+    def __init__(self) -> None:
+        self.host = self.done = 0.0  # microseconds, of the host's clock and of all that is launched
+        self.capturing: list[Callable[[], None]] | None = None
+        self.log: list[str] = []
+        self.pools: set[int] = set()
+
+    def launch(self, name: str, host: float, device: float) -> None:
+        """`host` microseconds later the device starts what takes it `device` microseconds."""
+        if self.capturing is not None:
+            self.capturing.append(lambda: self.launch(name, 0, device))
+            return
+        self.host += host
+        self.done = max(self.done, self.host) + device
+        self.log.append(name)
+
+    def synchronize(self, device: object = None) -> None:
+        assert self.capturing is None
+        self.host = max(self.host, self.done)
+
+    def call(self, name: str, host: float, device: float) -> Callable[[], None]:
+        return lambda: self.launch(name, host, device)
+
+    def start_of_next(self) -> float:
+        return max(self.done, self.host)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    gpu = Gpu()
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = gpu.start_of_next()
+            gpu.log.append("event")
+
+        def synchronize(self) -> None:
+            gpu.synchronize()
+
+        def elapsed_time(self, end: "Event") -> float:
+            return (end.at - self.at) / 1000
+
+    class Graph:
+        def replay(self) -> None:
+            gpu.host += 5
+            for launch in self.launches:
+                launch()
+
+    @contextlib.contextmanager
+    def graph(captured: Any, pool: int, stream: object) -> Iterator[None]:
+        gpu.pools.add(pool)
+        gpu.capturing = captured.launches = []
+        try:
+            yield
+        finally:
+            gpu.capturing = None
+
+    class Flushed:
+        def zero_(self) -> None:
+            gpu.launch("flush", 3, FLUSH)
+
+    handles = iter(range(100))
+    stand_ins = {
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "graph": graph,
+        "graph_pool_handle": lambda: next(handles),
+        "Stream": lambda device: "stream",
+        "stream": lambda stream: contextlib.nullcontext(),
+        "device": lambda device: contextlib.nullcontext(),
+        "synchronize": gpu.synchronize,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(time, "perf_counter", lambda: gpu.host / 1e6)
+    monkeypatch.setattr(stopwatch.torch, "empty", lambda *size, **how: Flushed())
+    return gpu
+
+
+def test_device_time_is_the_kernel_s_alone(gpu: Gpu) -> None:
+    calls = {"slow": gpu.call("slow", 40, 7.5), "fast": gpu.call("fast", 90, 2.0)}
+    times = Stopwatch(torch.device("cuda", 0))(calls, "device")
+    assert times["slow"] == pytest.approx([7.5] * ROUNDS)
+    assert times["fast"] == pytest.approx([2.0] * ROUNDS), "the host's time is not in it"
+    assert gpu.log[: 2 * WARM_UPS] == ["slow"] * WARM_UPS + ["fast"] * WARM_UPS
+    turn = [*["flush"] * FLUSHES, "event", "slow", "event"]
+    turn += [*["flush"] * FLUSHES, "event", "fast", "event"]
+    assert gpu.log[-len(turn) :] == turn, "each in its turn, out of L2"
+    assert len(gpu.pools) == 1
+
+
+def test_what_cannot_be_captured_is_launched_while_l2_is_overwritten(gpu: Gpu) -> None:
+    def synchronizing() -> None:
+        if gpu.capturing is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        for _ in range(8):
+            gpu.launch("kernel", 20, 3)
+
+    times = Stopwatch(torch.device("cuda", 0))({"call": synchronizing}, "device")
+    assert times["call"] == pytest.approx([24.0] * ROUNDS)
+
+
+@pytest.mark.parametrize(("host", "device", "wall"), [(12.0, 3.0, 12.0), (2.0, 30.0, 30.0)])
+def test_wall_time_is_what_takes_longer(gpu: Gpu, host: float, device: float, wall: float) -> None:
+    calls = {"call": gpu.call("call", host, device)}
+    times = Stopwatch(torch.device("cuda", 0))(calls, "wall")
+    assert times["call"] == pytest.approx([wall] * ROUNDS, rel=0.05)
+    calls_a_round = (len(gpu.log) - WARM_UPS - 5) / ROUNDS
+    assert calls_a_round * wall / 1e6 == pytest.approx(stopwatch.LEAST_SECONDS, rel=0.2)

@@ -1,0 +1,400 @@
+"""`python -m fastlinear tune`, with made-up times in the place of a GPU's clocks."""
+
+import argparse
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastlinear
+from fastlinear import backend, tune, tune_layer, tune_rows
+from fastlinear.kernels import launch, tables
+from fastlinear.kernels.configs import BackwardConfig, Config
+from fastlinear.kernels.tables import KERNELS, PYTORCH, Row
+from fastlinear.stopwatch import Call
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("--shapes", "24x40", "--dtypes", "float32")
+pytestmark = pytest.mark.skipif(not launch.INTERPRETING, reason="the clocks are made up")
+
+
+@pytest.fixture(autouse=True)
+def no_tables_afterwards() -> Iterator[None]:
+    yield
+    backend.use_tables()
+
+
+class Clocks:
+    """Says that kernels take `kernel` and PyTorch `pytorch` microseconds, and runs each once."""
+
+    def __init__(self, kernel: float = 1.0, pytorch: float = 2.0) -> None:
+        self.kernel, self.pytorch = kernel, pytorch
+        self.asked = 0
+
+    def __call__(self, calls: dict[str, Call], clock: str) -> dict[str, list[float]]:
+        assert clock in ("device", "wall")
+        self.asked += 1
+        for call in calls.values():
+            call()
+        return {name: [self.pytorch if name == PYTORCH else self.kernel] * 3 for name in calls}
+
+
+def command(path: Path, *given: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    tune.add_arguments(parser)
+    return parser.parse_args([*SMALL, "--output", str(path), *given])
+
+
+def rows_of(path: Path) -> dict[tuple[str, int], Row]:
+    return {(row.product, row.m): row for row in tables.read(path).rows}
+
+
+def test_every_product_gets_a_row_that_auto_goes_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "triton-interpreter.json"
+    assert tune.run(command(path, "--rows", "4", "1"), Clocks()) == 0
+    rows = rows_of(path)
+    assert set(rows) == {(product, m) for product in tables.PRODUCTS for m in (1, 4)}
+    for (product, _), row in rows.items():
+        several = product in ("gradients", "training")
+        won = row.candidate == KERNELS if several else type(row.candidate) is Config
+        assert won, row
+        assert (row.device_us, row.pytorch_device_us) == (1.0, 2.0)
+        assert (row.wall_us, row.pytorch_wall_us) == (1.0, 2.0)
+    said = capsys.readouterr().out
+    assert "output: a kernel is faster for 2 of 2, there 2.00 times PyTorch's speed" in said
+
+    monkeypatch.setenv("FASTLINEAR_CACHE", str(tmp_path))
+    backend.use_tables()
+    said_of_call = fastlinear.explain(fastlinear.Linear(40, 24), torch.randn(3, 40))
+    assert said_of_call.path == "fastlinear.kernels"
+
+
+@pytest.mark.parametrize(("together", "won"), [(0.5, True), (1.0, False), (1.5, False)])
+def test_one_launch_of_both_gradients_wins_if_it_is_faster_than_two(
+    tmp_path: Path, together: float, won: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks, path = Clocks(), tmp_path / "triton-interpreter.json"
+
+    def measure(calls: dict[str, Call], clock: str) -> dict[str, list[float]]:
+        times = clocks(calls, clock)
+        return times | {name: [together] * 3 for name in calls if name.startswith("Backward")}
+
+    assert tune.run(command(path, "--rows", "4"), measure) == 0
+    row = rows_of(path)["gradients", 4]
+    assert type(row.candidate) is (BackwardConfig if won else str)
+    assert (row.device_us, row.wall_us) == ((0.5, 0.5) if won else (1.0, 1.0))
+    assert row.pytorch_device_us == 2.0
+
+    monkeypatch.setenv("FASTLINEAR_CACHE", str(tmp_path))
+    backend.use_tables()
+    layer, input = fastlinear.Linear(40, 24), torch.randn(3, 40, requires_grad=True)
+    kernels = {product.kernel for product in fastlinear.explain(layer, input).products}
+    assert ("linear_backward_kernel" in kernels) is won
+
+
+@pytest.mark.parametrize("kernel", [3.0, 2.0], ids=["slower", "as fast"])
+def test_kernel_that_is_not_faster_loses_to_pytorch(tmp_path: Path, kernel: float) -> None:
+    path = tmp_path / "table.json"
+    assert tune.run(command(path, "--rows", "4"), Clocks(kernel)) == 0
+    for row in rows_of(path).values():
+        assert row.candidate == PYTORCH
+        assert (row.device_us, row.wall_us) == (2.0, 2.0), "PyTorch's own times"
+
+
+@pytest.mark.parametrize(
+    ("device", "wall", "won"),
+    [
+        (1.0, 1.0, True),
+        (1.0, 2.0, True),
+        (2.0, 1.0, True),
+        (1.0, 3.0, False),
+        (3.0, 1.0, False),
+        (2.0, 2.0, False),
+    ],
+)
+def test_kernel_wins_if_it_is_faster_on_one_clock_and_slower_on_none(
+    device: float, wall: float, won: bool
+) -> None:
+    assert tune_rows.wins([device] * 3, [wall] * 3, [2.0] * 3, [2.0] * 3) is won
+
+
+def test_difference_below_the_scatter_is_none() -> None:
+    scattered = [1.0, 1.4, 1.8, 2.2, 2.6]
+    assert not tune_rows.faster(scattered, [1.9] * 5)
+    assert not tune_rows.faster([1.7] * 5, scattered)
+    assert tune_rows.faster([0.5] * 5, scattered)
+
+
+def test_inexact_kernel_cannot_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_kernel = tune_layer.Products.by_kernel
+
+    def off(self: tune_layer.Products, product: str, config: Config) -> Call:
+        call = by_kernel(self, product, config)
+        if product == "output":
+            return lambda: (call()[0] * (1 + 1e-4),)  # type: ignore[index]
+        if product == "grad_input":
+            return lambda: (call()[0].fill_(float("nan")),)  # type: ignore[index]
+        return call
+
+    monkeypatch.setattr(tune_layer.Products, "by_kernel", off)
+    path = tmp_path / "table.json"
+    assert tune.run(command(path, "--rows", "4"), Clocks()) == 0
+    won = {product for (product, _), row in rows_of(path).items() if row.candidate != PYTORCH}
+    assert won == {"grad_weight", "gradients", "training"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "activation"), [*((dtype, "none") for dtype in tune.DTYPES), ("float16", "gelu")]
+)
+def test_every_dtype_and_activation_is_measured(
+    tmp_path: Path, dtype: str, activation: str
+) -> None:
+    path = tmp_path / "table.json"
+    given = ("--rows", "4", "--dtypes", dtype, "--activations", activation)
+    assert tune.run(command(path, *given), Clocks()) == 0
+    row = rows_of(path)["output", 4]
+    assert row.dtype == ("float32" if dtype == "tf32" else dtype)
+    assert row.precision == ("tf32" if dtype == "tf32" else "ieee")
+    assert row.activation == (None if activation == "none" else activation)
+    # PyTorch rounds no operands to TF32 on a CPU: there not every kernel is as exact.
+    assert dtype == "tf32" or type(row.candidate) is Config
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_second_run_measures_only_what_is_new(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    first, second, third = Clocks(), Clocks(kernel=9.0), Clocks()
+    assert tune.run(command(path, "--rows", "4"), first) == 0
+    before = rows_of(path)
+    assert tune.run(command(path, "--rows", "4"), second) == 0
+    assert (second.asked, rows_of(path)) == (0, before)
+    assert tune.run(command(path, "--rows", "4", "3", "1"), third) == 0
+    assert third.asked == first.asked
+    assert {m for _, m in rows_of(path)} == {1, 4}
+
+
+def test_layers_without_a_bias_have_rows_of_their_own(tmp_path: Path) -> None:
+    path, first, second = tmp_path / "table.json", Clocks(), Clocks()
+    assert tune.run(command(path, "--rows", "4"), first) == 0
+    assert tune.run(command(path, "--rows", "4", "--no-bias"), second) == 0
+    rows = [(row.product, row.bias, type(row.candidate)) for row in tables.read(path).rows]
+    both = {(product, bias) for product in tables.PRODUCTS for bias in (True, False)}
+    assert {row[:2] for row in rows} == both - {("grad_input", True)}
+    single = ("output", "grad_input", "grad_weight")
+    assert all((kind is Config) == (product in single) for product, _, kind in rows)
+    assert second.asked == first.asked - 2, "grad_input's row serves both"
+
+
+@pytest.mark.parametrize("kind", ["fails", "is too large"])
+def test_what_fails_is_left_out(
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    by_kernel = tune_layer.Products.by_kernel
+
+    def failing(self: tune_layer.Products, product: str, config: Config) -> Call:
+        if product != "output":
+            return by_kernel(self, product, config)
+        if kind == "fails":
+            return lambda: 1 // 0
+        return lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("2 TiB"))
+
+    monkeypatch.setattr(tune_layer.Products, "by_kernel", failing)
+    path = tmp_path / "table.json"
+    assert tune.run(command(path, "--rows", "4"), Clocks()) == 0
+    said = capsys.readouterr().out
+    if kind == "fails":
+        assert "left out, as it fails: output of float32 24x40 4 rows by Config(" in said
+        assert rows_of(path)["output", 4].candidate == PYTORCH
+        assert rows_of(path)["grad_input", 4].candidate != PYTORCH
+    else:
+        assert "left out, as it does not fit in memory: float32 24x40 4 rows\n" in said
+        assert not path.exists()
+
+
+def test_interrupted_run_leaves_a_whole_table_and_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "table.json"
+    clocks = Clocks()
+
+    def interrupted(calls: dict[str, Call], clock: str) -> dict[str, list[float]]:
+        if clocks.asked == 5:
+            raise KeyboardInterrupt
+        return clocks(calls, clock)
+
+    assert tune.run(command(path, "--rows", "4"), interrupted) == 130
+    assert "goes on from the 2 new rows" in capsys.readouterr().out
+    assert {product for product, _ in rows_of(path)} == {"output", "grad_input"}
+    assert tune.run(command(path, "--rows", "4"), Clocks()) == 0
+    assert len(rows_of(path)) == 5
+
+
+def test_time_can_run_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "table.json"
+    assert tune.run(command(path, "--rows", "4", "--minutes", "1e-9"), Clocks()) == 0
+    assert len(rows_of(path)) == 1
+    assert "out of time" in capsys.readouterr().out
+
+
+def test_table_of_other_versions_is_written_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "table.json"
+    assert tune.run(command(path, "--rows", "4"), Clocks()) == 0
+    tables.write(path, dataclasses.replace(tables.read(path), torch="1.0.0"))
+    assert tune.run(command(path, "--rows", "1"), Clocks()) == 0
+    assert "written anew: it was measured with torch 1.0.0" in capsys.readouterr().out
+    assert {m for _, m in rows_of(path)} == {1}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"name": "mine"}', "its format is None"),
+        ("some notes", "Expecting value"),
+        (None, "it is for 'NVIDIA A100'"),
+    ],
+)
+def test_file_that_holds_something_else_is_not_overwritten(
+    tmp_path: Path, text: str | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "table.json"
+    if text is None:
+        assert tune.run(command(path, "--rows", "4"), Clocks()) == 0
+        text = tables.as_text(dataclasses.replace(tables.read(path), device="NVIDIA A100"))
+    path.write_text(text)
+    assert tune.run(command(path, "--rows", "4"), Clocks()) == 1
+    assert f"cannot use {path} for the table: {said}" in capsys.readouterr().err
+    assert path.read_text() == text
+
+
+def test_user_s_own_table_that_is_broken_is_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FASTLINEAR_CACHE", str(tmp_path))
+    path = tmp_path / "triton-interpreter.json"
+    path.write_text('{"format": 1, "rows": [')
+    arguments = command(path, "--rows", "4")
+    arguments.output = None
+    assert tune.run(arguments, Clocks()) == 0
+    assert f"{path} is written anew: " in capsys.readouterr().out
+    assert len(rows_of(path)) == 5
+
+
+def test_folder_that_cannot_be_written_is_told_before_measuring(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    clocks = Clocks()
+    assert tune.run(command(tmp_path / "file" / "table.json"), clocks) == 1
+    assert clocks.asked == 0
+    assert "cannot use" in capsys.readouterr().err
+
+
+def test_without_triton_the_command_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing() -> None:
+        raise RuntimeError("backend 'triton' needs the package triton")
+
+    monkeypatch.setattr(backend, "launchers", missing)
+    assert tune.run(command(tmp_path / "table.json"), Clocks()) == 1
+    said = capsys.readouterr().err
+    assert said == "python -m fastlinear tune: backend 'triton' needs the package triton\n"
+
+
+def in_a_process(path: Path, code: str, *given: str) -> "subprocess.Popen[bytes]":
+    program = (
+        "import argparse, os, signal, sys\n"
+        "from fastlinear import tune\n"
+        "asked = 0\n"
+        "def measure(calls, clock):\n"
+        "    global asked\n"
+        "    asked += 1\n"
+        f"    {code}\n"
+        "    return {name: [2.0 if name == 'pytorch' else 1.0] * 3 for name in calls}\n"
+        "parser = argparse.ArgumentParser()\n"
+        "tune.add_arguments(parser)\n"
+        "sys.exit(tune.run(parser.parse_args(), measure))\n"
+    )
+    arguments = [sys.executable, "-c", program, *SMALL, "--output", str(path), *given]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL)
+
+
+def test_killed_run_leaves_a_whole_table_to_go_on_from(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    kill = "asked == 5 and os.kill(os.getpid(), signal.SIGKILL)"
+    assert in_a_process(path, kill, "--rows", "4").wait(120) == -9
+    assert {product for product, _ in rows_of(path)} == {"output", "grad_input"}
+    clocks = Clocks()
+    assert tune.run(command(path, "--rows", "4"), clocks) == 0
+    assert (clocks.asked, len(rows_of(path))) == (6, 5)
+
+
+def test_two_processes_share_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    both = [in_a_process(path, "pass", "--rows", *rows) for rows in (("1", "4"), ("2", "8"))]
+    for process in both:
+        assert process.wait(120) == 0
+    assert {m for _, m in rows_of(path)} == {1, 2, 4, 8}
+    assert len(rows_of(path)) == 20
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--shapes", "4096"], "--shapes takes OUT_FEATURESxIN_FEATURES"),
+        (["--shapes", "0x4"], "but got '0x4'"),
+        (["--rows", "0"], "--rows takes numbers from 1"),
+        (["--minutes", "-1"], "--minutes takes a number above 0, but got -1.0"),
+        (["--minutes", "nan"], "--minutes takes a number above 0"),
+    ],
+)
+def test_bad_arguments_are_named(
+    tmp_path: Path, given: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune.run(command(tmp_path / "table.json", *given), Clocks()) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_common_shapes_are_sorted_by_what_they_are_worth() -> None:
+    parser = argparse.ArgumentParser()
+    tune.add_arguments(parser)
+    layers = tune.layers(parser.parse_args([]))
+    assert len(layers) == len(set(layers)) == 7 * 2 * len(tune.ROWS)
+    assert str(layers[0]) == "bfloat16 4096x4096 4096 rows"
+
+
+def test_without_tqdm_each_layer_is_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert tune.run(command(tmp_path / "table.json", "--rows", "4"), Clocks()) == 0
+    assert "1 of 1: float32 24x40 4 rows\n" in capsys.readouterr().out
+
+
+def test_command_without_a_gpu_says_so_in_a_sentence() -> None:
+    run = [sys.executable, "-m", "fastlinear", "tune", "--shapes", "24x40"]
+    result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr == "python -m fastlinear tune: measures kernels on a GPU, and finds none\n"
+
+
+@pytest.mark.parametrize("product", ["output", "grad_input", "grad_weight", "gradients"])
+def test_candidates_are_the_model_s_best(product: str) -> None:
+    layer = tune_layer.Layer(torch.float32, False, None, True, 24, 40, 4)
+    configs = tune_layer.Products(layer, torch.device("cpu")).configs(product)
+    assert 1 <= len(configs) <= tune_layer.CANDIDATES
+    assert len(set(configs)) == len(configs)
