@@ -92,7 +92,7 @@ class Case:
         notes += " odd" if self.odd else ""
         notes += f" {self.activation}" if self.activation else ""
         return (
-            f"{self.target:7} {self.product:18} {self.dtype:9} {self.precision:5} {blocks}{notes}"
+            f"{self.target:7} {self.product:18} {self.dtype:9} {self.precision:6} {blocks}{notes}"
         )
 
     def products(self) -> list[tuple[Config, Kernel]]:
@@ -120,6 +120,7 @@ def cases(targets: list[str]) -> list[Case]:
         for dtype, precision in [
             ("bfloat16", "ieee"),
             ("float32", "tf32"),
+            ("float32", "bf16x6"),
             ("float32", "ieee"),
             ("float64", "ieee"),
         ]:
@@ -196,6 +197,17 @@ def cases(targets: list[str]) -> list[Case]:
             for config in chosen("backward_weight", aligned=False):
                 found += [Case(target, "grad_weight", dtype, precision, config, aligned=False)]
         found += gemv_cases(target)
+        # "tf32x3" differs from "bf16x6" in the instructions' type and number: products without
+        # anything else stand for the rest.
+        for product, kernel in (("output", "forward"), ("grad_weight", "backward_weight")):
+            found += [
+                Case(target, product, "float32", "tf32x3", config)
+                for config in legal_configs(kernel, torch.float32, "tf32x3", True, TARGETS[target])
+            ]
+        found += [
+            Case(target, "backward", "float32", "tf32x3", pair)
+            for pair in legal_pairs(torch.float32, "tf32x3", True, TARGETS[target])
+        ]
         # float16 differs from bfloat16 in the type of the instructions alone:
         # the largest tile stands for the rest.
         for product, kernel in (("output", "forward"), ("grad_weight", "backward_weight")):
@@ -256,6 +268,8 @@ def _split_k_cases(target: str, dtype: str, precision: str) -> list[Case]:
         ]
         for one in (True, False)
     )
+    if not aligned:
+        return []  # pieces, which this kind forms no products of
     arguments = (target, "output", dtype, precision)
     found = [Case(*arguments, config) for config in aligned]
     found += [Case(*arguments, aligned[0], odd=True)]

@@ -16,6 +16,8 @@ ARITHMETICS = {
     "bfloat16": (torch.bfloat16, "ieee"),
     "float16": (torch.float16, "ieee"),
     "float32": (torch.float32, "ieee"),
+    "bf16x6": (torch.float32, "bf16x6"),
+    "tf32x3": (torch.float32, "tf32x3"),
     "tf32": (torch.float32, "tf32"),
     "float64": (torch.float64, "ieee"),
 }

@@ -12,7 +12,13 @@ import triton
 from benchmarks import occupancy
 from benchmarks.ahead_of_time import Case, compile_case
 from fastlinear.kernels import launch
-from fastlinear.kernels.configs import TARGETS, Config, arithmetic, persistent_shared_memory
+from fastlinear.kernels.configs import (
+    OF_PIECES,
+    TARGETS,
+    Config,
+    arithmetic,
+    persistent_shared_memory,
+)
 
 Row = dict[str, Any]
 
@@ -187,7 +193,7 @@ def sums_apart(ttir: str) -> list[bool]:
     for dot in re.finditer(r"(%\w+) = tt\.dot ", ttir):
         # Beside a branch, or after it, the name may be another value's.
         scope = ttir[dot.end() :].partition(f"{dot[1]} = ")[0]
-        found.append(bool(re.search(rf"arith\.addf .*{dot[1]}\b", scope)))
+        found.append(bool(re.search(rf"arith\.(?:addf|subf) .*{dot[1]}\b", scope)))
     return found
 
 
@@ -276,7 +282,10 @@ def faults(case: Case, found: Row) -> list[str]:
     if config.kind == "gemv":
         return wrong + streaming_faults(case, config, found) + product_faults(case, found, [])
     wanted_apart = launch.sum_steps_apart(getattr(torch, case.dtype), case.precision)
-    if not found["sums_apart"] or any(apart != wanted_apart for apart in found["sums_apart"]):
+    # The products of pieces of a step make one sum, and it is the last one's that joins the total.
+    pieces = OF_PIECES.get(case.precision, 1)
+    apart = found["sums_apart"][pieces - 1 :: pieces]
+    if not apart or any(one != wanted_apart for one in apart):
         wrong.append(f"sums steps apart: {found['sums_apart']}")
     tiles = [config.tile(kernel) for config, kernel in case.products()]
     if case.product == "backward_of_two":
@@ -305,6 +314,8 @@ def product_faults(case: Case, found: Row, tiles: list[tuple[int, int, int]]) ->
     persistent = case.products()[0][0].kind == "persistent"  # Triton may make several of its loop
     if expected and (not found["loops"] if persistent else found["loops"] != len(tiles)):
         wrong.append(f"has {found['loops']} loops with matrix instructions, not {len(tiles)}")
+    if expected and found["matrix"] % OF_PIECES.get(case.precision, 1):
+        wrong.append(f"has {found['matrix']} matrix instructions for products of {case.precision}")
     if not expected and found["instructions"]:
         wrong.append(f"has {found['instructions']} where plain multiply-adds were asked for")
     return wrong

@@ -35,6 +35,7 @@ ARITHMETICS = [
     (torch.bfloat16, "ieee"),
     (torch.float16, "ieee"),
     (torch.float32, "ieee"),
+    (torch.float32, "bf16x6"),
     (torch.float32, "tf32"),
     (torch.float64, "ieee"),
 ]
@@ -150,7 +151,7 @@ class Timer:
 def measure(record: Callable[[dict[str, Any]], None], dtypes: list[str], deadline: float) -> None:
     timer = Timer()
     for dtype, precision in ARITHMETICS:
-        name = "tf32" if precision == "tf32" else str(dtype)[6:]
+        name = str(dtype)[6:] if precision == "ieee" else precision
         if name not in dtypes:
             continue
         set_tf32(precision)

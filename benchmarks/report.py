@@ -1,7 +1,8 @@
-"""Draws the README's tables and pictures of the sweep from the JSON files it wrote.
+"""Draws the README's tables and pictures from the JSON files they come from.
 
-`python -m benchmarks.report` reads every `linear*.json` in the folders of benchmarks/results,
-writes pictures beside it, and the part of README.md between its two markers. `--check` writes
+`python -m benchmarks.report` reads every `linear*.json` in the folders of benchmarks/results, which
+the sweep wrote, writes pictures beside it, and the part of README.md between its two markers; and
+the table of float32's errors from accuracy.json, between two of its own. `--check` writes
 nothing, and exits with 1 where that would change a file. The same files give the same bytes, with
 the same matplotlib on the same processor; of pictures it therefore compares what they say that
 they were drawn from.
@@ -17,12 +18,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import accuracy
 from benchmarks.arms import NATIVE
 from benchmarks.shapes import LAYERS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- benchmarks.report: begin -->\n", "<!-- benchmarks.report: end -->\n"
+SWEEP, ACCURACY = "benchmarks.report", "benchmarks.accuracy"  # which parts of README.md
 
 # Colours of Okabe and Ito, which all eyes tell apart. There are fewer of them than of layers:
 # marker and dashes tell the second and third use of a colour from the first.
@@ -85,13 +87,20 @@ def files() -> dict[Path, bytes]:
             written |= pictures
             sections.append(section(results, list(pictures)))
     readme = ROOT / "README.md"
-    before, begin, rest = readme.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"README.md has not the two lines {BEGIN.strip()} and {END.strip()}")
-    body = "\n".join(sections)
-    written[readme] = f"{before}{BEGIN}\n{body}\n{END}{after}".encode()
+    errors = accuracy.table(json.loads((RESULTS / "accuracy.json").read_text()))
+    text = put(readme.read_text(), SWEEP, "\n".join(sections))
+    written[readme] = put(text, ACCURACY, "\n".join([*errors, ""])).encode()
     return written
+
+
+def put(text: str, part: str, body: str) -> str:
+    """`text` with `body` between the part's two markers."""
+    first, last = f"<!-- {part}: begin -->\n", f"<!-- {part}: end -->\n"
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
+    if not begin or not end:
+        raise SystemExit(f"README.md has not the two lines {first.strip()} and {last.strip()}")
+    return f"{before}{first}\n{body}\n{last}{after}"
 
 
 def split(every: dict[str, Any]) -> list[dict[str, Any]]:

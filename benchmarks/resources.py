@@ -141,7 +141,7 @@ def measure(wanted: list[Case]) -> tuple[Table, list[str]]:
     table: Table = {}
     faults: list[str] = []
     print(
-        f"{'target  product            dtype     prec. tiles (M x N x K)':80} "
+        f"{'target  product            dtype     prec.  tiles (M x N x K)':81} "
         "registers spilled  shared matrix resident occupancy  waves"
     )
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
@@ -149,7 +149,7 @@ def measure(wanted: list[Case]) -> tuple[Table, list[str]]:
             table[case.name] = row
             wrong = compiled.faults(case, row)
             faults += [f"{case.name}: {fault}" for fault in wrong]
-            line = f"{case.label:80} "
+            line = f"{case.label:81} "
             if not row["error"]:
                 waves = "-" if row["waves"] is None else format(row["waves"], ".2f")
                 line += (

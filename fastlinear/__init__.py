@@ -1,6 +1,6 @@
 """A drop-in `nn.Linear` whose forward and backward are fused Triton kernels."""
 
-from fastlinear.backend import batch_invariant, use_backend
+from fastlinear.backend import batch_invariant, use_backend, use_float32_products
 from fastlinear.convert import Report, convert, revert
 from fastlinear.explain import Explanation, explain
 from fastlinear.functional import batched_linear, gated_linear, linear
@@ -23,4 +23,5 @@ __all__ = [
     "linear",
     "revert",
     "use_backend",
+    "use_float32_products",
 ]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastlinear import _torch_internals as internals
 from fastlinear import tuned
+from fastlinear.kernels.configs import OF_PIECES
 from fastlinear.kernels.operands import (
     DTYPES,
     FROM_OUTPUT,
@@ -45,6 +46,7 @@ def _checked(backend: str, source: str) -> str:
 # reads it, its backward follows its forward.
 current: str = _checked(os.environ.get("FASTLINEAR_BACKEND", "auto"), "FASTLINEAR_BACKEND")
 invariant: bool = False  # within batch_invariant()
+float32_products: str = "ieee"  # within use_float32_products()
 
 
 class use_backend:
@@ -114,18 +116,14 @@ class batch_invariant(use_backend):
         self.outer: list[bool] = []
 
     def __enter__(self) -> None:
-        global invariant, settings
+        global invariant
         if current == "torch":
             raise RuntimeError("batch_invariant() needs the kernels, but backend is 'torch'")
-        if torch.compiler.is_dynamo_compiling():
-            raise RuntimeError(
-                "batch_invariant() cannot be entered within a compiled function; "
-                "enter it around the call"
-            )
+        _refuse_compilation("batch_invariant()")
         super().__enter__()
         self.outer.append(invariant)
         invariant = True
-        settings = _settings_now()
+        _choose_settings()
 
     def __exit__(
         self,
@@ -133,10 +131,62 @@ class batch_invariant(use_backend):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        global invariant, settings
+        global invariant
         super().__exit__(kind, error, traceback)
         invariant = self.outer.pop()
-        settings = _settings_now()
+        _choose_settings()
+
+
+class use_float32_products:
+    """Context manager that says how the kernels form float32 products at PyTorch's "highest".
+
+    Like PyTorch's own precision settings it is the process's, and in force for the calls that run
+    within it: a backward has to run within it too, and so has a compiled function, which cannot
+    enter it itself. At "high" products are TF32 in any case.
+
+    Args:
+        products: "ieee", which is in force outside: multiply-adds of float32. "bf16x6" or "tf32x3":
+            sums of 512 terms or more, for more than 64 rows, on NVIDIA's tensor cores, each
+            product as six of bfloat16 or three of TF32; all others as "ieee". The README has the
+            error of each.
+
+    Raises:
+        ValueError: products is none of these.
+        RuntimeError: on entering it within a function that is being compiled.
+    """
+
+    def __init__(self, products: str) -> None:
+        choices = ("ieee", *OF_PIECES)
+        if products not in choices:
+            raise ValueError(
+                f"products must be one of {', '.join(map(repr, choices))}, but is {products!r}"
+            )
+        self.products = products
+        self.previous: list[str] = []  # a stack, as use_backend's
+
+    def __enter__(self) -> None:
+        global float32_products
+        _refuse_compilation("use_float32_products()")
+        self.previous.append(float32_products)
+        float32_products = self.products
+        _choose_settings()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        global float32_products
+        float32_products = self.previous.pop()
+        _choose_settings()
+
+
+def _refuse_compilation(manager: str) -> None:
+    if torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(
+            f"{manager} cannot be entered within a compiled function; enter it around the call"
+        )
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -180,37 +230,39 @@ def launchers() -> Launchers:
 
 
 def float32_precision() -> str:
-    """How torch's settings want float32 products formed: "ieee" or "tf32".
+    """How float32 products are to be formed, as the launchers take it.
 
-    Unset counts as "highest", as it does for cuBLAS.
+    By torch's settings, where unset counts as "highest", as it does for cuBLAS, and then by
+    `use_float32_products`.
     """
-    return "tf32" if internals.float32_matmul_precision() == "tf32" else "ieee"
+    if internals.float32_matmul_precision() == "tf32":
+        return "tf32"
+    return "ieee" if float32_products == "ieee" else f"long {float32_products}"
 
 
-def _settings() -> Hashable:
-    """With what makes a difference where there are tables: elsewhere it would only cost time."""
-    return internals.float32_matmul_precision(), current, tuned.generation
-
-
-def _invariant_settings() -> Hashable:
-    return "batch invariant", internals.float32_matmul_precision()
+def _all_settings() -> Hashable:
+    precision = internals.float32_matmul_precision()
+    return precision, float32_products, invariant, current, tuned.generation
 
 
 def _settings_now() -> Callable[[], Hashable]:
-    if invariant:
-        return _invariant_settings
-    return _settings if tuned.available else internals.float32_matmul_precision
+    default = not invariant and float32_products == "ieee" and not tuned.available
+    return internals.float32_matmul_precision if default else _all_settings
 
 
-# What plans depend on besides operands: called in every call, and so as short as it can be.
+# What plans depend on besides operands: called in every call, and so asked no more than it has to.
 settings: Callable[[], Hashable] = _settings_now()
+
+
+def _choose_settings() -> None:
+    global settings
+    settings = _settings_now()
 
 
 def use_tables(rows: dict[torch.device, tuple[Row, ...]] | None = None) -> None:
     """Goes by the tables that there are now, or by these rows alone."""
-    global settings
     tuned.reload(rows)
-    settings = _settings_now()
+    _choose_settings()
 
 
 def table_precision(dtype: torch.dtype) -> str:

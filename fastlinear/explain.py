@@ -35,6 +35,8 @@ class Product:
         computes both grad_input and grad_weight, in one launch.
     config: its blocks, warps and stages, or None where PyTorch computes it.
     splits: programs that share a sum; the last of them adds the parts.
+    precision: how its float32 products are formed: "ieee", "tf32", "bf16x6" or "tf32x3"; None where
+        PyTorch computes it. Other dtypes have one way, "ieee".
     operations: multiplications and additions of the product itself, or of the sum.
     bytes: what has to move if every operand is read once and every result written once.
     microseconds: the launch's time on the device: measured, if there is a `table`, or modelled;
@@ -47,6 +49,7 @@ class Product:
     kernel: str | None
     config: Config | None
     splits: int
+    precision: str | None
     operations: int
     bytes: int
     microseconds: float | None = None
@@ -277,7 +280,7 @@ def _products(
     products = []
     for name, operations, elements in found:
         moved = elements * dtype.itemsize
-        one = Product(name, None, None, 1, operations, moved)
+        one = Product(name, None, None, 1, None, operations, moved)
         if name in plans:
             one = dataclasses.replace(one, **plans[name]._asdict())
         products.append(one)
@@ -304,8 +307,9 @@ def _launch_in_words(product: Product) -> str:
         _counted(config.num_warps, "warp"),
         _counted(config.num_stages, "stage"),
     ]
-    splits = [f"{product.splits} splits"] * (product.splits > 1)
-    return ", ".join(words + splits + measured)
+    words += [f"{product.splits} splits"] * (product.splits > 1)
+    words += [str(product.precision)] * (product.precision != "ieee")
+    return ", ".join(words + measured)
 
 
 def _scaled(number: int) -> str:

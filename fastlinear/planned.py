@@ -21,6 +21,7 @@ class Plan(NamedTuple):
     kernel: str | None
     config: Config | None
     splits: int = 1
+    precision: str | None = None
     microseconds: float | None = None
     table: str | None = None
 
@@ -71,8 +72,8 @@ def plans_of(
         tuple(operands), precision, activation, False, configs.get("output"), backend.invariant
     )
     plans = {
-        "output": Plan(output.launch.kernel.__name__, output.config, output.config.splits),
-        "grad_preactivation": Plan("activation_backward_kernel", None),
+        "output": _of_forward(output),
+        "grad_preactivation": Plan("activation_backward_kernel", None, precision="ieee"),
     }
     bias_wanted = bias is not None and bias.requires_grad
     splits = 1 if backend.invariant else None
@@ -86,8 +87,9 @@ def plans_of(
             given, None, bias_wanted, False, precision, pair, splits
         )
     if both is not None and both.config is not None:
-        plans["grad_input"] = Plan(BOTH, both.config.input)
-        plans["grad_weight"] = Plan(BOTH, both.config.weight, both.shares.splits)
+        formed = _formed(both.launch)
+        plans["grad_input"] = Plan(BOTH, both.config.input, 1, formed)
+        plans["grad_weight"] = Plan(BOTH, both.config.weight, both.shares.splits, formed)
     else:
         grad_input = kernels.forward.plan_forward(
             (grad_output, transposed, None),
@@ -105,11 +107,12 @@ def plans_of(
             configs.get("grad_weight"),
             splits,
         )
-        plans["grad_input"] = Plan(
-            grad_input.launch.kernel.__name__, grad_input.config, grad_input.config.splits
-        )
+        plans["grad_input"] = _of_forward(grad_input)
         plans["grad_weight"] = Plan(
-            "linear_backward_weight_kernel", grad_weight.config, grad_weight.shares.splits
+            "linear_backward_weight_kernel",
+            grad_weight.config,
+            grad_weight.shares.splits,
+            _formed(grad_weight.launch),
         )
     for product, plan in plans.items():
         found = rows.get(product)
@@ -127,6 +130,17 @@ def plans_of(
     return plans
 
 
+def _of_forward(planned: Any) -> Plan:
+    """That of `plan_forward`."""
+    kernel, config = planned.launch.kernel.__name__, planned.config
+    return Plan(kernel, config, config.splits, _formed(planned.launch.launch))
+
+
+def _formed(launch: Any) -> str:
+    """How a launch forms products; a kernel that has but one way is not told of it."""
+    return str(launch.constants.get("INPUT_PRECISION", "ieee"))
+
+
 def _modelled(
     product: str,
     plans: dict[str, Plan],
@@ -138,7 +152,7 @@ def _modelled(
     """The model's microseconds for a kernel; None in the interpreter, and of what is no product."""
     launch, plan = backend.launchers().forward.launch, plans[product]
     target = launch.target_of(input.device)
-    if plan.config is None or target.family == "interpreter":
+    if plan.config is None or plan.precision is None or target.family == "interpreter":
         return None
     m, (n, k) = math.prod(input.shape[:-1]), weight.shape
     if plan.kernel == BOTH:
@@ -153,7 +167,7 @@ def _modelled(
             n,
             k,
             dtype,
-            backend.table_precision(dtype),
+            plan.precision,
             launch.aligned(*operands),
             target,
         )
@@ -164,7 +178,7 @@ def _modelled(
         m,
         *((k, n) if product == "grad_input" else (n, k)),
         dtype,
-        backend.table_precision(dtype),
+        plan.precision,
         launch.aligned(*operands),
         target,
         product == "grad_input",

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import launch
 from .backward_weight import linear_backward_weight
 from .choose_pair import choose_backward, choose_pair, starts_with_input
-from .configs import BackwardConfig, Config, Target
+from .configs import IN_LONG_SUMS, BackwardConfig, Config, Target, resolved_precision
 from .forward import linear_forward
 from .grouped import linear_backward_kernel
 from .operands import check_backward_shapes, check_same_kind
@@ -101,6 +101,14 @@ def plan_backward(
     check_backward_shapes(grad_output.shape, input.shape, both, batched)
 
     problem = weight_problem(grad_output, input, bias, batched, precision)
+    alone = operands[2] is None  # grad_input
+    # A launch forms all its products in one way; if batch_invariant, other rows have no say in it.
+    resolved = resolved_precision(precision, problem.input.size, out_features, problem.target)
+    agreed = alone or resolved == problem.precision
+    if batch_invariant and precision in IN_LONG_SUMS:
+        agreed = False
+    precision = resolved if agreed else "ieee"
+    problem = problem._replace(precision=precision)
     rows, input_rows = problem.grad_output.operand, problem.input.operand
     read = [rows._replace(shape=(*leading, out_features)), input_rows, weight]
     read += [] if second is None else [second]
@@ -115,12 +123,11 @@ def plan_backward(
         problem.target,
     )
     chosen = config
-    if chosen is None and second is None and not batch_invariant:
+    if chosen is None and second is None and agreed and not batch_invariant:
         transposed = weight._replace(shape=weight.shape[:-2] + weight.shape[:-3:-1])
         transposed = transposed._replace(strides=weight.strides[:-2] + weight.strides[:-3:-1])
         chosen = choose_backward(*given, launch.describable(problem.grad_output, transposed))
     pair = chosen or choose_pair(*given, batch_invariant)
-    alone = operands[2] is None  # grad_input
     splits = 1 if alone or batch_invariant else splits
     shares = share_weight(problem, pair.weight, splits, products)
     grad_input = grad_output.contiguous(*leading, in_features)

@@ -136,13 +136,13 @@ def plan_backward_weight(
             problem.n,
             problem.k,
             input.dtype,
-            precision,
+            problem.precision,
             launch.aligned(*rows),
             problem.target,
         )
     shares = share_weight(problem, config, splits)
     offsets = launch.offset_dtype(*rows, shares.partial_weight)
-    product = launch.product_constants(input.dtype, precision, config, problem.target)
+    product = launch.product_constants(input.dtype, problem.precision, config, problem.target)
     return BackwardWeightPlan(
         config,
         launch.Launch(
@@ -183,8 +183,8 @@ def linear_backward_weight(
             strides.
         bias: whether grad_bias is wanted.
         batched: whether the first dimension counts independent layers.
-        precision: how float32 products are formed: "ieee" or "tf32". grad_bias is a plain sum in
-            any case.
+        precision: how float32 products are formed, as in `linear_forward`. grad_bias is a plain
+            sum in any case.
         config: block sizes to use; None chooses by shape, dtype and device.
         splits: programs that share each tile's rows; None chooses.
 

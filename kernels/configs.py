@@ -128,12 +128,39 @@ class BackwardConfig:
 
 
 def arithmetic(dtype: torch.dtype, precision: str) -> str:
-    """The kind of arithmetic, which decides the tiles: "16-bit", "tf32", "float32" or "float64"."""
+    """The kind of arithmetic, which decides the tiles.
+
+    "16-bit", "float64", or of float32 "float32", "tf32", "bf16x6" or "tf32x3".
+    """
     if dtype in (torch.float16, torch.bfloat16):
         return "16-bit"
     if dtype == torch.float32:
-        return "tf32" if precision == "tf32" else "float32"
+        return "float32" if precision == "ieee" else precision
     return "float64"
+
+
+# Float32 products of pieces that a matrix instruction takes (precision.prepare_operand), and how
+# many of those one such product is.
+OF_PIECES = {"bf16x6": 6, "tf32x3": 3}
+# Those where they pay, as `resolved_precision` has it.
+IN_LONG_SUMS = {f"long {products}": products for products in OF_PIECES}
+LONG_SUM = 512  # terms, from which on benchmarks/accuracy.py finds pieces to err little
+FEW_ROWS = 64  # which other kinds than "tiled" are for, or memory is what takes the time
+
+
+def resolved_precision(precision: str, rows: int | None, terms: int, target: Target) -> str:
+    """What `precision` means for so many rows of sums of so many terms.
+
+    One of IN_LONG_SUMS is products of pieces in long sums of many rows on NVIDIA, whose tensor
+    cores the errors are known of, and "ieee" elsewhere; any other precision is itself.
+
+    rows: None where the choice may not depend on it.
+    """
+    if precision not in IN_LONG_SUMS:
+        return precision
+    many = rows is None or rows > FEW_ROWS
+    pieces = target.family != "gfx942" and many and terms >= LONG_SUM
+    return IN_LONG_SUMS[precision] if pieces else "ieee"
 
 
 def why_illegal(
@@ -166,6 +193,8 @@ def why_illegal(
     """
     if config.kind != "tiled" and kernel != "forward":
         return f"kind={config.kind!r} computes a forward product, no {kernel}"
+    if config.kind != "tiled" and arithmetic(dtype, precision) in OF_PIECES:
+        return f"kind={config.kind!r} forms no products of pieces"
     given = (dtype, precision, aligned, target, activation, descriptors)
     return _RULES[config.kind](kernel, config, *given)
 
@@ -237,8 +266,11 @@ def _why_tiled_illegal(
     words = max(4, dtype.itemsize) // 4
     accumulators = products * rows * columns * words // threads
     kind = arithmetic(dtype, precision)
-    # As measured by compiling (python -m benchmarks.resources): more than these spill.
-    if kernel != "gated_forward":
+    # As measured by compiling (python -m benchmarks.resources): more than these spill. Beside a sum
+    # of pieces there are what it lost, and the step's part.
+    if kind in OF_PIECES:
+        most = 64 if target.family == "sm_90" and aligned else 32
+    elif kernel != "gated_forward":
         most = 64 if activation else 128
     elif kind in ("float32", "float64"):
         most = 32

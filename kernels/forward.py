@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import gemv, launch, persistent, split_k, tiled
 from .choose import choose
-from .configs import Config
+from .configs import Config, resolved_precision
 from .operands import Activation, check_activation, check_forward_shapes, check_same_kind
 from .problem import ForwardLaunch, ForwardProblem
 
@@ -60,6 +60,9 @@ def plan_forward(
     batched = len(weight.shape) == 3
     out_features, in_features = weight.shape[-2:]
     rows = launch.rows_of(input, batched=batched)
+    precision = resolved_precision(
+        precision, None if batch_invariant else rows.size, in_features, target
+    )
     output = input.contiguous(*input.shape[:-1], out_features)
     problem = ForwardProblem(
         batch=weight.shape[0] if batched else 1,
@@ -118,7 +121,9 @@ def linear_forward(
         weight: (N, K), or (B, N, K) for B independent layers; dtype and device of input; any
             strides.
         bias: None, (N,), or (B, N) where weight is batched; dtype and device of input.
-        precision: how float32 products are formed: "ieee" or "tf32". Other dtypes ignore it.
+        precision: how float32 products are formed: "ieee", in float32; "tf32"; "bf16x6" or
+            "tf32x3", of pieces (`precision.prepare_operand`); "long bf16x6" or "long tf32x3", of
+            pieces or "ieee" (`configs.resolved_precision`). Other dtypes ignore it.
         config: block sizes to use; None chooses by shape, dtype and device.
         batch_invariant: whether the choice, and so a row's bits, may not depend on the other rows.
 

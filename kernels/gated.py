@@ -14,7 +14,7 @@ from torch import Tensor
 from . import launch
 from .backward import linear_backward
 from .choose import choose
-from .configs import BackwardConfig, Config
+from .configs import BackwardConfig, Config, resolved_precision
 from .epilogue import activate, activation_gradient
 from .indexing import locate_rows, locate_tile
 from .operands import (
@@ -24,7 +24,7 @@ from .operands import (
     check_gated_shapes,
     check_same_kind,
 )
-from .precision import add_product, prepare_operand
+from .precision import add_product, empty_sum, prepare_operand, total_of
 
 # Most features, of 1024 elements, that one program of gate_backward_kernel takes.
 GATE_BLOCK = 128
@@ -93,6 +93,7 @@ def gated_linear_forward_kernel(
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
     fresh = gate + zero
+    gate, up = empty_sum(gate, INPUT_PRECISION), empty_sum(up, INPUT_PRECISION)
     for k in range(0, tl.cdiv(K, BLOCK_K)):
         mask_k = offs_k < K - k * BLOCK_K
         input_tile = tl.load(input_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
@@ -120,6 +121,7 @@ def gated_linear_forward_kernel(
         input_ptrs += step_k * stride_ik
         gate_ptrs += step_k * stride_gk
         up_ptrs += step_k * stride_uk
+    gate, up = total_of(gate, INPUT_PRECISION), total_of(up, INPUT_PRECISION)
 
     if HAS_GATE_BIAS:
         bias = tl.load(gate_bias_ptr + offs_n * stride_gate_bias, mask=mask_n, other=0.0)
@@ -183,6 +185,9 @@ def plan_gated_forward(
     target = launch.target_of(input.device)
     out_features, in_features = gate_weight.shape
     rows = launch.rows_of(input)
+    precision = resolved_precision(
+        precision, None if batch_invariant else rows.size, in_features, target
+    )
     output = input.contiguous(*input.shape[:-1], out_features)
     if config is None:
         config = choose(
@@ -261,7 +266,7 @@ def gated_linear_forward(
         gate_bias, up_bias: None or (N,), in input's dtype and on its device.
         activation: one of `operands.ACTIVATIONS`.
         save_products: whether gate and up are wanted too, for backward.
-        precision: how float32 products are formed: "ieee" or "tf32". Other dtypes ignore it.
+        precision: how float32 products are formed, as in `linear_forward`.
         config: block sizes to use; None chooses by shape, dtype and device.
         batch_invariant: as in `linear_forward`.
 

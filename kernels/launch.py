@@ -263,7 +263,7 @@ def accumulator_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 def input_precision(dtype: torch.dtype, precision: str) -> str:
-    """`tl.dot`'s input_precision; only float32 has a choice."""
+    """How products are formed; only float32 has a choice."""
     return precision if dtype == torch.float32 else "ieee"
 
 
@@ -273,14 +273,16 @@ def sum_steps_apart(dtype: torch.dtype, precision: str) -> bool:
     In exact float32 and float64 the order of additions is most of the error. With one running sum
     over K, results on an H100 came out up to 4.5 times as far from the truth as cuBLAS's, which
     sums in parts (benchmarks/results/nvidia-h100-80gb-hbm3/tests-a2eab24.txt). Where products are
-    rounded more coarsely than sums, the order does not matter.
+    rounded more coarsely than sums, the order does not matter. Tensor cores cut their sums off
+    instead of rounding them, always to the same side.
     """
-    return dtype == torch.float64 or (dtype == torch.float32 and precision == "ieee")
+    return dtype == torch.float64 or (dtype == torch.float32 and precision != "tf32")
 
 
-def upcast(dtype: torch.dtype) -> bool:
+def upcast(dtype: torch.dtype, precision: str) -> bool:
     """The interpreter holds bfloat16 as bit patterns and would multiply those."""
-    return INTERPRETING and dtype == torch.bfloat16
+    pieces = dtype == torch.float32 and precision == "bf16x6"
+    return INTERPRETING and (dtype == torch.bfloat16 or pieces)
 
 
 def product_constants(
@@ -290,7 +292,7 @@ def product_constants(
     return {
         "ACC_DTYPE": accumulator_dtype(dtype),
         "INPUT_PRECISION": input_precision(dtype, precision),
-        "UPCAST": upcast(dtype),
+        "UPCAST": upcast(dtype, precision),
         "SUM_STEPS_APART": sum_steps_apart(dtype, precision),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,

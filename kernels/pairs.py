@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from .configs import BackwardConfig, Target, arithmetic, why_illegal
+from .configs import OF_PIECES, BackwardConfig, Target, arithmetic, why_illegal
 from .tiles import shaped
 
 Tile = tuple[int, int, int]  # rows, columns, depth
@@ -124,6 +124,35 @@ _PAIRS: dict[str, dict[str, list[tuple[Tile, Tile, int, int]]]] = {
         for kind in ("16-bit", "tf32", "float32", "float64")
     },
 }
+# The same for float32 products of pieces (tiles._TILES_OF_PIECES).
+_PAIRS_OF_PIECES: dict[str, list[tuple[Tile, Tile, int, int]]] = {
+    "sm_80": [
+        ((128, 64, 16), (128, 64, 16), 3, 8),
+        ((64, 64, 16), (64, 64, 16), 3, 4),
+        ((32, 64, 16), (32, 64, 16), 3, 4),
+        ((16, 64, 16), (16, 64, 16), 3, 4),
+    ],
+    "sm_90": [
+        ((128, 128, 16), (128, 128, 16), 3, 8),
+        ((128, 64, 16), (128, 64, 16), 3, 8),
+        ((64, 64, 16), (64, 64, 16), 3, 4),
+        ((32, 64, 16), (32, 64, 16), 3, 4),
+        ((16, 64, 16), (16, 64, 16), 3, 4),
+    ],
+    "sm_100": [
+        ((128, 64, 16), (128, 64, 16), 3, 8),
+        ((64, 64, 16), (64, 64, 16), 3, 4),
+        ((32, 64, 16), (32, 64, 16), 3, 4),
+        ((16, 64, 16), (16, 64, 16), 3, 4),
+    ],
+    "gfx942": [
+        ((128, 128, 16), (128, 128, 16), 2, 8),
+        ((128, 64, 16), (128, 64, 16), 2, 8),
+        ((64, 64, 16), (64, 64, 16), 2, 4),
+        ((16, 64, 16), (16, 64, 16), 2, 4),
+    ],
+    "interpreter": [((32, 32, 16), (32, 32, 16), 1, 1)],
+}
 
 
 @functools.cache
@@ -135,12 +164,15 @@ def legal_pairs(
     Their programs are never in the same place: neither leaves less room for the other. The
     arguments are those of `why_illegal`; aligned says it of all three operands.
     """
+    kind = arithmetic(dtype, precision)
+    of_pieces = kind in OF_PIECES
+    tiles = _PAIRS_OF_PIECES[target.family] if of_pieces else _PAIRS[target.family][kind]
     pairs = [
         BackwardConfig(
             shaped("forward", *input, stages, warps),
             shaped("backward_weight", *weight, stages, warps),
         )
-        for input, weight, stages, warps in _PAIRS[target.family][arithmetic(dtype, precision)]
+        for input, weight, stages, warps in tiles
     ]
     given = (dtype, precision, aligned, target)
     return tuple(

@@ -1,6 +1,7 @@
 """How products are formed.
 
-The operand types that matrix instructions take, rounding to them, and sums of their products.
+The operand types that matrix instructions take, rounding to them, pieces that together hold a
+float32, and sums of their products.
 """
 
 import triton
@@ -8,21 +9,87 @@ import triton.language as tl
 
 
 @triton.jit
-def prepare_operand(tile, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """`tile` as `tl.dot` is to get it: as it is, but for two cases.
+def round_to_nearest(tile, DROPPED: tl.constexpr):
+    """float32 without the last DROPPED bits of 24; ties away from zero."""
+    bits = tile.to(tl.uint32, bitcast=True) + (1 << DROPPED - 1)
+    return (bits & (0xFFFFFFFF ^ (1 << DROPPED) - 1)).to(tl.float32, bitcast=True)
 
-    TF32 instructions read the upper 19 bits of a float32 and so truncate, which doubles the error
-    of cuBLAS, which rounds to nearest: round here. The interpreter (UPCAST) multiplies bfloat16's
-    bit patterns: give it float32.
+
+@triton.jit
+def is_moderate(tile):
+    """Whether a float32 is finite, and still is when it is rounded to bfloat16."""
+    return tl.abs(tile) < 3.3961775e38
+
+
+@triton.jit
+def leading_piece(tile):
+    """`tile`, but 1 with its sign where it is not moderate; the pieces after it have the value.
+
+    Infinity itself would make NaN with another number's later pieces, which may be 0.
+    """
+    return tl.where(is_moderate(tile), tile, tl.where(tile > 0, 1.0, -1.0))
+
+
+@triton.jit
+def as_bfloat16(tile, UPCAST: tl.constexpr):
+    """float32 without its last 16 bits; the interpreter keeps the type (UPCAST).
+
+    By bits, because conversions run at a fraction of the other instructions' rate.
+    """
+    bits = tile.to(tl.uint32, bitcast=True)
+    if UPCAST:
+        return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def prepare_operand(tile, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """`tile` as `add_product` is to get it: as it is, but for these.
+
+    "tf32": TF32 instructions read the upper 19 bits of a float32 and so truncate, which doubles the
+    error of cuBLAS, which rounds to nearest: round here. "tf32x3": two such pieces, the second of
+    what the first lacks. "bf16x6": three pieces of bfloat16, which together are the float32, but
+    for bits below 2**-133, where bfloat16 ends.
+
+    The interpreter (UPCAST) multiplies bfloat16's bit patterns: give it float32.
     """
     if UPCAST:
         tile = tile.to(tl.float32)
     if INPUT_PRECISION == "tf32":
-        bits = tile.to(tl.uint32, bitcast=True)
-        rounded = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        rounded = round_to_nearest(tile, 13)
         # A NaN with a full mantissa would carry over into -0.0.
-        tile = tl.where(tile == tile, rounded, tile)
-    return tile
+        return tl.where(tile == tile, rounded, tile)
+    elif INPUT_PRECISION == "tf32x3":
+        first = round_to_nearest(leading_piece(tile), 13)
+        rest = tile - first
+        return first, tl.where(is_moderate(tile), round_to_nearest(rest, 13), rest)
+    elif INPUT_PRECISION == "bf16x6":
+        first = round_to_nearest(leading_piece(tile), 16)
+        rest = tile - first
+        second = tl.where(is_moderate(tile), round_to_nearest(rest, 16), 0.0)
+        third = rest - second  # has 8 bits, unless it is one of the largest numbers
+        return as_bfloat16(first, UPCAST), as_bfloat16(second, UPCAST), as_bfloat16(third, UPCAST)
+    else:
+        return tile
+
+
+@triton.jit
+def empty_sum(zeros, INPUT_PRECISION: tl.constexpr):
+    """What `add_product` is to add to first: for products of pieces, with what additions lost."""
+    if INPUT_PRECISION == "bf16x6" or INPUT_PRECISION == "tf32x3":
+        return zeros, zeros
+    else:
+        return zeros
+
+
+@triton.jit
+def total_of(acc, INPUT_PRECISION: tl.constexpr):
+    """The sum alone."""
+    if INPUT_PRECISION == "bf16x6" or INPUT_PRECISION == "tf32x3":
+        return acc[0]
+    else:
+        return acc
 
 
 @triton.jit
@@ -39,9 +106,38 @@ def add_product(
 
     SUM_STEPS_APART sums the product from `fresh`, zeros that are no constant, before it joins the
     total (when and why: launch.sum_steps_apart). A constant Triton would fold into one sum.
+
+    Of pieces the smallest products come first, while the sum is small and is cut off at smaller
+    bits. What is left out of a product is 2**-24 of it at most ("bf16x6"), or 2**-21 ("tf32x3").
     """
-    if SUM_STEPS_APART:
+    if INPUT_PRECISION == "bf16x6":
+        partial = tl.dot(a[2], b[0], fresh)
+        partial = tl.dot(a[0], b[2], partial)
+        partial = tl.dot(a[1], b[1], partial)
+        partial = tl.dot(a[1], b[0], partial)
+        partial = tl.dot(a[0], b[1], partial)
+        partial = tl.dot(a[0], b[0], partial)
+        return add_compensated(acc[0], acc[1], partial)
+    elif INPUT_PRECISION == "tf32x3":
+        partial = tl.dot(a[1], b[0], fresh, input_precision="tf32")
+        partial = tl.dot(a[0], b[1], partial, input_precision="tf32")
+        partial = tl.dot(a[0], b[0], partial, input_precision="tf32")
+        return add_compensated(acc[0], acc[1], partial)
+    elif SUM_STEPS_APART:
         acc += tl.dot(a, b, fresh, input_precision=INPUT_PRECISION, out_dtype=ACC_DTYPE)
+        return acc
     else:
-        acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION, out_dtype=ACC_DTYPE)
-    return acc
+        return tl.dot(a, b, acc, input_precision=INPUT_PRECISION, out_dtype=ACC_DTYPE)
+
+
+@triton.jit
+def add_compensated(total, lost, term):
+    """(total, lost) with `term` added: what rounding adds to a total the next term gives back.
+
+    Kahan's summation: its error does not grow with the number of terms.
+    """
+    term -= lost
+    raised = total + term
+    # Infinity has lost nothing, where infinity - infinity would be NaN.
+    lost = tl.where(tl.abs(raised) < float("inf"), (raised - total) - term, 0.0)
+    return raised, lost

@@ -7,7 +7,7 @@ from .configs import Config
 from .epilogue import activate
 from .indexing import locate_rows, locate_tile
 from .launch import Launch
-from .precision import add_product, prepare_operand
+from .precision import add_product, empty_sum, prepare_operand, total_of
 from .problem import ForwardLaunch, ForwardProblem
 
 
@@ -121,7 +121,7 @@ def forward_tile(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
     fresh = acc + zero
     acc = add_rows_by_rows(
-        acc,
+        empty_sum(acc, INPUT_PRECISION),
         fresh,
         input_ptr + input_offs,
         weight_ptr + weight_offs,
@@ -157,6 +157,7 @@ def forward_tile(
             SUM_STEPS_APART=SUM_STEPS_APART,
             BLOCK_K=BLOCK_K,
         )
+    acc = total_of(acc, INPUT_PRECISION)
 
     if HAS_BIAS:
         bias = tl.load(bias_ptr + batch * stride_bb + offs_n * stride_bn, mask=mask_n, other=0.0)

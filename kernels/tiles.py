@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from .configs import TARGETS, Config, Kernel, Kind, Target, arithmetic, why_illegal
+from .configs import OF_PIECES, TARGETS, Config, Kernel, Kind, Target, arithmetic, why_illegal
 
 # "tiled": (rows, columns, depth, stages, warps) of the output tiles, largest first, by the target's
 # family and the arithmetic. tests/test_compile.py compiles every one that is legal, for its target,
@@ -98,6 +98,37 @@ _TILES: dict[str, dict[str, list[tuple[int, int, int, int, int]]]] = {
     "interpreter": {
         kind: [(32, 32, 32, 1, 1)] for kind in ("16-bit", "tf32", "float32", "float64")
     },
+}
+# The same for float32 products of pieces, which other kinds do not form. A step is as deep as one
+# instruction for bfloat16, which is what their error has been determined for
+# (benchmarks/accuracy.py).
+_TILES_OF_PIECES: dict[str, list[tuple[int, int, int, int, int]]] = {
+    "sm_80": [
+        (128, 64, 16, 3, 8),
+        (64, 64, 16, 3, 4),
+        (32, 64, 16, 3, 4),
+        (16, 64, 16, 3, 4),
+    ],
+    "sm_90": [
+        (128, 128, 16, 3, 8),
+        (128, 64, 16, 3, 8),
+        (64, 64, 16, 3, 4),
+        (32, 64, 16, 3, 4),
+        (16, 64, 16, 3, 4),
+    ],
+    "sm_100": [
+        (128, 64, 16, 3, 8),
+        (64, 64, 16, 3, 4),
+        (32, 64, 16, 3, 4),
+        (16, 64, 16, 3, 4),
+    ],
+    "gfx942": [
+        (128, 128, 16, 2, 8),
+        (128, 64, 16, 2, 8),
+        (64, 64, 16, 2, 4),
+        (16, 64, 16, 2, 4),
+    ],
+    "interpreter": [(32, 32, 16, 1, 1)],
 }
 
 # Of a gated pair in float32, whose other tiles take too many addresses where nothing is aligned,
@@ -243,11 +274,14 @@ def experimental_configs(
 
 def _shipped(kernel: Kernel, kind: Kind, arithmetic: str, family: str) -> list[Config]:
     if kind == "tiled":
-        tiles = _TILES[family][arithmetic]
+        of_pieces = arithmetic in OF_PIECES
+        tiles = _TILES_OF_PIECES[family] if of_pieces else _TILES[family][arithmetic]
         float32 = arithmetic in ("float32", "tf32") and family != "interpreter"
         if kernel == "gated_forward" and float32:
             tiles = [*tiles, _SMALLEST_GATED]
         return [shaped(kernel, *tile) for tile in tiles]
+    if arithmetic in OF_PIECES:
+        return []
     if kind == "gemv" and family == "interpreter":
         return [Config(4, 64, 64, num_warps=1, num_stages=1, kind=kind)]
     if kind == "gemv":

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import launch
 from .choose import choose_splits
-from .configs import Config, Target
+from .configs import LONG_SUM, OF_PIECES, Config, Target, arithmetic, resolved_precision
 
 
 class WeightProblem(NamedTuple):
@@ -17,6 +17,7 @@ class WeightProblem(NamedTuple):
     layers: (B,) where there is a batch of them, else ().
     n, k: out_features and in_features; the size of either's rows is M.
     bias: whether grad_bias is wanted.
+    precision: a resolved one.
     """
 
     grad_output: launch.Rows
@@ -42,15 +43,16 @@ def weight_problem(
     grad_output: launch.Operand, input: launch.Operand, bias: bool, batched: bool, precision: str
 ) -> WeightProblem:
     """The problem for such operands, which belong together."""
+    target, rows = launch.target_of(input.device), launch.rows_of(input, batched=batched)
     return WeightProblem(
         launch.rows_of(grad_output, batched=batched),
-        launch.rows_of(input, batched=batched),
+        rows,
         input.shape[:1] if batched else (),
         grad_output.shape[-1],
         input.shape[-1],
         bias,
-        precision,
-        launch.target_of(input.device),
+        resolved_precision(precision, grad_output.shape[-1], rows.size, target),
+        target,
     )
 
 
@@ -94,6 +96,8 @@ def share_weight(
     rows, batch, n, k = input.size, problem.batch, problem.n, problem.k
     if splits is None:
         splits = choose_splits(config, batch, rows, n, k, problem.target)
+        if arithmetic(input.operand.dtype, problem.precision) in OF_PIECES:
+            splits = min(splits, max(1, rows // LONG_SUM))  # the parts are long sums too
     # Splits hold whole blocks, which can leave fewer of them than was asked for.
     rows_per_split = config.block_m * triton.cdiv(rows, config.block_m * splits)
     splits = max(1, triton.cdiv(rows, rows_per_split)) if rows else 1

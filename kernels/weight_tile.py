@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .indexing import locate_rows, locate_tile
-from .precision import add_product, prepare_operand
+from .precision import add_product, empty_sum, prepare_operand, total_of
 from .reduction import arrives_last, sum_slices
 
 # Rows of a tile whose parts are added at a time: a whole tile of sums, with the parts that are on
@@ -86,6 +86,7 @@ def backward_weight_tile(
     input_columns = input_ptr + batch * stride_ib + offs_k[None, :] * stride_ik
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC_DTYPE)
     fresh = acc + zero
+    acc = empty_sum(acc, INPUT_PRECISION)
     # 16-bit tiles are summed as a product with ones, 16 columns of which are the narrowest that
     # matrix instructions take. It keeps grad_output in shared memory: where a tile of an
     # asynchronous product is read into registers too, Triton 3.6 to 3.9 give it a buffer too few,
@@ -128,6 +129,7 @@ def backward_weight_tile(
                 ones = tl.full((BLOCK_M, 16), 1.0, grad_output_tile.dtype)
                 acc_bias = tl.dot(grad_output_tile, ones, acc_bias)
 
+    acc = total_of(acc, INPUT_PRECISION)
     weight_ptr = partial_weight_ptr if SPLIT else grad_weight_ptr
     bias_ptr = partial_bias_ptr if SPLIT else grad_bias_ptr
     tl.store(

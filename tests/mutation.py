@@ -42,6 +42,7 @@ GATED_MLP = ("tests/test_gated_mlp.py",)
 FOLDED = ("tests/test_fold.py",)
 TABLES = ("tests/test_tables.py",)
 TUNER = ("tests/test_tune.py",)
+PIECES = ("tests/test_float32.py",)
 SPLIT_K = ("tests/test_split_k.py",)
 INVARIANT = ("tests/test_batch_invariant.py",)
 LAUNCHED, SHORTCUT = ("tests/test_compiled_launch.py",), ("tests/test_shortcut.py",)
@@ -204,13 +205,13 @@ MUTANTS = [
     Mutant(
         "TF32 truncated instead of rounded",
         "kernels/precision.py",
-        "(bits + 0x1000) & 0xFFFFE000",
-        "bits & 0xFFFFE000",
+        "rounded = round_to_nearest(tile, 13)\n",
+        "rounded = (tile.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)\n",
         FORWARD,
     ),
     Mutant(
         "split sums: one split left out",
-        "kernels/weight_tile.py",
+        "kernels/reduction.py",
         "for _ in range(slices):",
         "for _ in range(1, slices):",
         TOGETHER,
@@ -436,8 +437,8 @@ MUTANTS = [
     Mutant(
         "shortcut past the precision that is set",
         "fastlinear/backend.py",
-        "settings: Callable[[], Hashable] = internals.float32_matmul_precision",
-        "settings: Callable[[], Hashable] = list().__len__",
+        "    return internals.float32_matmul_precision if default",
+        "    return list().__len__ if default",
         SHORTCUT,
     ),
     Mutant(
@@ -724,8 +725,8 @@ MUTANTS = [
     Mutant(
         "batch invariance: shortcuts of the default mode are taken",
         "fastlinear/backend.py",
-        "invariant, settings = True, _invariant_settings",
-        "invariant = True",
+        "        invariant = True\n        _choose_settings()\n",
+        "        invariant = True\n",
         INVARIANT,
     ),
     Mutant(
@@ -773,8 +774,8 @@ MUTANTS = [
     Mutant(
         "shortcuts outlive a table",
         "fastlinear/backend.py",
-        "current, tuned.generation\n",
-        "current\n",
+        "invariant, current, tuned.generation\n",
+        "invariant, current\n",
         TABLES,
     ),
     Mutant(
@@ -804,6 +805,142 @@ MUTANTS = [
         "        resident = resident_programs(kernel, config, dtype, precision, aligned, target)\n",
         "        resident = 1\n",
         ("tests/test_choose.py",),
+    ),
+    Mutant(
+        "pieces: the product of the middle ones dropped",
+        "kernels/precision.py",
+        "        partial = tl.dot(a[1], b[1], partial)\n",
+        "",
+        PIECES,
+    ),
+    Mutant(
+        "pieces: the third of one operand dropped",
+        "kernels/precision.py",
+        "        partial = tl.dot(a[0], b[2], partial)\n",
+        "",
+        PIECES,
+    ),
+    Mutant(
+        "pieces: the largest product first",
+        "kernels/precision.py",
+        "        partial = tl.dot(a[2], b[0], fresh)\n"
+        "        partial = tl.dot(a[0], b[2], partial)\n"
+        "        partial = tl.dot(a[1], b[1], partial)\n"
+        "        partial = tl.dot(a[1], b[0], partial)\n"
+        "        partial = tl.dot(a[0], b[1], partial)\n"
+        "        partial = tl.dot(a[0], b[0], partial)\n",
+        "        partial = tl.dot(a[0], b[0], fresh)\n"
+        "        partial = tl.dot(a[0], b[1], partial)\n"
+        "        partial = tl.dot(a[1], b[0], partial)\n"
+        "        partial = tl.dot(a[1], b[1], partial)\n"
+        "        partial = tl.dot(a[0], b[2], partial)\n"
+        "        partial = tl.dot(a[2], b[0], partial)\n",
+        PIECES,
+    ),
+    Mutant(
+        "pieces: of infinity, itself and zeros",
+        "kernels/precision.py",
+        "    return tl.where(is_moderate(tile), tile, tl.where(tile > 0, 1.0, -1.0))\n",
+        "    return tile\n",
+        PIECES,
+    ),
+    Mutant(
+        "pieces: what an addition lost is not given back",
+        "kernels/precision.py",
+        "    term -= lost\n",
+        "",
+        PIECES,
+    ),
+    Mutant(
+        "pieces: infinity has lost something",
+        "kernels/precision.py",
+        'tl.where(tl.abs(raised) < float("inf"), (raised - total) - term, 0.0)',
+        "(raised - total) - term",
+        PIECES,
+    ),
+    Mutant(
+        "pieces: truncated instead of rounded",
+        "kernels/precision.py",
+        "        first = round_to_nearest(leading_piece(tile), 16)\n",
+        "        first = as_bfloat16(leading_piece(tile), True)\n",
+        PIECES,
+    ),
+    Mutant(
+        "pieces: for short sums too",
+        "kernels/configs.py",
+        " and many and terms >= LONG_SUM",
+        " and many",
+        PIECES,
+    ),
+    Mutant(
+        "pieces: parts of a long sum are short",
+        "kernels/weight_problem.py",
+        "splits = min(splits, max(1, rows // LONG_SUM))",
+        "splits = min(splits, max(1, rows // 16))",
+        PIECES,
+    ),
+    Mutant(
+        "pieces: grad_weight's go by the inputs",
+        "kernels/weight_problem.py",
+        "resolved_precision(precision, grad_output.shape[-1], rows.size, target)",
+        "resolved_precision(precision, grad_output.shape[-1], input.shape[-1], target)",
+        PIECES,
+    ),
+    Mutant(
+        "pieces: one launch forms grad_weight as grad_input",
+        "kernels/backward.py",
+        "agreed = alone or resolved == problem.precision",
+        "agreed = True",
+        PIECES,
+    ),
+    Mutant(
+        "pieces: the rows decide about a gated pair's grad_input within batch_invariant()",
+        "kernels/backward.py",
+        "if batch_invariant and precision in IN_LONG_SUMS:",
+        "if False:",
+        PIECES,
+    ),
+    Mutant(
+        "pieces: grad_weight is what its additions lost",
+        "kernels/weight_tile.py",
+        "acc = total_of(acc, INPUT_PRECISION)",
+        'acc = acc[1] if INPUT_PRECISION == "bf16x6" else total_of(acc, INPUT_PRECISION)',
+        PIECES,
+    ),
+    Mutant(
+        "pieces: the rows decide about them within batch_invariant()",
+        "kernels/forward.py",
+        "precision, None if batch_invariant else rows.size, in_features, target",
+        "precision, rows.size, in_features, target",
+        PIECES,
+    ),
+    Mutant(
+        "pieces: the rows decide about a gated pair's within batch_invariant()",
+        "kernels/gated.py",
+        "precision, None if batch_invariant else rows.size, in_features, target",
+        "precision, rows.size, in_features, target",
+        PIECES,
+    ),
+    Mutant(
+        "pieces: a gated pair's second sum is its first",
+        "kernels/gated.py",
+        "gate, up = total_of(gate, INPUT_PRECISION), total_of(up, INPUT_PRECISION)",
+        "gate, up = total_of(gate, INPUT_PRECISION), total_of(gate, INPUT_PRECISION)",
+        PIECES,
+    ),
+    Mutant(
+        "pieces: taken by default",
+        "fastlinear/backend.py",
+        'return "ieee" if float32_products == "ieee" else f"long {float32_products}"',
+        'return "long bf16x6"',
+        PIECES,
+    ),
+    Mutant(
+        "pieces: shortcuts of other float32 products are taken",
+        "fastlinear/backend.py",
+        'default = not invariant and float32_products == "ieee"',
+        "default = not invariant",
+        PIECES,
     ),
 ]
 

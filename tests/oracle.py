@@ -56,6 +56,8 @@ def shipped_configs(kernel: Kernel, kind: Kind = "tiled") -> list[tuple[str, str
             ("float16", "ieee"),
             ("float32", "ieee"),
             ("float32", "tf32"),
+            ("float32", "bf16x6"),
+            ("float32", "tf32x3"),
             ("float64", "ieee"),
         ]:
             given = (kernel, getattr(torch, dtype), precision, True, target)

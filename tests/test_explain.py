@@ -110,6 +110,20 @@ def test_explained_splits_are_those_of_the_launch(both: bool, device: torch.devi
     assert f"{grad_weight.splits} splits" in str(said)
 
 
+@pytest.mark.usefixtures("triton_backend")
+def test_explained_products_are_formed_as_in_the_launch(device: torch.device) -> None:
+    layer = fastlinear.Linear(512, 7, device=device)
+    input = torch.randn(96, 512, device=device, requires_grad=True)
+    with fastlinear.use_float32_products("bf16x6"):
+        said = fastlinear.explain(layer, input)
+        few = fastlinear.explain(layer, input[:3])
+    assert [product.precision for product in said.products] == ["bf16x6", "ieee", "ieee"]
+    assert [product.precision for product in few.products] == ["ieee"] * 3
+    assert str(said).count("bf16x6") == 1
+    with fastlinear.use_backend("torch"):
+        assert fastlinear.explain(layer, input).products[0].precision is None
+
+
 def test_explained_path_follows_the_backend(device: torch.device) -> None:
     layer, input = fastlinear.Linear(3, 4, device=device), torch.randn(2, 3, device=device)
     said = fastlinear.explain(layer, input)
