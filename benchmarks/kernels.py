@@ -148,8 +148,13 @@ class Timer:
         return [start.elapsed_time(end) for start, end in pairs]
 
 
-def measure(record: Callable[[dict[str, Any]], None], dtypes: list[str], deadline: float) -> None:
-    timer = Timer()
+def measure(
+    record: Callable[[dict[str, Any]], None],
+    dtypes: list[str],
+    deadline: float,
+    timer: Callable[[Callable[[], Any]], float],
+    device: str = "cuda",
+) -> None:
     for dtype, precision in ARITHMETICS:
         name = str(dtype)[6:] if precision == "ieee" else precision
         if name not in dtypes:
@@ -157,7 +162,7 @@ def measure(record: Callable[[dict[str, Any]], None], dtypes: list[str], deadlin
         set_tf32(precision)
         for (n, k), m in itertools.product(LAYERS, ROWS):
             x, w, b, g = (
-                torch.randn(shape, device="cuda").to(dtype)
+                torch.randn(shape, device=device).to(dtype)
                 for shape in ((m, k), (n, k), (n,), (m, n))
             )
             for product, native in products(x, w, b, g).items():
@@ -266,7 +271,7 @@ def main() -> None:
 
     print(json.dumps(results["environment"]), f"triton {triton.__version__}", flush=True)
     try:
-        measure(record, arguments.dtypes, deadline)
+        measure(record, arguments.dtypes, deadline, Timer())
     finally:
         save()
     print(table(results), summary(results), sep="\n\n")
