@@ -25,7 +25,7 @@ from fastlinear.kernels import (
     split_k,
     tiled,
 )
-from fastlinear.kernels.configs import TARGETS, BackwardConfig, Config, Kernel
+from fastlinear.kernels.configs import TARGETS, BackwardConfig, Config, Kernel, Traits
 from fastlinear.kernels.operands import ACTIVATIONS, FROM_OUTPUT
 from fastlinear.kernels.pairs import legal_pairs
 from fastlinear.kernels.tiles import experimental_configs, legal_configs
@@ -124,16 +124,10 @@ def cases(targets: list[str]) -> list[Case]:
             ("float32", "ieee"),
             ("float64", "ieee"),
         ]:
-            chosen = functools.partial(
-                legal_configs,
-                dtype=getattr(torch, dtype),
-                precision=precision,
-                target=TARGETS[target],
-            )
-            forwards, weights = (
-                chosen("forward", aligned=True),
-                chosen("backward_weight", aligned=True),
-            )
+            aligned = Traits(getattr(torch, dtype), precision, True, TARGETS[target])
+            unaligned = aligned._replace(aligned=False)
+            forwards = legal_configs("forward", aligned)
+            weights = legal_configs("backward_weight", aligned)
             for config in forwards:
                 found += [
                     Case(target, product, dtype, precision, config)
@@ -146,26 +140,23 @@ def cases(targets: list[str]) -> list[Case]:
             ]
             found += [Case(target, "output", dtype, precision, forwards[0], wide=True)]
             found += [Case(target, "grad_weight", dtype, precision, weights[0], wide=True)]
-            pairs = functools.partial(
-                legal_pairs, getattr(torch, dtype), precision, target=TARGETS[target]
-            )
-            for pair in pairs(aligned=True):
+            for pair in legal_pairs(aligned):
                 found += [
                     Case(target, product, dtype, precision, pair)
                     for product in ("backward", "backward_of_two")
                 ]
-            for pair in pairs(aligned=False):
+            for pair in legal_pairs(unaligned):
                 found += [Case(target, "backward", dtype, precision, pair, aligned=False)]
             for activation in ("gelu", "gelu_tanh", "tanh"):  # the others do less of the same
                 given = {"activation": activation}
-                largest = chosen("forward", aligned=True, activation=True)[0]
+                largest = legal_configs("forward", aligned._replace(activation=True))[0]
                 found += [Case(target, "output", dtype, precision, largest, **given)]
             found += [
                 Case(target, "grad_preactivation", dtype, precision, None, activation=activation)
                 for activation in ACTIVATIONS
                 if precision == "ieee"
             ]
-            gated_forwards = chosen("gated_forward", aligned=True, activation=True)
+            gated_forwards = legal_configs("gated_forward", aligned._replace(activation=True))
             for gated_config in gated_forwards:
                 found += [
                     Case(target, "gated_output", dtype, precision, gated_config, activation="silu")
@@ -180,47 +171,74 @@ def cases(targets: list[str]) -> list[Case]:
                 for activation in ACTIVATIONS
                 if precision == "ieee"
             ]
-            for config in chosen("gated_forward", aligned=False, activation=True):
+            for config in legal_configs("gated_forward", unaligned._replace(activation=True)):
                 given = {"aligned": False, "activation": "silu"}
                 found += [Case(target, "gated_output", dtype, precision, config, **given)]
             found += [Case(target, "output", dtype, precision, forwards[0], odd=True)]
             # The largest that has an activation where operands are not aligned, or outputs not.
             for product, kernel in (("output", "forward"), ("gated_output", "gated_forward")):
-                largest = chosen(kernel, aligned=False, activation=True)[0]
+                largest = legal_configs(kernel, unaligned._replace(activation=True))[0]
                 found += [
                     Case(target, product, dtype, precision, largest, activation="gelu", **given)
                     for given in ({"aligned": False}, {"odd": True})
                 ]
             found += _split_k_cases(target, dtype, precision)
-            for config in chosen("forward", aligned=False):
+            for config in legal_configs("forward", unaligned):
                 found += [Case(target, "output", dtype, precision, config, aligned=False)]
-            for config in chosen("backward_weight", aligned=False):
+            for config in legal_configs("backward_weight", unaligned):
                 found += [Case(target, "grad_weight", dtype, precision, config, aligned=False)]
+        found += _far_cases(target)
         found += gemv_cases(target)
         # "tf32x3" differs from "bf16x6" in the instructions' type and number: products without
         # anything else stand for the rest.
+        pieces = Traits(torch.float32, "tf32x3", True, TARGETS[target])
         for product, kernel in (("output", "forward"), ("grad_weight", "backward_weight")):
             found += [
                 Case(target, product, "float32", "tf32x3", config)
-                for config in legal_configs(kernel, torch.float32, "tf32x3", True, TARGETS[target])
+                for config in legal_configs(kernel, pieces)
             ]
         found += [
-            Case(target, "backward", "float32", "tf32x3", pair)
-            for pair in legal_pairs(torch.float32, "tf32x3", True, TARGETS[target])
+            Case(target, "backward", "float32", "tf32x3", pair) for pair in legal_pairs(pieces)
         ]
         # float16 differs from bfloat16 in the type of the instructions alone:
         # the largest tile stands for the rest.
+        half = Traits(torch.float16, "ieee", True, TARGETS[target])
         for product, kernel in (("output", "forward"), ("grad_weight", "backward_weight")):
-            largest = legal_configs(kernel, torch.float16, "ieee", True, TARGETS[target])[0]
+            largest = legal_configs(kernel, half)[0]
             found += [Case(target, product, "float16", "ieee", largest)]
         found += persistent_cases(target)
     return found
 
 
+def _far_cases(target: str) -> list[Case]:
+    """The largest that are legal with 64-bit offsets, where those leave few registers."""
+    case = functools.partial(Case, target, wide=True)
+    unaligned = Traits(torch.bfloat16, "ieee", False, TARGETS[target], wide=True)
+    tf32 = unaligned._replace(dtype=torch.float32, precision="tf32")
+    float32 = unaligned._replace(dtype=torch.float32)
+    float64 = unaligned._replace(dtype=torch.float64)
+    gated_pairs = legal_configs("gated_forward", unaligned._replace(aligned=True, activation=True))
+    pieces = legal_pairs(float32._replace(precision="bf16x6"))
+    pairs_of_two = legal_pairs(tf32._replace(second_product=True))
+    half, rounded, exact, double = (
+        legal_configs("forward", traits)[0] for traits in (unaligned, tf32, float32, float64)
+    )
+    return [
+        case("output", "bfloat16", "ieee", half, odd=True),
+        case("output", "float32", "tf32", rounded, odd=True),
+        case("grad_input", "float32", "ieee", exact, aligned=False),
+        case("grad_input", "float64", "ieee", double, aligned=False),
+        case("backward", "float32", "ieee", legal_pairs(float32)[0], aligned=False),
+        case("backward", "float32", "bf16x6", pieces[0], aligned=False),
+        case("backward_of_two", "float32", "tf32", pairs_of_two[0], aligned=False),
+        case("gated_output", "bfloat16", "ieee", gated_pairs[0], activation="gelu"),
+    ]
+
+
 def persistent_cases(target: str) -> list[Case]:
     """Those of the kernels that load by descriptors, the ones that are not chosen yet included."""
-    given = (torch.bfloat16, "ieee", True, TARGETS[target])
-    shipped = legal_configs("forward", *given, descriptors=True, kind="persistent")
+    traits = Traits(torch.bfloat16, "ieee", True, TARGETS[target], descriptors=True)
+    shipped = legal_configs("forward", traits, "persistent")
     if not shipped:
         return []
     case = functools.partial(Case, target, dtype="bfloat16", precision="ieee")
@@ -230,11 +248,11 @@ def persistent_cases(target: str) -> list[Case]:
         found += [case("output", config=config, aligned=False)]
     found += [
         case("output", config=config, activation="gelu")
-        for config in legal_configs("forward", *given, True, True, "persistent")
+        for config in legal_configs("forward", traits._replace(activation=True), "persistent")
     ]
-    found += [
-        case("output", config=config) for config in experimental_configs(*given, descriptors=True)
-    ]
+    found += [case("output", config=config) for config in experimental_configs(traits)]
+    far = legal_configs("forward", traits._replace(aligned=False, wide=True), "persistent")
+    found += [case("output", config=far[0], aligned=False, wide=True)]
     return found
 
 
@@ -246,8 +264,8 @@ def gemv_cases(target: str) -> list[Case]:
     """
     found = []
     for dtype in ("bfloat16", "float32", "float64"):
-        given = ("forward", getattr(torch, dtype), "ieee", True, TARGETS[target])
-        for config in legal_configs(*given, kind="gemv"):
+        traits = Traits(getattr(torch, dtype), "ieee", True, TARGETS[target])
+        for config in legal_configs("forward", traits, "gemv"):
             product = "grad_input" if config.reads_outputs else "output"
             found += [Case(target, product, dtype, "ieee", config)]
             if config.block_m == 4:
@@ -260,11 +278,11 @@ def gemv_cases(target: str) -> list[Case]:
 
 def _split_k_cases(target: str, dtype: str, precision: str) -> list[Case]:
     """Every tile with K split, the largest in all other ways that it may be called."""
-    given = ("forward", getattr(torch, dtype), precision)
+    traits = Traits(getattr(torch, dtype), precision, True, TARGETS[target])
     aligned, unaligned = (
         [
             dataclasses.replace(config, splits=4)
-            for config in legal_configs(*given, one, TARGETS[target], kind="split_k")
+            for config in legal_configs("forward", traits._replace(aligned=one), "split_k")
         ]
         for one in (True, False)
     )
@@ -282,8 +300,8 @@ def _split_k_cases(target: str, dtype: str, precision: str) -> list[Case]:
         Case(*arguments, unaligned[0], aligned=False),
     ]
     if dtype != "float64":
-        activated = legal_configs(*given, True, TARGETS[target], True, kind="split_k")[0]
-        activated = dataclasses.replace(activated, splits=4)
+        largest = legal_configs("forward", traits._replace(activation=True), "split_k")[0]
+        activated = dataclasses.replace(largest, splits=4)
         found += [Case(*arguments, activated, activation="gelu")]
     return found
 

@@ -12,13 +12,8 @@ import triton
 from benchmarks import occupancy
 from benchmarks.ahead_of_time import Case, compile_case
 from fastlinear.kernels import launch
-from fastlinear.kernels.configs import (
-    OF_PIECES,
-    TARGETS,
-    Config,
-    arithmetic,
-    persistent_shared_memory,
-)
+from fastlinear.kernels.configs import OF_PIECES, TARGETS, Config, arithmetic
+from fastlinear.kernels.legality import persistent_shared_memory
 
 Row = dict[str, Any]
 

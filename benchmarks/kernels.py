@@ -27,7 +27,7 @@ from fastlinear.kernels import launch
 from fastlinear.kernels.backward import linear_backward, linear_backward_input, plan_backward
 from fastlinear.kernels.backward_weight import linear_backward_weight, plan_backward_weight
 from fastlinear.kernels.choose import candidates
-from fastlinear.kernels.configs import BackwardConfig, Config
+from fastlinear.kernels.configs import BackwardConfig, Config, Traits
 from fastlinear.kernels.forward import linear_forward, plan_forward
 from fastlinear.kernels.pairs import legal_pairs
 
@@ -98,11 +98,13 @@ def configs(
         "backward_weight" if product == "grad_weight" else "forward",
         1,
         *sizes,
-        x.dtype,
-        precision,
-        launch.aligned(*described),
-        launch.target_of(x.device),
-        descriptors=launch.describable(launch.rows_of(described[0]), described[1]),
+        Traits(
+            x.dtype,
+            precision,
+            aligned=launch.aligned(*described),
+            target=launch.target_of(x.device),
+            descriptors=launch.describable(launch.rows_of(described[0]), described[1]),
+        ),
         reads_outputs=product == "grad_input",
     )
     return plan.config, found
@@ -113,7 +115,7 @@ def pairs(x: Tensor, w: Tensor, g: Tensor, precision: str) -> tuple[Chosen, list
     operands = launch.describe(g, w, x)
     chosen = plan_backward(operands, None, True, False, precision, None, None).config
     aligned = launch.aligned(*(launch.Operand(*fields) for fields in operands))
-    legal = legal_pairs(x.dtype, precision, aligned, launch.target_of(x.device))
+    legal = legal_pairs(Traits(x.dtype, precision, aligned, launch.target_of(x.device)))
     return chosen, [None, *legal]
 
 

@@ -34,7 +34,7 @@ from benchmarks.environment import environment
 from benchmarks.files import write_json
 from benchmarks.products import Product, Results, largest_error
 from fastlinear.kernels import launch
-from fastlinear.kernels.configs import KINDS, BackwardConfig, Config
+from fastlinear.kernels.configs import KINDS, BackwardConfig, Config, Traits
 from fastlinear.kernels.pairs import legal_pairs
 from fastlinear.kernels.tiles import experimental_configs, legal_configs
 
@@ -74,17 +74,17 @@ def configs(product: Product, group: Group) -> tuple[Config | BackwardConfig, ..
         return ()
     dtype, precision = ARITHMETICS[group.arithmetic]
     target = launch.target_of(torch.device(group.device))
+    traits = Traits(dtype, precision, product.aligned, target, product.applies, product.describable)
     if product.kernel == "backward":
-        return legal_pairs(dtype, precision, product.aligned, target)
-    given = dtype, precision, product.aligned, target, product.applies, product.describable
+        return legal_pairs(traits)
     if product.kernel != "forward":
-        return legal_configs(product.kernel, *given)
-    shipped = (config for kind in KINDS for config in legal_configs("forward", *given, kind))
+        return legal_configs(product.kernel, traits)
+    shipped = (config for kind in KINDS for config in legal_configs("forward", traits, kind))
     split = (
         dataclasses.replace(config, splits=3)
-        for config in legal_configs("forward", *given, "split_k")
+        for config in legal_configs("forward", traits, "split_k")
     )
-    return (*shipped, *split, *experimental_configs(*given))
+    return (*shipped, *split, *experimental_configs(traits))
 
 
 def check(group: Group) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlinear import backend, tuned
-from fastlinear.kernels.configs import BackwardConfig, Config
+from fastlinear.kernels.configs import BackwardConfig, Config, Traits
 from fastlinear.kernels.model import modelled_time
 from fastlinear.kernels.pair_model import pair_time
 from fastlinear.kernels.tables import KERNEL_OF
@@ -155,6 +155,7 @@ def _modelled(
     if plan.config is None or plan.precision is None or target.family == "interpreter":
         return None
     m, (n, k) = math.prod(input.shape[:-1]), weight.shape
+    traits = Traits(dtype, plan.precision, launch.aligned(*operands), target)
     if plan.kernel == BOTH:
         of_input, of_weight = plans["grad_input"], plans["grad_weight"]
         assert of_input.config is not None
@@ -166,10 +167,7 @@ def _modelled(
             m,
             n,
             k,
-            dtype,
-            plan.precision,
-            launch.aligned(*operands),
-            target,
+            traits,
         )
     return modelled_time(
         KERNEL_OF[product],
@@ -177,10 +175,7 @@ def _modelled(
         1,
         m,
         *((k, n) if product == "grad_input" else (n, k)),
-        dtype,
-        plan.precision,
-        launch.aligned(*operands),
-        target,
+        traits,
         product == "grad_input",
         plan.splits if product == "grad_weight" else 1,
     )

@@ -14,6 +14,7 @@ from fastlinear.functional import linear
 from fastlinear.kernels import tables
 from fastlinear.kernels.choose import ranked
 from fastlinear.kernels.choose_pair import ranked_pairs
+from fastlinear.kernels.configs import Traits
 from fastlinear.kernels.tables import Candidate, Key
 from fastlinear.stopwatch import Call
 
@@ -123,20 +124,14 @@ class Products:
         sizes = (layer.m, layer.n, layer.k)
         readable = tables.aligned(product, layer.n, layer.k)
         target = backend.launchers().forward.launch.target_of(self.device)
-        how = (layer.dtype, layer.precision, readable, target)
+        traits = Traits(layer.dtype, layer.precision, readable, target)
         if product == "gradients":
-            return [pair for pair, _ in ranked_pairs(1, *sizes, *how)[:PAIRS]]
+            return [pair for pair, _ in ranked_pairs(1, *sizes, traits)[:PAIRS]]
         if product == "grad_input":
             sizes = (layer.m, layer.k, layer.n)
-        choices = ranked(
-            tables.KERNEL_OF[product],
-            1,
-            *sizes,
-            *how,
-            product == "output" and layer.activation is not None,
-            readable,
-            product == "grad_input",
-        )
+        applies = product == "output" and layer.activation is not None
+        traits = traits._replace(activation=applies, descriptors=readable)
+        choices = ranked(tables.KERNEL_OF[product], 1, *sizes, traits, product == "grad_input")
         return [choice.config for choice in choices[:CANDIDATES]]
 
     def step(self) -> Call:

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from . import launch
 from .backward_weight import linear_backward_weight
 from .choose_pair import choose_backward, choose_pair, starts_with_input
-from .configs import IN_LONG_SUMS, BackwardConfig, Config, Target, resolved_precision
+from .configs import IN_LONG_SUMS, BackwardConfig, Config, Target, Traits, resolved_precision
 from .forward import linear_forward
 from .grouped import linear_backward_kernel
 from .operands import check_backward_shapes, check_same_kind
@@ -112,35 +113,35 @@ def plan_backward(
     rows, input_rows = problem.grad_output.operand, problem.input.operand
     read = [rows._replace(shape=(*leading, out_features)), input_rows, weight]
     read += [] if second is None else [second]
-    given = (
-        problem.batch,
-        problem.input.size,
-        problem.n,
-        problem.k,
+    sizes = (problem.batch, problem.input.size, problem.n, problem.k)
+    grad_input = grad_output.contiguous(*leading, in_features)
+    far = (rows, input_rows, weight, second, grad_input)
+    wide = launch.offset_dtype(*far, problem.result) == tl.int64
+    traits = Traits(
         input.dtype,
         precision,
-        launch.aligned(*read),
-        problem.target,
+        aligned=launch.aligned_product(*read, features=(out_features, in_features), whole=wide),
+        target=problem.target,
+        wide=wide,
+        second_product=second is not None,
     )
     chosen = config
     if chosen is None and second is None and agreed and not batch_invariant:
         transposed = weight._replace(shape=weight.shape[:-2] + weight.shape[:-3:-1])
         transposed = transposed._replace(strides=weight.strides[:-2] + weight.strides[:-3:-1])
-        chosen = choose_backward(*given, launch.describable(problem.grad_output, transposed))
-    pair = chosen or choose_pair(*given, batch_invariant)
+        described = launch.describable(problem.grad_output, transposed)
+        chosen = choose_backward(*sizes, traits._replace(descriptors=described))
+    pair = chosen or choose_pair(*sizes, traits, batch_invariant)
     splits = 1 if alone or batch_invariant else splits
     shares = share_weight(problem, pair.weight, splits, products)
-    grad_input = grad_output.contiguous(*leading, in_features)
     row_tiles = triton.cdiv(problem.input.size, pair.input.block_m)
     column_tiles = triton.cdiv(in_features, pair.input.block_n)
     input_programs = problem.batch * row_tiles * column_tiles
     weight_programs = 0 if alone else shares.programs
     first_program = 0
-    if input_programs and starts_with_input(pair, shares.splits, *given[1:6], problem.target):
+    if input_programs and starts_with_input(pair, shares.splits, *sizes[1:], traits):
         first_program = weight_programs
-    offsets = launch.offset_dtype(
-        rows, input_rows, weight, second, shares.partial_weight, grad_input
-    )
+    offsets = launch.offset_dtype(*far, shares.partial_weight)
     return BackwardPlan(
         chosen if second is None else pair,
         launch.Launch(

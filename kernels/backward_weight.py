@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import launch
 from .choose import choose
-from .configs import Config
+from .configs import Config, Traits
 from .operands import check_backward_shapes, check_same_kind
 from .weight_problem import WeightShares, share_weight, weight_problem
 from .weight_tile import backward_weight_tile
@@ -129,16 +129,22 @@ def plan_backward_weight(
     problem = weight_problem(grad_output, input, bias, batched, precision)
     rows = problem.grad_output.operand, problem.input.operand
     if config is None:
+        wide = launch.offset_dtype(*rows, problem.result) == tl.int64
+        features = (problem.n, problem.k)
+        traits = Traits(
+            input.dtype,
+            problem.precision,
+            aligned=launch.aligned_product(*rows, features=features, whole=wide),
+            target=problem.target,
+            wide=wide,
+        )
         config = choose(
             "backward_weight",
             problem.batch,
             problem.input.size,
             problem.n,
             problem.k,
-            input.dtype,
-            problem.precision,
-            launch.aligned(*rows),
-            problem.target,
+            traits,
         )
     shares = share_weight(problem, config, splits)
     offsets = launch.offset_dtype(*rows, shares.partial_weight)

@@ -10,9 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
-
-from .configs import KINDS, Config, Kernel, Kind, Target
+from .configs import KINDS, Config, Kernel, Kind, Target, Traits
 from .model import modelled_time
 from .tiles import legal_configs
 
@@ -36,12 +34,7 @@ def ranked(
     m: int,
     n: int,
     k: int,
-    dtype: torch.dtype,
-    precision: str,
-    aligned: bool,
-    target: Target,
-    activation: bool = False,
-    descriptors: bool = False,
+    traits: Traits,
     reads_outputs: bool = False,
     batch_invariant: bool = False,
 ) -> tuple[Choice, ...]:
@@ -50,24 +43,24 @@ def ranked(
     It is for `batch` layers of `m` rows, `n` outputs and `k` inputs.
 
     Args:
-        kernel, dtype, precision, aligned, target, activation, descriptors: as `why_illegal`'s.
+        kernel, traits: as `why_illegal`'s.
         reads_outputs: whether the weight's stride is 1 along its outputs, as grad_input's is,
             instead of along its inputs.
         batch_invariant: whether the choice is to be the same for every batch.
     """
     kinds = KINDS
     if batch_invariant:
-        # What else of a call may differ from batch to batch, alignment too.
-        batch, m, aligned, descriptors = 1, INVARIANT_ROWS, False, False
+        # What else of a call may differ from batch to batch, alignment and offsets too.
+        batch, m = 1, INVARIANT_ROWS
+        traits = traits._replace(aligned=False, descriptors=False, wide=False)
         kinds = ("tiled",)  # no sum is split
-    sizes, how = (batch, m, n, k), (dtype, precision, aligned, target)
-    found = candidates(kernel, *sizes, *how, activation, descriptors, reads_outputs, kinds)
+    sizes = (batch, m, n, k)
     choices = []
-    for config in found:
+    for config in candidates(kernel, *sizes, traits, reads_outputs, kinds):
         splits = 1
         if kernel == "backward_weight":
-            splits = choose_splits(config, *sizes, target)
-        time = modelled_time(kernel, config, *sizes, *how, reads_outputs, splits)
+            splits = choose_splits(config, *sizes, traits.target)
+        time = modelled_time(kernel, config, *sizes, traits, reads_outputs, splits)
         choices.append(Choice(config, time))
     return tuple(sorted(choices, key=lambda choice: choice.microseconds))
 
@@ -78,12 +71,7 @@ def candidates(
     m: int,
     n: int,
     k: int,
-    dtype: torch.dtype,
-    precision: str,
-    aligned: bool,
-    target: Target,
-    activation: bool = False,
-    descriptors: bool = False,
+    traits: Traits,
     reads_outputs: bool = False,
     kinds: tuple[Kind, ...] = KINDS,
 ) -> list[Config]:
@@ -92,12 +80,11 @@ def candidates(
     for kind in kinds if kernel == "forward" else ("tiled",):
         if kind == "gemv" and m > _GEMV_ROWS:
             continue
-        given = (kernel, dtype, precision, aligned, target, activation, descriptors)
-        for config in legal_configs(*given, kind):
+        for config in legal_configs(kernel, traits, kind):
             # Of the two ways to read a weight one is fast; the interpreter has but one.
-            slow = config.reads_outputs != reads_outputs and target.family != "interpreter"
+            slow = config.reads_outputs != reads_outputs and traits.target.family != "interpreter"
             if kind != "gemv" or not slow:
-                found += _with_splits(config, batch, m, n, k, target)
+                found += _with_splits(config, batch, m, n, k, traits.target)
     return found
 
 
@@ -107,12 +94,7 @@ def choose(
     m: int,
     n: int,
     k: int,
-    dtype: torch.dtype,
-    precision: str,
-    aligned: bool,
-    target: Target,
-    activation: bool = False,
-    descriptors: bool = False,
+    traits: Traits,
     reads_outputs: bool = False,
     batch_invariant: bool = False,
 ) -> Config:
@@ -123,21 +105,8 @@ def choose(
     means, and at 0.92, 0.77 and 0.63 at worst
     (benchmarks/results/nvidia-h100-80gb-hbm3/kernels.json).
     """
-    return ranked(
-        kernel,
-        batch,
-        m,
-        n,
-        k,
-        dtype,
-        precision,
-        aligned,
-        target,
-        activation,
-        descriptors,
-        reads_outputs,
-        batch_invariant,
-    )[0].config
+    choices = ranked(kernel, batch, m, n, k, traits, reads_outputs, batch_invariant)
+    return choices[0].config
 
 
 def _with_splits(

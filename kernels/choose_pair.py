@@ -2,10 +2,8 @@
 
 import functools
 
-import torch
-
 from .choose import INVARIANT_ROWS, choose_splits, ranked
-from .configs import BackwardConfig, Target
+from .configs import BackwardConfig, Traits
 from .model import LAUNCH
 from .pair_model import pair_clocks, pair_time
 from .pairs import legal_pairs
@@ -17,10 +15,7 @@ def ranked_pairs(
     m: int,
     n: int,
     k: int,
-    dtype: torch.dtype,
-    precision: str,
-    aligned: bool,
-    target: Target,
+    traits: Traits,
     batch_invariant: bool = False,
 ) -> tuple[tuple[BackwardConfig, float], ...]:
     """Every legal pair and its modelled microseconds, the one with the least first.
@@ -28,12 +23,12 @@ def ranked_pairs(
     The arguments are as `choose.ranked` has them; aligned says it of all three operands.
     """
     if batch_invariant:
-        batch, m, aligned = 1, INVARIANT_ROWS, False
-    sizes, how = (batch, m, n, k), (dtype, precision, aligned, target)
+        batch, m = 1, INVARIANT_ROWS
+        traits = traits._replace(aligned=False, wide=False)
     choices = []
-    for pair in legal_pairs(*how):
-        splits = choose_splits(pair.weight, *sizes, target)
-        choices.append((pair, pair_time(pair, splits, *sizes, *how)))
+    for pair in legal_pairs(traits):
+        splits = choose_splits(pair.weight, batch, m, n, k, traits.target)
+        choices.append((pair, pair_time(pair, splits, batch, m, n, k, traits)))
     return tuple(sorted(choices, key=lambda choice: choice[1]))
 
 
@@ -42,14 +37,11 @@ def choose_pair(
     m: int,
     n: int,
     k: int,
-    dtype: torch.dtype,
-    precision: str,
-    aligned: bool,
-    target: Target,
+    traits: Traits,
     batch_invariant: bool = False,
 ) -> BackwardConfig:
     """The first of `ranked_pairs`."""
-    return ranked_pairs(batch, m, n, k, dtype, precision, aligned, target, batch_invariant)[0][0]
+    return ranked_pairs(batch, m, n, k, traits, batch_invariant)[0][0]
 
 
 def time_apart(
@@ -57,20 +49,14 @@ def time_apart(
     m: int,
     n: int,
     k: int,
-    dtype: torch.dtype,
-    precision: str,
-    aligned: bool,
-    target: Target,
-    descriptors: bool = False,
+    traits: Traits,
 ) -> float:
     """Modelled microseconds of a launch for each gradient, of a weight that is contiguous.
 
     The second starts while the first ends.
     """
-    how = (dtype, precision, aligned, target)
-    given = (batch, m, k, n, *how, False, descriptors, True)
-    of_input = ranked("forward", *given)[0].microseconds
-    of_weight = ranked("backward_weight", batch, m, n, k, *how)[0].microseconds
+    of_input = ranked("forward", batch, m, k, n, traits, reads_outputs=True)[0].microseconds
+    of_weight = ranked("backward_weight", batch, m, n, k, traits)[0].microseconds
     return of_input + of_weight - LAUNCH / 2
 
 
@@ -80,11 +66,7 @@ def choose_backward(
     m: int,
     n: int,
     k: int,
-    dtype: torch.dtype,
-    precision: str,
-    aligned: bool,
-    target: Target,
-    descriptors: bool = False,
+    traits: Traits,
 ) -> BackwardConfig | None:
     """The pair to compute grad_input and grad_weight with in one launch; None for two launches.
 
@@ -92,9 +74,8 @@ def choose_backward(
     programs leave idle; in two each product may have its own best configuration, or a kind of
     kernel that has no pair.
     """
-    given = (batch, m, n, k, dtype, precision, aligned, target)
-    pair, microseconds = ranked_pairs(*given)[0]
-    return pair if microseconds < time_apart(*given, descriptors) else None
+    pair, microseconds = ranked_pairs(batch, m, n, k, traits)[0]
+    return pair if microseconds < time_apart(batch, m, n, k, traits) else None
 
 
 def starts_with_input(
@@ -103,10 +84,8 @@ def starts_with_input(
     m: int,
     n: int,
     k: int,
-    dtype: torch.dtype,
-    precision: str,
-    target: Target,
+    traits: Traits,
 ) -> bool:
     """Whether grad_input's programs are the longer ones, which are to start first."""
-    of_input, of_weight = pair_clocks(pair, splits, m, n, k, dtype, precision, target)
+    of_input, of_weight = pair_clocks(pair, splits, m, n, k, traits)
     return of_input > of_weight

@@ -7,11 +7,12 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import triton.language as tl
 from torch import Tensor
 
 from . import gemv, launch, persistent, split_k, tiled
 from .choose import choose
-from .configs import Config, resolved_precision
+from .configs import Config, Traits, resolved_precision
 from .operands import Activation, check_activation, check_forward_shapes, check_same_kind
 from .problem import ForwardLaunch, ForwardProblem
 
@@ -64,6 +65,7 @@ def plan_forward(
         precision, None if batch_invariant else rows.size, in_features, target
     )
     output = input.contiguous(*input.shape[:-1], out_features)
+    offsets = launch.offset_dtype(rows.operand, weight, bias, output)
     problem = ForwardProblem(
         batch=weight.shape[0] if batched else 1,
         n=out_features,
@@ -79,24 +81,31 @@ def plan_forward(
             "ACTIVATION": activation,
             "SAVE_PREACTIVATION": save_preactivation,
             "NESTED_INPUT": rows.nested,
-            "OFFSET_DTYPE": launch.offset_dtype(rows.operand, weight, bias, output),
+            "OFFSET_DTYPE": offsets,
         },
     )
     if config is None:
+        applies, wide = activation is not None, offsets == tl.int64
+        traits = Traits(
+            input.dtype,
+            precision,
+            aligned=launch.aligned_product(
+                rows.operand, weight, features=(out_features,), whole=applies or wide
+            ),
+            target=target,
+            activation=applies,
+            descriptors=launch.describable(rows, weight),
+            wide=wide,
+        )
         config = choose(
             "forward",
             problem.batch,
             rows.size,
             out_features,
             in_features,
-            input.dtype,
-            precision,
-            launch.aligned_product(rows, weight, activation is not None),
-            target,
-            activation is not None,
-            launch.describable(rows, weight),
-            weight.strides[-1] != 1 and weight.strides[-2] == 1,
-            batch_invariant,
+            traits,
+            reads_outputs=weight.strides[-1] != 1 and weight.strides[-2] == 1,
+            batch_invariant=batch_invariant,
         )
     return ForwardPlan(config, KINDS[config.kind](problem, config), output, rows.copied)
 

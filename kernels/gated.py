@@ -14,7 +14,7 @@ from torch import Tensor
 from . import launch
 from .backward import linear_backward
 from .choose import choose
-from .configs import BackwardConfig, Config, resolved_precision
+from .configs import BackwardConfig, Config, Traits, resolved_precision
 from .epilogue import activate, activation_gradient
 from .indexing import locate_rows, locate_tile
 from .operands import (
@@ -189,18 +189,24 @@ def plan_gated_forward(
         precision, None if batch_invariant else rows.size, in_features, target
     )
     output = input.contiguous(*input.shape[:-1], out_features)
+    offsets = launch.offset_dtype(rows.operand, gate_weight, up_weight, gate_bias, up_bias, output)
     if config is None:
+        read = (rows.operand, gate_weight, up_weight)
+        traits = Traits(
+            input.dtype,
+            precision,
+            aligned=launch.aligned_product(*read, features=(out_features,), whole=True),
+            target=target,
+            activation=True,
+            wide=offsets == tl.int64,
+        )
         config = choose(
             "gated_forward",
             1,
             rows.size,
             out_features,
             in_features,
-            input.dtype,
-            precision,
-            launch.aligned_product(rows, gate_weight, True) and launch.aligned(up_weight),
-            target,
-            activation=True,
+            traits,
             batch_invariant=batch_invariant,
         )
     return GatedForwardLaunch(
@@ -229,9 +235,7 @@ def plan_gated_forward(
                 "ACTIVATION": activation,
                 "SAVE_PRODUCTS": save_products,
                 "NESTED_INPUT": rows.nested,
-                "OFFSET_DTYPE": launch.offset_dtype(
-                    rows.operand, gate_weight, up_weight, gate_bias, up_bias, output
-                ),
+                "OFFSET_DTYPE": offsets,
                 **launch.product_constants(input.dtype, precision, config, target),
             },
         ),

@@ -208,13 +208,18 @@ def aligned(*operands: Operand) -> bool:
     return True
 
 
-def aligned_product(rows: Rows, weight: Operand, activation: bool) -> bool:
-    """Whether a forward product counts as aligned, as configurations have to fit it.
+def aligned_product(*operands: Operand, features: tuple[int, ...], whole: bool) -> bool:
+    """Whether a product counts as aligned, as configurations have to fit it.
 
-    Input and weight have to be. An activation needs the registers too that a store of rows of
-    another size than a multiple of 16 takes for its addresses.
+    Its operands have to be. An activation and 64-bit offsets need the registers too that a store of
+    rows of another size than a multiple of 16 takes for its addresses.
+
+    Args:
+        operands: that are read.
+        features: out_features; of a gradient, in_features too.
+        whole: whether those have to be multiples of 16.
     """
-    return aligned(rows.operand, weight) and not (activation and weight.shape[-2] % 16)
+    return aligned(*operands) and not (whole and any(size % 16 for size in features))
 
 
 class Stored(NamedTuple):

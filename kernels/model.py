@@ -11,9 +11,7 @@ import json
 import math
 from pathlib import Path
 
-import torch
-
-from .configs import Config, Kernel, Target, arithmetic
+from .configs import Config, Kernel, Target, Traits
 
 # Multiply-adds a clock on one multiprocessor: dense peaks of NVIDIA's A100, H100 and B200 and AMD's
 # MI300X data sheets, over their multiprocessors and clocks. Products of pieces are bound by the
@@ -62,30 +60,27 @@ def resident_key(kernel: Kernel, arithmetic: str, config: Config, aligned: bool)
 def resident_programs(
     kernel: Kernel,
     config: Config,
-    dtype: torch.dtype,
-    precision: str,
-    aligned: bool,
-    target: Target,
+    traits: Traits,
 ) -> int:
     """Programs that share a multiprocessor: as compiled, or an estimate where it was not.
 
     The estimate goes by shared memory, and by registers: the accumulators and as many again as the
     smallest kernels take.
     """
+    target, itemsize = traits.target, traits.dtype.itemsize
     if target.family == "interpreter":
         return 1
-    kind = arithmetic(dtype, precision)
     compiled = residents().get(target.family, {})
-    found = compiled.get(resident_key(kernel, kind, config, aligned))
+    found = compiled.get(resident_key(kernel, traits.arithmetic, config, traits.aligned))
     if found is not None:
         return max(1, found)
     rows, columns, depth = config.tile(kernel)
     threads = config.num_warps * target.warp_size
     shared = 0
     if config.kind != "gemv":
-        shared = config.num_stages * (rows + columns) * depth * dtype.itemsize
+        shared = config.num_stages * (rows + columns) * depth * itemsize
     accumulators = rows * columns * (depth if config.kind == "gemv" else 1) // threads
-    registers = min(255, 64 + accumulators * max(4, dtype.itemsize) // 4)
+    registers = min(255, 64 + accumulators * max(4, itemsize) // 4)
     by_registers = 65_536 * target.warp_size // 32 // (threads * registers)
     return max(1, min(16, target.shared_memory // max(shared, 1), by_registers))
 
@@ -102,9 +97,7 @@ def step_clocks(
     config: Config,
     rows: int,
     columns: int,
-    dtype: torch.dtype,
-    precision: str,
-    target: Target,
+    traits: Traits,
     reads_outputs: bool = False,
 ) -> tuple[float, float, float]:
     """Clocks of one step of one program: of arithmetic, of operands from L2, and of waiting.
@@ -118,7 +111,7 @@ def step_clocks(
     """
     tile_rows, tile_columns, depth = config.tile(kernel)
     products = 2 if kernel == "gated_forward" else 1
-    kind = arithmetic(dtype, precision)
+    target, kind, itemsize = traits.target, traits.arithmetic, traits.dtype.itemsize
     threads = config.num_warps * target.warp_size
     multiply_adds = products * tile_rows * tile_columns * depth
     waiting = 0.0 if target.family == "interpreter" else _LATENCY / config.num_stages
@@ -143,9 +136,9 @@ def step_clocks(
         # Elements that lie the other way round than the instruction takes them are moved as well.
         slower = 2.7 if kernel == "backward_weight" else 1.5 if reads_outputs else 1.0
         waiting += _ELEMENT * slower * (tile_rows + products * tile_columns) * depth / threads
-    sector = max(1.0, 32 / (run * dtype.itemsize))  # what L2 reads at least
+    sector = max(1.0, 32 / (run * itemsize))  # what L2 reads at least
     elements = min(tile_rows, rows) + sector * products * min(tile_columns, columns)
-    return computing, elements * depth * dtype.itemsize / _L2_BYTES, waiting
+    return computing, elements * depth * itemsize / _L2_BYTES, waiting
 
 
 def program_clocks(
@@ -154,9 +147,7 @@ def program_clocks(
     rows: int,
     columns: int,
     terms: int,
-    dtype: torch.dtype,
-    precision: str,
-    target: Target,
+    traits: Traits,
     reads_outputs: bool,
     beside: int,
 ) -> float:
@@ -169,11 +160,11 @@ def program_clocks(
         beside: programs on its multiprocessor, itself among them.
     """
     tile_rows, tile_columns, depth = config.tile(kernel)
-    step = step_clocks(kernel, config, rows, columns, dtype, precision, target, reads_outputs)
+    step = step_clocks(kernel, config, rows, columns, traits, reads_outputs)
     computing, loading, waiting = beside * step[0], beside * step[1], step[2]
     together = math.sqrt(computing**2 + loading**2 + waiting**2)
     stored = min(tile_rows, rows) * min(tile_columns, columns)
-    storing = beside * stored * dtype.itemsize / _L2_BYTES
+    storing = beside * stored * traits.dtype.itemsize / _L2_BYTES
     return _PROLOGUE + math.ceil(terms / depth) * together + storing
 
 
@@ -201,10 +192,7 @@ def modelled_time(
     m: int,
     n: int,
     k: int,
-    dtype: torch.dtype,
-    precision: str,
-    aligned: bool,
-    target: Target,
+    traits: Traits,
     reads_outputs: bool = False,
     splits: int = 1,
 ) -> float:
@@ -226,21 +214,20 @@ def modelled_time(
     terms = depth * math.ceil(math.ceil(terms / depth) / parts)
 
     def program(beside: int) -> float:
-        given = (rows, columns, terms, dtype, precision, target, reads_outputs)
-        return program_clocks(kernel, config, *given, beside)
+        return program_clocks(kernel, config, rows, columns, terms, traits, reads_outputs, beside)
 
-    multiprocessors = target.multiprocessors
+    target, multiprocessors = traits.target, traits.target.multiprocessors
     if config.kind == "persistent":
         # A program stays on its multiprocessor for all of its tiles.
         clocks = _PROLOGUE + math.ceil(tiles / multiprocessors) * (program(1) - _PROLOGUE)
     else:
-        resident = resident_programs(kernel, config, dtype, precision, aligned, target)
+        resident = resident_programs(kernel, config, traits)
         waves, rest = divmod(tiles * parts, multiprocessors * resident)
         clocks = waves * program(resident)
         if rest:
             clocks += program(math.ceil(rest / multiprocessors))
     stored = min(tile_rows, rows) * min(tile_columns, columns)
-    moved = batch * (m * k + products * n * k + m * n) * dtype.itemsize
+    moved = batch * (m * k + products * n * k + m * n) * traits.dtype.itemsize
     if weight_gradient and parts > 1:
         moved += 8 * parts * batch * n * k
     return launch_time(clocks, moved, target) + last_sums_time(parts, stored, target)

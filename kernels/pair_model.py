@@ -3,9 +3,7 @@
 import functools
 import math
 
-import torch
-
-from .configs import BackwardConfig, Target, arithmetic
+from .configs import BackwardConfig, Traits
 from .model import (
     last_sums_time,
     launch_time,
@@ -24,18 +22,15 @@ def pair_key(arithmetic: str, pair: BackwardConfig, aligned: bool) -> str:
 
 
 @functools.cache
-def pair_residents(
-    pair: BackwardConfig, dtype: torch.dtype, precision: str, aligned: bool, target: Target
-) -> int:
+def pair_residents(pair: BackwardConfig, traits: Traits) -> int:
     """`resident_programs` of a launch of both gradients: as many as of either, if not compiled."""
-    key = pair_key(arithmetic(dtype, precision), pair, aligned)
-    found = residents().get(target.family, {}).get(key)
+    key = pair_key(traits.arithmetic, pair, traits.aligned)
+    found = residents().get(traits.target.family, {}).get(key)
     if found is not None:
         return max(1, found)
-    given = (dtype, precision, aligned, target)
     return min(
-        resident_programs("forward", pair.input, *given),
-        resident_programs("backward_weight", pair.weight, *given),
+        resident_programs("forward", pair.input, traits),
+        resident_programs("backward_weight", pair.weight, traits),
     )
 
 
@@ -45,16 +40,13 @@ def pair_clocks(
     m: int,
     n: int,
     k: int,
-    dtype: torch.dtype,
-    precision: str,
-    target: Target,
+    traits: Traits,
     resident: int = 1,
 ) -> tuple[float, float]:
     """Clocks of a program of grad_input and of one of grad_weight."""
-    how = (dtype, precision, target)
-    of_input = program_clocks("forward", pair.input, m, k, n, *how, True, resident)
+    of_input = program_clocks("forward", pair.input, m, k, n, traits, True, resident)
     terms = math.ceil(m / splits)
-    of_weight = program_clocks("backward_weight", pair.weight, n, k, terms, *how, False, resident)
+    of_weight = program_clocks("backward_weight", pair.weight, n, k, terms, traits, False, resident)
     return of_input, of_weight
 
 
@@ -65,22 +57,19 @@ def pair_time(
     m: int,
     n: int,
     k: int,
-    dtype: torch.dtype,
-    precision: str,
-    aligned: bool,
-    target: Target,
+    traits: Traits,
 ) -> float:
     """Microseconds of one launch that computes grad_input and grad_weight by `pair`.
 
     As in `modelled_time`; the longer programs start first.
     """
-    weight = pair.weight
+    weight, target = pair.weight, traits.target
     inputs = batch * math.ceil(m / pair.input.block_m) * math.ceil(k / pair.input.block_n)
     weights = batch * math.ceil(n / weight.block_n) * math.ceil(k / weight.block_k) * splits
-    resident = pair_residents(pair, dtype, precision, aligned, target)
+    resident = pair_residents(pair, traits)
     # No more than there are.
     resident = max(1, min(resident, math.ceil((inputs + weights) / target.multiprocessors)))
-    lengths = pair_clocks(pair, splits, m, n, k, dtype, precision, target, resident)
+    lengths = pair_clocks(pair, splits, m, n, k, traits, resident)
     (long, longs), (short, shorts) = sorted(zip(lengths, (inputs, weights), strict=True))[::-1]
     places = target.multiprocessors * resident
     waves, rest = divmod(longs, places)
@@ -91,7 +80,7 @@ def pair_time(
         shorts = max(0, shorts - (places - rest) * int(long / short))
     clocks += math.ceil(shorts / places) * short
     stored = min(weight.block_n, n) * min(weight.block_k, k)
-    moved = batch * (m * n + 2 * m * k + 2 * n * k) * dtype.itemsize
+    moved = batch * (m * n + 2 * m * k + 2 * n * k) * traits.dtype.itemsize
     if splits > 1:
         moved += 8 * splits * batch * n * k
     return launch_time(clocks, moved, target) + last_sums_time(splits, stored, target)

@@ -2,9 +2,8 @@
 
 import functools
 
-import torch
-
-from .configs import OF_PIECES, BackwardConfig, Target, arithmetic, why_illegal
+from .configs import OF_PIECES, BackwardConfig, Traits
+from .legality import why_illegal
 from .tiles import shaped
 
 Tile = tuple[int, int, int]  # rows, columns, depth
@@ -156,17 +155,15 @@ _PAIRS_OF_PIECES: dict[str, list[tuple[Tile, Tile, int, int]]] = {
 
 
 @functools.cache
-def legal_pairs(
-    dtype: torch.dtype, precision: str, aligned: bool, target: Target
-) -> tuple[BackwardConfig, ...]:
+def legal_pairs(traits: Traits) -> tuple[BackwardConfig, ...]:
     """Every shipped pair of which both are legal, largest tiles first.
 
-    Their programs are never in the same place: neither leaves less room for the other. The
-    arguments are those of `why_illegal`; aligned says it of all three operands.
+    Their programs are never in the same place: neither leaves less room for the other. Of
+    `traits`, aligned says it of all operands, and second_product is of grad_input alone.
     """
-    kind = arithmetic(dtype, precision)
+    kind, family = traits.arithmetic, traits.target.family
     of_pieces = kind in OF_PIECES
-    tiles = _PAIRS_OF_PIECES[target.family] if of_pieces else _PAIRS[target.family][kind]
+    tiles = _PAIRS_OF_PIECES[family] if of_pieces else _PAIRS[family][kind]
     pairs = [
         BackwardConfig(
             shaped("forward", *input, stages, warps),
@@ -174,10 +171,9 @@ def legal_pairs(
         )
         for input, weight, stages, warps in tiles
     ]
-    given = (dtype, precision, aligned, target)
     return tuple(
         pair
         for pair in pairs
-        if why_illegal("forward", pair.input, *given) is None
-        and why_illegal("backward_weight", pair.weight, *given) is None
+        if why_illegal("forward", pair.input, traits) is None
+        and why_illegal("backward_weight", pair.weight, traits) is None
     )

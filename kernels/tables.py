@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from .configs import BackwardConfig, Config, Kernel, Kind, Target, why_illegal
+from .configs import BackwardConfig, Config, Kernel, Kind, Target, Traits
+from .legality import why_illegal
 from .operands import ACTIVATIONS
 
 FORMAT = 1
@@ -110,16 +111,16 @@ def aligned(product: str, n: int, k: int) -> bool:
 def why_illegal_row(row: Row, target: Target) -> str | None:
     """`why_illegal` of a row's configuration; None where it has none."""
     readable = aligned(row.product, row.n, row.k)
-    how = (getattr(torch, row.dtype), row.precision, readable, target)
+    traits = Traits(getattr(torch, row.dtype), row.precision, readable, target)
     if isinstance(row.candidate, BackwardConfig):
         pair = row.candidate
-        wrong = why_illegal("forward", pair.input, *how)
+        wrong = why_illegal("forward", pair.input, traits)
         if pair.input.kind != "tiled":
             return "one launch of both gradients computes tiles"
-        return wrong or why_illegal("backward_weight", pair.weight, *how)
+        return wrong or why_illegal("backward_weight", pair.weight, traits)
     if isinstance(row.candidate, Config):
-        activation = row.activation is not None
-        return why_illegal(KERNEL_OF[row.product], row.candidate, *how, activation, readable)
+        traits = traits._replace(activation=row.activation is not None, descriptors=readable)
+        return why_illegal(KERNEL_OF[row.product], row.candidate, traits)
     return None
 
 

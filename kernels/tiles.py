@@ -2,9 +2,8 @@
 
 import functools
 
-import torch
-
-from .configs import OF_PIECES, TARGETS, Config, Kernel, Kind, Target, arithmetic, why_illegal
+from .configs import OF_PIECES, TARGETS, Config, Kernel, Kind, Traits
+from .legality import why_illegal
 
 # "tiled": (rows, columns, depth, stages, warps) of the output tiles, largest first, by the target's
 # family and the arithmetic. tests/test_compile.py compiles every one that is legal, for its target,
@@ -236,40 +235,22 @@ def shaped(
 
 
 @functools.cache
-def legal_configs(
-    kernel: Kernel,
-    dtype: torch.dtype,
-    precision: str,
-    aligned: bool,
-    target: Target,
-    activation: bool = False,
-    descriptors: bool = False,
-    kind: Kind = "tiled",
-) -> tuple[Config, ...]:
+def legal_configs(kernel: Kernel, traits: Traits, kind: Kind = "tiled") -> tuple[Config, ...]:
     """Every shipped configuration of one kind that is legal, largest tile first.
 
     The arguments are those of `why_illegal`.
     """
-    shipped = _shipped(kernel, kind, arithmetic(dtype, precision), target.family)
-    given = (dtype, precision, aligned, target, activation, descriptors)
-    return tuple(config for config in shipped if why_illegal(kernel, config, *given) is None)
+    shipped = _shipped(kernel, kind, traits.arithmetic, traits.target.family)
+    return tuple(config for config in shipped if why_illegal(kernel, config, traits) is None)
 
 
-def experimental_configs(
-    dtype: torch.dtype,
-    precision: str,
-    aligned: bool,
-    target: Target,
-    activation: bool = False,
-    descriptors: bool = False,
-) -> tuple[Config, ...]:
+def experimental_configs(traits: Traits) -> tuple[Config, ...]:
     """Forward configurations that are legal and yet not chosen: they are to be proven on a GPU.
 
     The arguments are those of `why_illegal`.
     """
-    given = (dtype, precision, aligned, target, activation, descriptors)
-    unproven = _persistent(_WARP_SPECIALIZED, target.family, warp_specialize=True)
-    return tuple(config for config in unproven if why_illegal("forward", config, *given) is None)
+    unproven = _persistent(_WARP_SPECIALIZED, traits.target.family, warp_specialize=True)
+    return tuple(config for config in unproven if why_illegal("forward", config, traits) is None)
 
 
 def _shipped(kernel: Kernel, kind: Kind, arithmetic: str, family: str) -> list[Config]:

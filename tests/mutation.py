@@ -716,10 +716,31 @@ MUTANTS = [
         SPLIT_K,
     ),
     Mutant(
+        "64-bit offsets take no registers",
+        "kernels/legality.py",
+        "_MOST_OF_FAR_PLAIN if traits.wide and",
+        "_MOST_OF_FAR_PLAIN if False and",
+        ("tests/test_configs.py",),
+    ),
+    Mutant(
+        "a far result's odd rows are stored without addresses",
+        "kernels/forward.py",
+        "whole=applies or wide",
+        "whole=applies",
+        ("tests/test_configs.py",),
+    ),
+    Mutant(
+        "batch invariance: the configuration goes by how far rows lie apart",
+        "kernels/choose.py",
+        "aligned=False, descriptors=False, wide=False",
+        "aligned=False, descriptors=False",
+        INVARIANT,
+    ),
+    Mutant(
         "batch invariance: the configuration goes by the rows",
         "kernels/choose.py",
-        "batch, m, aligned, descriptors = 1, INVARIANT_ROWS, False, False",
-        "batch, aligned, descriptors = 1, False, False",
+        "batch, m = 1, INVARIANT_ROWS",
+        "batch = 1",
         INVARIANT,
     ),
     Mutant(
@@ -802,7 +823,7 @@ MUTANTS = [
     Mutant(
         "residents of a multiprocessor left out of the model",
         "kernels/model.py",
-        "        resident = resident_programs(kernel, config, dtype, precision, aligned, target)\n",
+        "        resident = resident_programs(kernel, config, traits)\n",
         "        resident = 1\n",
         ("tests/test_choose.py",),
     ),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlinear.kernels import launch
-from fastlinear.kernels.configs import TARGETS, BackwardConfig, Config, Kernel, Kind
+from fastlinear.kernels.configs import TARGETS, BackwardConfig, Config, Kernel, Kind, Traits
 from fastlinear.kernels.pairs import legal_pairs
 from fastlinear.kernels.tiles import legal_configs
 
@@ -60,8 +60,8 @@ def shipped_configs(kernel: Kernel, kind: Kind = "tiled") -> list[tuple[str, str
             ("float32", "tf32x3"),
             ("float64", "ieee"),
         ]:
-            given = (kernel, getattr(torch, dtype), precision, True, target)
-            for config in legal_configs(*given, kind=kind):
+            traits = Traits(getattr(torch, dtype), precision, True, target)
+            for config in legal_configs(kernel, traits, kind):
                 found[config.block_m, config.block_n, config.block_k, dtype, precision] = config
     return [(dtype, precision, config) for (*_, dtype, precision), config in found.items()]
 
@@ -76,7 +76,7 @@ def shipped_pairs() -> list[tuple[str, str, BackwardConfig]]:
             ("float32", "tf32"),
             ("float64", "ieee"),
         ]:
-            for pair in legal_pairs(getattr(torch, dtype), precision, True, target):
+            for pair in legal_pairs(Traits(getattr(torch, dtype), precision, True, target)):
                 blocks = [
                     (one.block_m, one.block_n, one.block_k) for one in (pair.input, pair.weight)
                 ]
@@ -91,15 +91,14 @@ def smallest_config(kind: Kind, input: Tensor, weight: Tensor, precision: str) -
     """
     operands = (launch.Operand(*fields) for fields in launch.describe(input, weight)[:2])
     rows, described = launch.rows_of(next(operands), batched=weight.dim() == 3), next(operands)
-    legal = legal_configs(
-        "forward",
+    traits = Traits(
         input.dtype,
         precision,
-        launch.aligned(rows.operand, described),
-        launch.target_of(input.device),
+        aligned=launch.aligned(rows.operand, described),
+        target=launch.target_of(input.device),
         descriptors=launch.describable(rows, described),
-        kind=kind,
     )
+    legal = legal_configs("forward", traits, kind)
     if not legal:
         pytest.skip(f"no {kind} kernel takes such operands")
     return legal[-1]

@@ -26,7 +26,7 @@ from torch import Tensor
 from fastlinear.kernels import launch
 from fastlinear.kernels.backward import linear_backward, linear_backward_input
 from fastlinear.kernels.backward_weight import linear_backward_weight
-from fastlinear.kernels.configs import BackwardConfig, Config
+from fastlinear.kernels.configs import BackwardConfig, Config, Traits
 from fastlinear.kernels.pairs import legal_pairs
 from fastlinear.kernels.tiles import legal_configs
 
@@ -169,9 +169,8 @@ def test_backward_weight_configuration(
     dtype: str, precision: str, config: Config, device: torch.device
 ) -> None:
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    if not launch.INTERPRETING and config not in legal_configs(
-        "backward_weight", getattr(torch, dtype), precision, False, launch.target_of(device)
-    ):
+    traits = Traits(getattr(torch, dtype), precision, False, launch.target_of(device))
+    if not launch.INTERPRETING and config not in legal_configs("backward_weight", traits):
         pytest.skip("not a configuration of this GPU")
     m, n, k = 2 * config.block_m + 3, config.block_n + 5, config.block_k + 9
     operands = (normal(shape, getattr(torch, dtype), device) for shape in ((m, n), (m, k), (n, k)))
@@ -346,9 +345,8 @@ def test_together_configuration(
     dtype: str, precision: str, pair: BackwardConfig, device: torch.device
 ) -> None:
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    if not launch.INTERPRETING and pair not in legal_pairs(
-        getattr(torch, dtype), precision, False, launch.target_of(device)
-    ):
+    traits = Traits(getattr(torch, dtype), precision, False, launch.target_of(device))
+    if not launch.INTERPRETING and pair not in legal_pairs(traits):
         pytest.skip("not a pair of this GPU")
     m = max(2 * pair.weight.block_m, pair.input.block_m) + 3
     n, k = pair.weight.block_n + 5, max(pair.weight.block_k, pair.input.block_n) + 9

@@ -8,7 +8,7 @@ from torch import Tensor
 import fastlinear
 from fastlinear import backend
 from fastlinear.kernels import choose as chooser
-from fastlinear.kernels.configs import TARGETS
+from fastlinear.kernels.configs import TARGETS, Traits
 
 ROWS = 70
 FEATURES = [(32, 64), (24, 77)]  # out_features, in_features: K a power of two, and not
@@ -79,8 +79,8 @@ def test_rows_do_not_depend_on_how_the_batch_lies(device: torch.device) -> None:
 
 def test_default_mode_chooses_by_the_batch_and_this_one_does_not() -> None:
     def chosen(rows: int, invariant: bool) -> object:
-        given = ("forward", 1, rows, 4096, 4096, torch.bfloat16, "ieee", rows % 2 == 0)
-        return chooser.choose(*given, TARGETS["sm_90"], batch_invariant=invariant)
+        traits = Traits(torch.float32, "ieee", rows % 2 == 0, TARGETS["sm_90"], wide=rows > 500)
+        return chooser.choose("forward", 1, rows, 4096, 4096, traits, batch_invariant=invariant)
 
     assert len({chosen(rows, True) for rows in (1, 2, 7, 64, 999, 4096)}) == 1
     assert len({chosen(rows, False) for rows in (1, 2, 7, 64, 999, 4096)}) > 1

@@ -15,11 +15,12 @@ import torch
 from fastlinear.kernels import choose as chooser
 from fastlinear.kernels import model
 from fastlinear.kernels.choose import choose, choose_splits, ranked
-from fastlinear.kernels.configs import INTERPRETER, TARGETS, Config, Kernel
+from fastlinear.kernels.configs import INTERPRETER, TARGETS, Config, Kernel, Kind, Traits
 from fastlinear.kernels.model import modelled_time
 
 ROOT = Path(__file__).parent.parent
 SM_90 = TARGETS["sm_90"]
+ALIGNED = Traits(torch.bfloat16, "ieee", True, SM_90)
 MEASURED = ROOT / "benchmarks/results/nvidia-h100-80gb-hbm3/kernels.json"
 # What the other kinds ship is theirs to say; these are like it.
 GEMV = Config(1, 4, 1024, num_warps=4, num_stages=1, kind="gemv")
@@ -38,13 +39,12 @@ def all_kinds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One configuration of every kind is legal, beside the tiles."""
     legal = chooser.legal_configs
 
-    def with_others(*arguments: Any) -> tuple[Config, ...]:
-        kernel, *_, target, _, descriptors, kind = arguments
+    def with_others(kernel: Kernel, traits: Traits, kind: Kind) -> tuple[Config, ...]:
         if kind == "tiled":
-            return legal(*arguments)
-        if kernel != "forward" or (kind == "persistent" and not descriptors):
+            return legal(kernel, traits, kind)
+        if kernel != "forward" or (kind == "persistent" and not traits.descriptors):
             return ()
-        return (INTERPRETED[kind] if target is INTERPRETER else KINDS[kind],)
+        return (INTERPRETED[kind] if traits.target is INTERPRETER else KINDS[kind],)
 
     monkeypatch.setattr(chooser, "legal_configs", with_others)
     ranked.cache_clear()
@@ -62,7 +62,7 @@ def measured_rows() -> Iterator[tuple[dict[str, Any], tuple[Any, ...], bool]]:
             kernel: Kernel = "backward_weight" if row["product"] == "grad_weight" else "forward"
             dtype = torch.bfloat16 if row["dtype"] == "bfloat16" else torch.float32
             precision = "tf32" if row["dtype"] == "tf32" else "ieee"
-            given = (kernel, 1, m, n, k, dtype, precision, True, SM_90)
+            given = (kernel, 1, m, n, k, Traits(dtype, precision, True, SM_90))
             yield row, given, row["product"] == "grad_input"
 
 
@@ -93,21 +93,15 @@ def test_choice_is_as_close_to_the_best_as_its_docstring_says() -> None:
 def test_modelled_times_are_as_close_as_the_module_says() -> None:
     errors: dict[str, list[float]] = defaultdict(list)
     for row, given, transposed in measured_rows():
-        kernel, batch, m, n, k, dtype, precision, aligned, target = given
+        kernel, *sizes, traits = given
         for name, times in row["kernel_us"].items():
             config = config_of(name)
-            splits = choose_splits(config, batch, m, n, k, target)
+            splits = choose_splits(config, *sizes, SM_90)
             time = modelled_time(
                 kernel,
                 config,
-                batch,
-                m,
-                n,
-                k,
-                dtype,
-                precision,
-                aligned,
-                target,
+                *sizes,
+                traits,
                 transposed,
                 splits if kernel == "backward_weight" else 1,
             )
@@ -121,10 +115,8 @@ def test_modelled_times_are_as_close_as_the_module_says() -> None:
 def forward_choice(m: int, n: int, k: int, transposed: bool = False, **how: Any) -> Config:
     dtype = how.get("dtype", torch.bfloat16)
     target = how.get("target", SM_90)
-    descriptors = how.get("descriptors", True)
-    return choose(
-        "forward", 1, m, n, k, dtype, "ieee", True, target, False, descriptors, transposed
-    )
+    traits = Traits(dtype, "ieee", True, target, descriptors=how.get("descriptors", True))
+    return choose("forward", 1, m, n, k, traits, transposed)
 
 
 @pytest.mark.usefixtures("all_kinds")
@@ -167,7 +159,7 @@ def test_every_kind_is_reached_in_the_interpreter() -> None:
 
 def test_more_work_takes_more_time() -> None:
     def time(m: int, n: int, k: int) -> float:
-        return ranked("forward", 1, m, n, k, torch.bfloat16, "ieee", True, SM_90)[0].microseconds
+        return ranked("forward", 1, m, n, k, ALIGNED)[0].microseconds
 
     for smaller, larger in (
         ((64, 4096, 4096), (4096, 4096, 4096)),
@@ -194,7 +186,7 @@ def test_shipped_residents_are_those_of_the_compiled_kernels() -> None:
 
 def test_residents_of_a_kernel_that_was_not_compiled_are_estimated() -> None:
     def residents(config: Config, **how: Any) -> int:
-        return model.resident_programs("forward", config, torch.bfloat16, "ieee", True, SM_90)
+        return model.resident_programs("forward", config, ALIGNED)
 
     assert residents(Config(128, 256, 64, num_warps=8, num_stages=4)) == 1
     assert 1 < residents(Config(32, 32, 64, num_warps=4, num_stages=2)) <= 16

@@ -17,7 +17,7 @@ from oracle import (
 from torch import Tensor
 
 from fastlinear.kernels import forward, launch
-from fastlinear.kernels.configs import Config, Kind
+from fastlinear.kernels.configs import Config, Kind, Traits
 from fastlinear.kernels.forward import linear_forward, plan_forward
 from fastlinear.kernels.tiles import legal_configs
 
@@ -177,9 +177,8 @@ def test_forward_configuration(
     dtype: str, precision: str, config: Config, device: torch.device
 ) -> None:
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    if not launch.INTERPRETING and config not in legal_configs(
-        "forward", getattr(torch, dtype), precision, False, launch.target_of(device)
-    ):
+    traits = Traits(getattr(torch, dtype), precision, False, launch.target_of(device))
+    if not launch.INTERPRETING and config not in legal_configs("forward", traits):
         pytest.skip("not a configuration of this GPU")
     m, n, k = config.block_m + 9, config.block_n + 5, 2 * config.block_k + 3
     operands = (normal(shape, getattr(torch, dtype), device) for shape in ((m, k), (n, k), (n,)))

@@ -22,8 +22,9 @@ from torch import Tensor
 from fastlinear.activations import ACTIVATIONS
 from fastlinear.kernels import launch
 from fastlinear.kernels.backward import linear_backward_input
-from fastlinear.kernels.configs import TARGETS, Config, Kernel, why_illegal
+from fastlinear.kernels.configs import TARGETS, Config, Kernel, Traits
 from fastlinear.kernels.forward import linear_activation_forward, linear_forward
+from fastlinear.kernels.legality import why_illegal
 from fastlinear.kernels.operands import Activation
 from fastlinear.kernels.tiles import legal_configs
 
@@ -45,9 +46,10 @@ def test_gemv_configuration(
     dtype: torch.dtype, block_m: int, reads_outputs: bool, device: torch.device
 ) -> None:
     target = TARGETS["sm_90"] if launch.INTERPRETING else launch.target_of(device)
+    traits = Traits(dtype, "ieee", False, target, activation=True)
     (config,) = (
         config
-        for config in legal_configs("forward", dtype, "ieee", False, target, True, kind="gemv")
+        for config in legal_configs("forward", traits, "gemv")
         if config.block_m == block_m and config.reads_outputs == reads_outputs
     )
     m, n, k = block_m + 1, config.block_n + 3, 2 * config.block_k + 5
@@ -124,8 +126,8 @@ def test_gemv_applies_and_saves(activation: Activation, device: torch.device) ->
     ],
 )
 def test_gemv_illegal(kernel: Kernel, change: dict[str, int], reason: str) -> None:
-    given = (torch.bfloat16, "ieee", True, TARGETS["sm_90"])
-    assert why_illegal("forward", SMALL, *given) is None
-    said = why_illegal(kernel, dataclasses.replace(SMALL, **change), *given)
+    traits = Traits(torch.bfloat16, "ieee", True, TARGETS["sm_90"])
+    assert why_illegal("forward", SMALL, traits) is None
+    said = why_illegal(kernel, dataclasses.replace(SMALL, **change), traits)
     assert said is not None
     assert reason in said

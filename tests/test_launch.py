@@ -125,11 +125,12 @@ def test_counters_of_a_graph_are_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("outputs", "activation", "expected"), [(48, True, True), (50, False, True), (50, True, False)]
+    ("outputs", "whole", "expected"), [(48, True, True), (50, False, True), (50, True, False)]
 )
-def test_a_product_with_an_activation_is_aligned_with_its_outputs(
-    outputs: int, activation: bool, expected: bool, device: torch.device
+def test_a_product_short_of_registers_is_aligned_with_its_outputs(
+    outputs: int, whole: bool, expected: bool, device: torch.device
 ) -> None:
     input, weight = torch.empty(64, 32, device=device), torch.empty(outputs, 32, device=device)
-    rows = launch.rows_of(operand(input))
-    assert launch.aligned_product(rows, operand(weight), activation) == expected
+    operands = operand(input), operand(weight)
+    found = launch.aligned_product(*operands, features=(outputs,), whole=whole)
+    assert found == expected

@@ -15,8 +15,9 @@ from triton.runtime import _allocation
 
 from fastlinear.activations import ACTIVATIONS
 from fastlinear.kernels import compiled_launch, launch
-from fastlinear.kernels.configs import TARGETS, Config, why_illegal
+from fastlinear.kernels.configs import TARGETS, Config, Kernel, Traits
 from fastlinear.kernels.forward import linear_activation_forward, linear_forward, plan_forward
+from fastlinear.kernels.legality import why_illegal
 from fastlinear.kernels.tiles import experimental_configs, legal_configs
 
 # (M, N, K): interpreted blocks are 32 x 32 x 32, and there are 8 programs.
@@ -35,10 +36,10 @@ SHAPES = {
 def configs(device: torch.device, activation: bool = False) -> list[Config]:
     """Every one for the device, those that are not chosen included; the interpreter has one."""
     target = launch.target_of(device)
-    given = (torch.bfloat16, "ieee", True, target, activation, True)
-    found = list(legal_configs("forward", *given, "persistent"))
+    traits = Traits(torch.bfloat16, "ieee", True, target, activation, descriptors=True)
+    found = list(legal_configs("forward", traits, "persistent"))
     if not launch.INTERPRETING:
-        found += experimental_configs(*given)
+        found += experimental_configs(traits)
     if not found:
         pytest.skip("this GPU loads nothing by descriptors")
     return found
@@ -175,7 +176,6 @@ LARGE = Config(128, 256, 64, 8, 4, kind="persistent", epilogue_parts=4)
         ({}, {"dtype": torch.float32}, "torch.float32 is not of 16 bits"),
         ({}, {"target": TARGETS["sm_80"]}, "sm_80 loads nothing by descriptors"),
         ({}, {"target": TARGETS["gfx942"]}, "gfx942 loads nothing by descriptors"),
-        ({}, {"kernel": "backward_weight"}, "computes a forward product, no backward_weight"),
         ({"block_k": 48}, {}, "block_k=48 is not a power of two"),
         ({"epilogue_parts": 3}, {}, "epilogue_parts=3 is neither 1, 2 nor 4"),
         ({"epilogue_parts": 1}, {}, "a program needs 262656 bytes of shared memory"),
@@ -185,6 +185,18 @@ LARGE = Config(128, 256, 64, 8, 4, kind="persistent", epilogue_parts=4)
             {"activation": True},
             "accumulators take 128 registers a thread, more than the 64",
         ),
+        ({"epilogue_parts": 2}, {"aligned": False}, None),
+        ({"epilogue_parts": 2}, {"wide": True}, None),
+        (
+            {"epilogue_parts": 2},
+            {"aligned": False, "wide": True},
+            "accumulators take 128 registers a thread, more than the 64",
+        ),
+        (
+            {},
+            {"aligned": False, "wide": True, "activation": True},
+            "accumulators take 128 registers a thread, more than the 64",
+        ),
         ({"warp_specialize": True}, {}, "Triton ignores warp_specialize with num_warps=8"),
         ({"warp_specialize": True, "num_warps": 4}, {}, "warp_specialize with a tile in parts"),
     ],
@@ -192,25 +204,23 @@ LARGE = Config(128, 256, 64, 8, 4, kind="persistent", epilogue_parts=4)
 def test_predicate_says_why_of_persistent(
     change: dict[str, Any], given: dict[str, Any], reason: str | None
 ) -> None:
-    arguments = {
-        "kernel": "forward",
-        "config": dataclasses.replace(LARGE, **change),
-        "dtype": torch.bfloat16,
-        "precision": "ieee",
-        "aligned": True,
-        "target": SM_90,
-        "descriptors": True,
-    }
-    said = why_illegal(**(arguments | given))
+    traits = Traits(torch.bfloat16, "ieee", True, SM_90, descriptors=True)
+    said = why_illegal("forward", dataclasses.replace(LARGE, **change), traits._replace(**given))
     assert said is None if reason is None else reason in str(said)
+
+
+@pytest.mark.parametrize("kernel", ["backward_weight", "gated_forward"])
+def test_persistent_is_for_forward_products(kernel: Kernel) -> None:
+    traits = Traits(torch.bfloat16, "ieee", True, SM_90, descriptors=True)
+    assert f"computes a forward product, no {kernel}" in str(why_illegal(kernel, LARGE, traits))
 
 
 @pytest.mark.parametrize("family", ["sm_90", "sm_100"])
 @pytest.mark.parametrize("activation", [False, True])
 def test_specialized_warps_are_never_chosen(family: str, activation: bool) -> None:
-    given = (torch.bfloat16, "ieee", True, TARGETS[family], activation, True)
-    shipped = legal_configs("forward", *given, "persistent")
-    unproven = experimental_configs(*given)
+    traits = Traits(torch.bfloat16, "ieee", True, TARGETS[family], activation, descriptors=True)
+    shipped = legal_configs("forward", traits, "persistent")
+    unproven = experimental_configs(traits)
     assert shipped
     assert bool(unproven) != activation, "they have no registers left for one"
     assert not any(config.warp_specialize for config in shipped)

@@ -16,7 +16,7 @@ from oracle import (
 from torch import Tensor
 
 from fastlinear.kernels import launch
-from fastlinear.kernels.configs import Config
+from fastlinear.kernels.configs import Config, Traits
 from fastlinear.kernels.forward import linear_activation_forward, linear_forward, plan_forward
 from fastlinear.kernels.tiles import legal_configs
 
@@ -46,14 +46,8 @@ def test_split_k_configuration(
     dtype: str, precision: str, config: Config, device: torch.device
 ) -> None:
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    if not launch.INTERPRETING and config not in legal_configs(
-        "forward",
-        getattr(torch, dtype),
-        precision,
-        False,
-        launch.target_of(device),
-        kind="split_k",
-    ):
+    traits = Traits(getattr(torch, dtype), precision, False, launch.target_of(device))
+    if not launch.INTERPRETING and config not in legal_configs("forward", traits, "split_k"):
         pytest.skip("not a configuration of this GPU")
     config = dataclasses.replace(config, splits=2)
     m, n, k = config.block_m + 3, config.block_n + 5, 3 * config.block_k + 3
