@@ -197,7 +197,8 @@ def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
     from benchmarks import predict
 
     rows = predict.predictions(predict.Measured(MEASURED))
-    assert [row["target"] for row in rows] == [0.97, *[0.85] * 5, 2.0]
+    assert [row["target"] for row in rows] == [0.97, *[0.85] * 5, 2.0, 2.0]
     assert all(row["predicted"] > 0 for row in rows)
     assert rows[0]["predicted"] == pytest.approx(rows[0]["measured"] or 0.85, abs=0.15)
+    assert rows[-1]["predicted"] > rows[-2]["predicted"], "products of pieces are worth while"
     assert "not measured" in predict.table(predict.predictions(predict.Measured(tmp_path / "none")))
