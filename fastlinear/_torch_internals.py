@@ -163,6 +163,8 @@ def has_hooks(module: torch.nn.Module) -> bool:
 autocasting: Callable[[], bool] = torch._C._is_any_autocast_enabled
 # Whether a transform of torch.func is active.
 transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
+# What torch.jit.trace records to; None where it does not trace.
+tracing: Callable[[], object] = torch._C._get_tracing_state
 
 
 def forward_ad_active() -> bool:

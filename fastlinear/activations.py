@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend
+from fastlinear import backend, tuned
 from fastlinear.autograd import (
     LIBRARY,
     TAGS,
@@ -152,7 +152,7 @@ class LinearActivationFunction(internals.SingleLevelFunction):
         if internals.forward_ad_active():
             ctx.save_for_forward(input, weight, saved)
         ctx.batched, ctx.activation = weight.dim() == 3, activation
-        ctx.auto = backend.current == "auto"
+        ctx.auto = tuned.available and backend.takes_pytorch()
         ctx.set_materialize_grads(False)
         return output, preactivation
 

@@ -96,8 +96,8 @@ class LinearFunction(internals.SingleLevelFunction):
             ctx.batched = True  # to set an attribute takes 0.1 us: of a single layer there is none
         if internals.forward_ad_active():
             ctx.save_for_forward(input, weight)
-        if tuned.available and backend.current == "auto":
-            ctx.auto = True
+        if tuned.available:
+            ctx.auto = backend.takes_pytorch()
         return compute(input, weight, bias)
 
     @staticmethod

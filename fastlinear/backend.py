@@ -281,6 +281,13 @@ def _of_output(
     return by_table.output_candidate(input, weight, bias, activation)
 
 
+def takes_pytorch() -> bool:
+    """Whether the ops that run now may take PyTorch's products: those of "auto" may."""
+    from fastlinear.by_table import rule
+
+    return rule.takes_pytorch
+
+
 def as_its_forward(auto: bool) -> AbstractContextManager[None]:
     """Within it, a backward whose forward ran in "auto" or did not."""
     if not tuned.available:

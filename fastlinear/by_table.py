@@ -1,9 +1,11 @@
 """Whether backend "auto" takes the op, and what computes each product, as tables say."""
 
 import threading
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fastlinear import _torch_internals as internals
 from fastlinear import backend, lookup, tuned
@@ -77,16 +79,22 @@ class backward_of:
 def kernels_win(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> bool:
     """Whether a table says that the op is faster than PyTorch for these operands of `linear`.
 
-    Only for plain operands that lie as they did when it was measured. Where a function is compiled
-    the numbers of rows for which it says so become guards, and addresses are not known.
+    Only for plain operands that lie as they did when it was measured. A function that is compiled
+    takes the op if the table says so of any number of rows, and the op decides when it runs: guards
+    on rows would have it compiled again and again, and exclude a dynamic batch size.
     """
     # What most calls of "auto" can be told by comes first: each takes the time that this takes.
     if input.is_nested or weight.is_nested or input.dim() == 0 or weight.dim() != 2:
         return False
+    compiling = torch.compiler.is_dynamo_compiling()
+    # A parameter's sizes are constants there; others' may be symbols. What is exported is to run
+    # without the table, and without this package.
+    if compiling and (not isinstance(weight, Parameter) or torch.compiler.is_exporting()):
+        return False
     (n, k), device = weight.shape, input.device
     if not k or input.shape[-1] != k:
         return False
-    m, compiling = input.numel() // k, torch.compiler.is_dynamo_compiling()
+    m = 0 if compiling else input.numel() // k
     if not compiling and (n, k, tables.bucket(m)) not in lookup.sizes(device):
         return False
     if input.layout != torch.strided or weight.layout != torch.strided:
@@ -111,10 +119,8 @@ def kernels_win(input: Tensor, weight: Tensor, bias: Tensor | None, activation: 
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     product = "training" if recording else "output"
-    for first, last in _ranges(device, product, dtype, activation, bias is not None, n, k):
-        if first <= m <= last:
-            return True
-    return False
+    ranges = _ranges(device, product, dtype, activation, bias is not None, n, k)
+    return bool(ranges) if compiling else any(first <= m <= last for first, last in ranges)
 
 
 def _product_candidate(
@@ -165,6 +171,13 @@ def _pair(grad_output: Tensor, input: Tensor, weight: Tensor, bias: bool) -> Bac
     return candidate if isinstance(candidate, BackwardConfig) else None
 
 
+def _as_they_are(device_type: str) -> AbstractContextManager[object]:
+    """Within it operands stay what autocast made them."""
+    if not internals.autocasting():
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 def gradients(
     grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
@@ -188,8 +201,7 @@ def gradients(
         return None
     kernels, precision = backend.launchers(), backend.float32_precision()
     grad_input = grad_weight = grad_bias = None
-    # The operands are of the dtype that autocast made them.
-    with torch.autocast(grad_output.device.type, enabled=False):
+    with _as_they_are(grad_output.device.type):
         if of_input == PYTORCH and weight is not None:
             grad_input = torch.matmul(grad_output, weight)
         if of_weight == PYTORCH and input is not None:
@@ -213,6 +225,8 @@ def rows_of(
     """The rows that a call goes by, by product, for `explain`."""
     n, k = weight.shape
     if not (input.is_contiguous() and weight.is_contiguous()) or 0 in (n, k):
+        return {}
+    if (input.data_ptr() | weight.data_ptr()) % 16:
         return {}
     m = input.numel() // k
     bias_wanted = bias is not None and bias.requires_grad

@@ -295,6 +295,7 @@ def tables_say_so(
         or type(weight) not in _PLAIN
         or (bias is not None and type(bias) not in _PLAIN)
         or internals.transforming()
+        or internals.tracing() is not None
     ):
         return False
     from fastlinear import by_table

@@ -104,7 +104,9 @@ def plan_backward(
     problem = weight_problem(grad_output, input, bias, batched, precision)
     alone = operands[2] is None  # grad_input
     # A launch forms all its products in one way; if batch_invariant, other rows have no say in it.
-    resolved = resolved_precision(precision, problem.input.size, out_features, problem.target)
+    resolved = resolved_precision(
+        precision, input.dtype, problem.input.size, products * out_features, problem.target
+    )
     agreed = alone or resolved == problem.precision
     if batch_invariant and precision in IN_LONG_SUMS:
         agreed = False

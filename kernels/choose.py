@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .configs import KINDS, Config, Kernel, Kind, Target, Traits
+from .configs import KINDS, LONG_SUM, OF_PIECES, Config, Kernel, Kind, Target, Traits
 from .model import modelled_time
 from .tiles import legal_configs
 
@@ -59,7 +59,7 @@ def ranked(
     for config in candidates(kernel, *sizes, traits, reads_outputs, kinds):
         splits = 1
         if kernel == "backward_weight":
-            splits = choose_splits(config, *sizes, traits.target)
+            splits = choose_splits(config, *sizes, traits.target, traits.precision)
         time = modelled_time(kernel, config, *sizes, traits, reads_outputs, splits)
         choices.append(Choice(config, time))
     return tuple(sorted(choices, key=lambda choice: choice.microseconds))
@@ -127,12 +127,15 @@ def _with_splits(
             yield dataclasses.replace(config, splits=parts)
 
 
-def choose_splits(config: Config, batch: int, m: int, n: int, k: int, target: Target) -> int:
+def choose_splits(
+    config: Config, batch: int, m: int, n: int, k: int, target: Target, precision: str = "ieee"
+) -> int:
     """How many programs share the M reduction of each grad_weight tile.
 
     One, unless the tiles alone leave multiprocessors idle; then as many as fill them, with at least
-    four steps each so that a partial sum's round trip through memory is worth it.
+    four steps each so that a partial sum's round trip through memory is worth it. Of pieces the
+    parts are long sums too.
     """
     tiles = batch * math.ceil(n / config.block_n) * math.ceil(k / config.block_k)
-    most = max(1, m // (4 * config.block_m))
+    most = max(1, m // (LONG_SUM if precision in OF_PIECES else 4 * config.block_m))
     return min(max(1, target.multiprocessors // max(1, tiles)), most)

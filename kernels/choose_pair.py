@@ -27,7 +27,7 @@ def ranked_pairs(
         traits = traits._replace(aligned=False, wide=False)
     choices = []
     for pair in legal_pairs(traits):
-        splits = choose_splits(pair.weight, batch, m, n, k, traits.target)
+        splits = choose_splits(pair.weight, batch, m, n, k, traits.target, traits.precision)
         choices.append((pair, pair_time(pair, splits, batch, m, n, k, traits)))
     return tuple(sorted(choices, key=lambda choice: choice[1]))
 

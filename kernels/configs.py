@@ -177,14 +177,19 @@ LONG_SUM = 512  # terms, from which on benchmarks/accuracy.py finds pieces to er
 FEW_ROWS = 64  # which other kinds than "tiled" are for, or memory is what takes the time
 
 
-def resolved_precision(precision: str, rows: int | None, terms: int, target: Target) -> str:
+def resolved_precision(
+    precision: str, dtype: torch.dtype, rows: int | None, terms: int, target: Target
+) -> str:
     """What `precision` means for so many rows of sums of so many terms.
 
     One of IN_LONG_SUMS is products of pieces in long sums of many rows on NVIDIA, whose tensor
-    cores the errors are known of, and "ieee" elsewhere; any other precision is itself.
+    cores the errors are known of, and "ieee" elsewhere; any other precision is itself. Only float32
+    has a choice.
 
     rows: None where the choice may not depend on it.
     """
+    if dtype != torch.float32:
+        return "ieee"
     if precision not in IN_LONG_SUMS:
         return precision
     many = rows is None or rows > FEW_ROWS

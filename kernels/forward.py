@@ -62,7 +62,7 @@ def plan_forward(
     out_features, in_features = weight.shape[-2:]
     rows = launch.rows_of(input, batched=batched)
     precision = resolved_precision(
-        precision, None if batch_invariant else rows.size, in_features, target
+        precision, input.dtype, None if batch_invariant else rows.size, in_features, target
     )
     output = input.contiguous(*input.shape[:-1], out_features)
     offsets = launch.offset_dtype(rows.operand, weight, bias, output)

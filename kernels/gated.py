@@ -186,7 +186,7 @@ def plan_gated_forward(
     out_features, in_features = gate_weight.shape
     rows = launch.rows_of(input)
     precision = resolved_precision(
-        precision, None if batch_invariant else rows.size, in_features, target
+        precision, input.dtype, None if batch_invariant else rows.size, in_features, target
     )
     output = input.contiguous(*input.shape[:-1], out_features)
     offsets = launch.offset_dtype(rows.operand, gate_weight, up_weight, gate_bias, up_bias, output)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import launch
 from .choose import choose_splits
-from .configs import LONG_SUM, OF_PIECES, Config, Target, arithmetic, resolved_precision
+from .configs import Config, Target, resolved_precision
 
 
 class WeightProblem(NamedTuple):
@@ -51,7 +51,7 @@ def weight_problem(
         grad_output.shape[-1],
         input.shape[-1],
         bias,
-        resolved_precision(precision, grad_output.shape[-1], rows.size, target),
+        resolved_precision(precision, input.dtype, grad_output.shape[-1], rows.size, target),
         target,
     )
 
@@ -95,9 +95,8 @@ def share_weight(
     grad_output, input = problem.grad_output, problem.input
     rows, batch, n, k = input.size, problem.batch, problem.n, problem.k
     if splits is None:
-        splits = choose_splits(config, batch, rows, n, k, problem.target)
-        if arithmetic(input.operand.dtype, problem.precision) in OF_PIECES:
-            splits = min(splits, max(1, rows // LONG_SUM))  # the parts are long sums too
+        how = problem.target, problem.precision
+        splits = choose_splits(config, batch, rows, n, k, *how)
     # Splits hold whole blocks, which can leave fewer of them than was asked for.
     rows_per_split = config.block_m * triton.cdiv(rows, config.block_m * splits)
     splits = max(1, triton.cdiv(rows, rows_per_split)) if rows else 1

@@ -42,12 +42,12 @@ def test_pieces_are_for_long_sums_of_many_rows_on_nvidia(
     products: str, target: launch.Target
 ) -> None:
     asked, expected = f"long {products}", "ieee" if target.family == "gfx942" else products
-    assert resolved_precision(asked, 65, LONG_SUM, target) == expected
-    assert resolved_precision(asked, None, LONG_SUM, target) == expected
-    assert resolved_precision(asked, 64, LONG_SUM, target) == "ieee"
-    assert resolved_precision(asked, 65, LONG_SUM - 1, target) == "ieee"
+    assert resolved_precision(asked, torch.float32, 65, LONG_SUM, target) == expected
+    assert resolved_precision(asked, torch.float32, None, LONG_SUM, target) == expected
+    assert resolved_precision(asked, torch.float32, 64, LONG_SUM, target) == "ieee"
+    assert resolved_precision(asked, torch.float32, 65, LONG_SUM - 1, target) == "ieee"
     for precision in ("ieee", "tf32", products):
-        assert resolved_precision(precision, 65, LONG_SUM, target) == precision
+        assert resolved_precision(precision, torch.float32, 65, LONG_SUM, target) == precision
 
 
 @pytest.mark.parametrize("products", PIECES)
@@ -88,6 +88,7 @@ def test_plans_take_pieces_by_the_length_of_their_sums(
     assert grad_weight(LONG_SUM - 1)[0] == "ieee"
     assert grad_weight(3 * LONG_SUM + 5) == (products, 3), "a part's sum is long too"
     assert forward(96, LONG_SUM, dtype=torch.bfloat16) == "ieee"
+    assert grad_weight(LONG_SUM, torch.bfloat16)[0] == "ieee"
     assert grad_weight(3 * LONG_SUM + 5, torch.float64)[1] > 3, "other dtypes have no pieces"
 
 
@@ -105,8 +106,9 @@ def test_one_launch_for_all_gradients_forms_them_in_one_way(
         two: bool = False,
         batch_invariant: bool = False,
         only_input: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> str | None:
-        one = launch.Operand((1,), (1,), torch.float32, device, True)
+        one = launch.Operand((1,), (1,), dtype, device, True)
         weight = one.contiguous(outputs, 96)
         input = None if only_input else one.contiguous(rows, 96)
         operands = one.contiguous(rows, (1 + two) * outputs), weight, input
@@ -117,7 +119,9 @@ def test_one_launch_for_all_gradients_forms_them_in_one_way(
     assert backward(LONG_SUM, LONG_SUM) == products
     assert backward(LONG_SUM - 1, LONG_SUM - 1) == "ieee"
     assert backward(96, LONG_SUM) is backward(LONG_SUM, 96) is None, "a launch for each"
+    assert backward(96, LONG_SUM, dtype=torch.bfloat16) == "ieee", "which has no choice"
     # Of two layers one launch computes the sum, in any case.
+    assert backward(LONG_SUM, LONG_SUM // 2, two=True) == products, "a sum over both"
     assert backward(LONG_SUM, LONG_SUM, two=True) == products
     assert backward(96, LONG_SUM, two=True) == backward(LONG_SUM, 96, two=True) == "ieee"
     assert backward(96, LONG_SUM, two=True, only_input=True) == products

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 import fastlinear
 from fastlinear import backend, by_table, lookup, tuned
@@ -297,6 +298,25 @@ def test_backward_goes_by_the_backend_of_its_forward(
     assert not launched, "the row says PyTorch"
 
 
+def test_second_backward_goes_by_the_backend_of_the_forward(
+    use: Callable[..., None], launched: list[tuple[str, int]]
+) -> None:
+    use(row("training", 4, KERNELS), row("output", 4, SMALL), row("grad_weight", 4, PYTORCH))
+    layer, input = layer_and_input(4)
+    input.requires_grad_()
+
+    def launches_of_second(backend: str) -> list[str]:
+        with fastlinear.use_backend("triton"):
+            output = layer(input)
+        with fastlinear.use_backend(backend):
+            (first,) = torch.autograd.grad(output.pow(2).sum(), input, create_graph=True)
+            launched.clear()
+            first.pow(2).sum().backward()
+        return [name for name, _ in launched]
+
+    assert launches_of_second("auto") == launches_of_second("triton") != []
+
+
 @pytest.mark.usefixtures("triton_backend")
 def test_triton_takes_rows_and_never_pytorch(
     use: Callable[..., None], launched: list[tuple[str, int]]
@@ -379,7 +399,7 @@ def test_precision_is_part_of_what_was_measured(
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-def test_compiled_function_chooses_by_guards_on_rows(
+def test_compiled_function_chooses_when_it_runs(
     compiler: str, use: Callable[..., None], launched: list[tuple[str, int]]
 ) -> None:
     use(row("output", 4, SMALL), row("output", 8, SMALL))
@@ -392,6 +412,48 @@ def test_compiled_function_chooses_by_guards_on_rows(
             input = torch.randn(m, K)
             assert_like_pytorch(layer, input, compiled(input))
             assert len(launched) == (2 < m <= 8), f"{m} rows"
+
+
+def test_gaps_between_rows_compile_nothing_again(use: Callable[..., None]) -> None:
+    use(*(row("output", 4**power, SMALL) for power in range(5)))
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    layer = fastlinear.Linear(K, N)
+    compiled = torch.compile(layer, backend=counter, dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        for m in (2, 3, 5, 9, 17, 33, 65, 129, 200, 400):
+            compiled(torch.randn(m, K))
+    assert counter.frame_count == 1
+
+
+def test_operands_of_symbolic_sizes_compile(use: Callable[..., None]) -> None:
+    use(row("output", 4, SMALL))
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *operands: fastlinear.linear(*operands),
+        dynamic=True,
+        fullgraph=True,
+        backend="eager",
+    )
+    for n in (N, N + 3):
+        operands = torch.randn(4, K), torch.randn(n, K), torch.randn(n)
+        torch.testing.assert_close(compiled(*operands), F.linear(*operands))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_what_is_traced_or_exported_runs_without_the_table(use: Callable[..., None]) -> None:
+    use(row("output", 4, SMALL))
+    layer, input = fastlinear.Linear(K, N).requires_grad_(False), torch.randn(4, K)
+    traced = torch.jit.trace(layer, input)
+    rows = torch.export.Dim("rows", min=1, max=64)
+    for strict in (False, True):
+        exported = torch.export.export(
+            layer, (input,), dynamic_shapes={"input": {0: rows}}, strict=strict
+        )
+        assert "fastlinear" not in str(exported.graph)
+        other = torch.randn(9, K)
+        assert_like_pytorch(layer, other, exported.module()(other))
+    assert_like_pytorch(layer, input, traced(input))
 
 
 def test_threads_read_the_table_alike(use: Callable[..., None]) -> None:
