@@ -15,13 +15,13 @@ help: ## list the targets
 	@echo 'PYTHON=python3.12 picks the interpreter; ARGS="..." is passed on, as in: make test ARGS="-k bias -x"'
 
 test: .venv/installed ## run the tests on the pinned torch and Triton
-	.venv/bin/pytest -n auto $(ARGS)
+	.venv/bin/pytest -n auto --dist worksteal $(ARGS)
 
 test-oldest: .venv-oldest/installed ## run the tests on the oldest supported torch and Triton (5 GB to install)
-	.venv-oldest/bin/pytest -n auto $(ARGS)
+	.venv-oldest/bin/pytest -n auto --dist worksteal $(ARGS)
 
 test-ecosystem: .venv-ecosystem/installed ## run the tests with other libraries: transformers, PEFT, torchao, torch.nn.utils
-	.venv-ecosystem/bin/pytest -n auto tests/ecosystem $(ARGS)
+	.venv-ecosystem/bin/pytest -n auto --dist worksteal tests/ecosystem $(ARGS)
 
 lint: .venv/installed ## ruff check, ruff format --check, mypy
 	.venv/bin/ruff check .

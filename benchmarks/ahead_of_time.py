@@ -50,6 +50,8 @@ FORWARD_LAYOUTS = {
     "columns": ("stride_im", "stride_wk"),  # input given as X.t()
 }
 
+LARGEST = ("gelu", "gelu_tanh", "tanh")  # of activations: the others do less of the same
+
 # By kind.
 FORWARD_KERNELS = {
     "tiled": tiled.linear_forward_kernel,
@@ -147,14 +149,14 @@ def cases(targets: list[str]) -> list[Case]:
                 ]
             for pair in legal_pairs(unaligned):
                 found += [Case(target, "backward", dtype, precision, pair, aligned=False)]
-            for activation in ("gelu", "gelu_tanh", "tanh"):  # the others do less of the same
+            for activation in LARGEST:
                 given = {"activation": activation}
                 largest = legal_configs("forward", aligned._replace(activation=True))[0]
                 found += [Case(target, "output", dtype, precision, largest, **given)]
             found += [
                 Case(target, "grad_preactivation", dtype, precision, None, activation=activation)
                 for activation in ACTIVATIONS
-                if precision == "ieee"
+                if precision == "ieee" and (dtype == "bfloat16" or activation in LARGEST)
             ]
             gated_forwards = legal_configs("gated_forward", aligned._replace(activation=True))
             for gated_config in gated_forwards:
@@ -169,7 +171,7 @@ def cases(targets: list[str]) -> list[Case]:
             found += [
                 Case(target, "grad_products", dtype, precision, None, activation=activation)
                 for activation in ACTIVATIONS
-                if precision == "ieee"
+                if precision == "ieee" and (dtype == "bfloat16" or activation in LARGEST)
             ]
             for config in legal_configs("gated_forward", unaligned._replace(activation=True)):
                 given = {"aligned": False, "activation": "silu"}

@@ -36,22 +36,22 @@ $L__BB0_5:
 """
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_compiles_within_the_resources_of(target: str, tmp_path: Path) -> None:
+def test_compiles_within_the_resources_of_every_target(tmp_path: Path) -> None:
     """No spill, no more shared memory than there is, and the expected matrix instructions.
 
-    And nothing of it worse than in the committed table. One process for both: it takes a minute.
+    And nothing of it worse than in the committed table. One command for all: each import of torch
+    and Triton takes seconds, and the rest minutes, where Triton's cache is empty.
     """
     found = tmp_path / "found.json"
     # A process of its own: this one may have imported Triton as an interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = ["-m", "benchmarks.resources", "--targets", target, "--check", "--json", str(found)]
+    command = ["-m", "benchmarks.resources", "--check", "--json", str(found)]
     result = subprocess.run(
         [sys.executable, *command],
         capture_output=True,
         text=True,
         env=environment,
-        timeout=600,
+        timeout=1500,
         cwd=ROOT,
     )
     failures = [
@@ -61,7 +61,8 @@ def test_compiles_within_the_resources_of(target: str, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     table = json.loads(found.read_text())
     assert table["triton"] == triton.__version__
-    assert len(table["cases"]) >= 90
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        assert sum(name.startswith(f"{target} ") for name in table["cases"]) >= 300
     assert f"{len(table['cases'])} compared, 0 worse" in result.stdout or (
         "not compared" in result.stdout
     )
