@@ -29,17 +29,17 @@ def user_folder() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "fastlinear"
 
 
-def folders() -> tuple[Path, Path]:
-    """Where tables lie; a row of the second counts before one of the first."""
-    return SHIPPED, user_folder()
+def folders() -> tuple[Path, ...]:
+    """Where tables lie; a row of the second, the user's, counts before one of the first."""
+    try:
+        return SHIPPED, user_folder()
+    except RuntimeError:  # nobody knows where the home folder is
+        return (SHIPPED,)
 
 
 def any_files() -> bool:
     """Whether there is a table for any device."""
-    try:
-        return any(name.endswith(".json") for folder in folders() for name in _names(folder))
-    except RuntimeError:  # nobody knows where the home folder is
-        return False
+    return any(name.endswith(".json") for folder in folders() for name in _names(folder))
 
 
 def _names(folder: Path) -> list[str]:

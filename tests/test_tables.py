@@ -513,6 +513,29 @@ def test_user_s_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) 
     assert tuned.user_folder() == Path("/c/.cache/fastlinear")
 
 
+@pytest.mark.parametrize("user", ["cannot be looked into", "has no home"])
+def test_shipped_table_counts_where_the_user_s_folder_does_not(
+    user: str, path: Path, monkeypatch: pytest.MonkeyPatch, launched: list[tuple[str, int]]
+) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    tables.write(path, table(row("output", 4, SMALL)))
+    monkeypatch.setattr(tuned, "SHIPPED", path.parent)
+    if user == "has no home":
+        monkeypatch.delenv("FASTLINEAR_CACHE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", unknown)
+    else:
+        monkeypatch.setenv("FASTLINEAR_CACHE", "/" + 300 * "x")  # refused to root, too
+    backend.use_tables()
+    assert tuned.available
+    layer, input = layer_and_input(4)
+    with torch.no_grad():
+        assert_like_pytorch(layer, input, layer(input))
+    assert [block for _, block in launched] == [16]
+
+
 def test_table_is_found_when_a_process_starts(path: Path) -> None:
     tables.write(path, table(row("output", 4, TILE)))
     code = (
