@@ -14,7 +14,6 @@ from fastlinear.functional import linear
 from fastlinear.kernels import tables
 from fastlinear.kernels.choose import ranked
 from fastlinear.kernels.choose_pair import ranked_pairs
-from fastlinear.kernels.configs import Traits
 from fastlinear.kernels.tables import Candidate, Key
 from fastlinear.stopwatch import Call
 
@@ -122,15 +121,12 @@ class Products:
         """The kernels' best, as modelled."""
         layer = self.layer
         sizes = (layer.m, layer.n, layer.k)
-        readable = tables.aligned(product, layer.n, layer.k)
         target = backend.launchers().forward.launch.target_of(self.device)
-        traits = Traits(layer.dtype, layer.precision, readable, target)
+        traits = tables.traits_of(layer.key(product), target)
         if product == "gradients":
             return [pair for pair, _ in ranked_pairs(1, *sizes, traits)[:PAIRS]]
         if product == "grad_input":
             sizes = (layer.m, layer.k, layer.n)
-        applies = product == "output" and layer.activation is not None
-        traits = traits._replace(activation=applies, descriptors=readable)
         choices = ranked(tables.KERNEL_OF[product], 1, *sizes, traits, product == "grad_input")
         return [choice.config for choice in choices[:CANDIDATES]]
 

@@ -5,6 +5,8 @@ Nothing here imports Triton.
 
 from .configs import OF_PIECES, Config, Kernel, Target, Traits
 
+MOST_THREADS = 1024  # that a program can have
+
 
 def why_illegal(kernel: Kernel, config: Config, traits: Traits) -> str | None:
     """What is in the way of launching `config` for such operands, in words.
@@ -23,11 +25,16 @@ def why_illegal(kernel: Kernel, config: Config, traits: Traits) -> str | None:
         return f"kind={config.kind!r} computes a forward product, no {kernel}"
     if config.kind != "tiled" and traits.arithmetic in OF_PIECES:
         return f"kind={config.kind!r} forms no products of pieces"
+    if wrong := _why_no_block(config, num_warps=1):
+        return wrong
+    most = MOST_THREADS // max(32, traits.target.warp_size)
+    if config.num_warps > most:
+        return f"num_warps={config.num_warps} is more than the {most} that a program can have"
     return _RULES[config.kind](kernel, config, traits)
 
 
 def _why_no_block(config: Config, **least: int) -> str | None:
-    """Says which of the named blocks is no power of two, or smaller than the least given for it."""
+    """Says which of the named sizes is no power of two, or smaller than the least given for it."""
     for name, smallest in least.items():
         size = getattr(config, name)
         if size < smallest or size & (size - 1):

@@ -103,15 +103,33 @@ def bucket(m: int) -> int:
     return 1 << max(m - 1, 0).bit_length()
 
 
-def aligned(product: str, n: int, k: int) -> bool:
-    """Whether contiguous operands of a product can be read 16 bytes at a time."""
-    return k % 16 == 0 and (product == "output" or n % 16 == 0)
+def traits_of(key: Key, target: Target) -> Traits:
+    """What launchers find of a product of contiguous tensors, whose addresses divide by 16.
+
+    aligned is as launch.aligned_product has it, wide as launch.offset_dtype and descriptors as
+    launch.describable.
+    """
+    product, n, k, m = key.product, key.n, key.k, key.m
+    dtype = getattr(torch, key.dtype)
+    applies = product == "output" and key.activation is not None
+    wide = max(m * k, n * k, m * n) > 2**31
+    # Rows of n elements are read of gradients, and of the output written.
+    read = (k,) if product == "output" else (n, k)
+    whole = (n, k) if applies or wide else read
+    return Traits(
+        dtype,
+        key.precision,
+        aligned=all(size % 16 == 0 for size in whole),
+        target=target,
+        activation=applies,
+        descriptors=all(size * dtype.itemsize % 16 == 0 for size in read),
+        wide=wide,
+    )
 
 
 def why_illegal_row(row: Row, target: Target) -> str | None:
     """`why_illegal` of a row's configuration; None where it has none."""
-    readable = aligned(row.product, row.n, row.k)
-    traits = Traits(getattr(torch, row.dtype), row.precision, readable, target)
+    traits = traits_of(row.key, target)
     if isinstance(row.candidate, BackwardConfig):
         pair = row.candidate
         wrong = why_illegal("forward", pair.input, traits)
@@ -119,7 +137,6 @@ def why_illegal_row(row: Row, target: Target) -> str | None:
             return "one launch of both gradients computes tiles"
         return wrong or why_illegal("backward_weight", pair.weight, traits)
     if isinstance(row.candidate, Config):
-        traits = traits._replace(activation=row.activation is not None, descriptors=readable)
         return why_illegal(KERNEL_OF[row.product], row.candidate, traits)
     return None
 

@@ -20,8 +20,8 @@ from torch._dynamo.testing import CompileCounter
 
 import fastlinear
 from fastlinear import backend, by_table, lookup, tuned
-from fastlinear.kernels import launch, tables
-from fastlinear.kernels.configs import BackwardConfig, Config
+from fastlinear.kernels import backward, backward_weight, forward, launch, tables
+from fastlinear.kernels.configs import BackwardConfig, Config, Traits
 from fastlinear.kernels.tables import KERNELS, PYTORCH, Key, Row, Table
 
 N, K = 24, 40
@@ -183,6 +183,81 @@ def test_row_that_cannot_be_launched_here_is_ignored(use: Callable[..., None]) -
     use(row("output", 4, dataclasses.replace(TILE, block_k=48)), row("output", 8, TILE))
     layer = ("output", torch.float32, "ieee", None, True, N, K)
     assert lookup.ranges(tuned.generation, torch.device("cpu"), *layer) == ((5, 8),)
+
+
+@pytest.mark.parametrize("num_warps", [3, 64, 1024])
+def test_row_with_a_number_of_warps_that_no_program_has_is_ignored(
+    num_warps: int, use: Callable[..., None]
+) -> None:
+    impossible = dataclasses.replace(TILE, num_warps=num_warps)
+    use(
+        row("output", 4, impossible),
+        row("output", 8, dataclasses.replace(impossible, kind="split_k")),
+        row("gradients", 4, BackwardConfig(impossible, impossible)),
+        row("output", 16, TILE),
+    )
+    assert lookup.sizes(torch.device("cpu")) == {(N, K, 16)}
+    assert lookup.files(torch.device("cpu")).popitem()[1] == 1
+
+
+class Chosen(Exception):
+    """In the place of a choice, with the traits that a launcher made for it."""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize(
+    ("n", "k", "m"),
+    [
+        (64, 32, 4),
+        (24, 32, 4),
+        (40, 24, 16),
+        (25, 32, 4),
+        (32, 20, 4),
+        (24, 2**10, 2**22),  # input of 2**32 elements
+        (2**20, 2**11, 1),  # weight of 2**31, the last one at 2**31 - 1
+        (2**20, 2**11 + 16, 1),
+        (2**16 + 8, 16, 2**15),  # output
+    ],
+)
+@pytest.mark.parametrize("product", ["output", "relu", "grad_input", "grad_weight", "gradients"])
+def test_traits_are_the_launchers(
+    product: str, n: int, k: int, m: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choice(*given: Any, **how: Any) -> Any:
+        raise Chosen(*(one for one in given if isinstance(one, Traits)))
+
+    for launcher, name in (
+        (forward, "choose"),
+        (backward, "choose_backward"),
+        (backward_weight, "choose"),
+    ):
+        monkeypatch.setattr(launcher, name, choice)
+    activation = "relu" if product == "relu" else None
+    key = Key("output" if activation else product, dtype, "ieee", activation, False, n, k, m)
+    target = launch.target_of(torch.device("cpu"))
+    expected = tables.traits_of(key, target)
+
+    def fields(rows: int, columns: int) -> Any:
+        of_dtype, device = getattr(torch, dtype), torch.device("cpu")
+        return (torch.Size((rows, columns)), (columns, 1), of_dtype, device, True)
+
+    input, weight, grad = fields(m, k), fields(n, k), fields(m, n)
+    with pytest.raises(Chosen) as chosen:
+        if key.product == "output":
+            forward.plan_forward.__wrapped__((input, weight, None), "ieee", activation, False, None)
+        elif product == "grad_input":
+            transposed = (torch.Size((k, n)), (1, k), *weight[2:])
+            forward.plan_forward.__wrapped__((grad, transposed, None), "ieee", None, False, None)
+        elif product == "grad_weight":
+            plan = backward_weight.plan_backward_weight.__wrapped__
+            plan((grad, input, None), False, False, "ieee", None, None)
+        else:
+            plan = backward.plan_backward.__wrapped__
+            plan((grad, weight, input), None, False, False, "ieee", None, None, False)
+    (found,) = chosen.value.args
+    if product == "grad_weight":
+        expected = expected._replace(descriptors=False)  # no kernel of its takes them
+    assert found == expected
 
 
 def test_auto_takes_the_kernel_where_a_row_says_so(
