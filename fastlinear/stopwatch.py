@@ -80,6 +80,8 @@ class Stopwatch:
         try:
             with torch.cuda.graph(graph, pool=pool, stream=self.stream):
                 call()
+        except torch.OutOfMemoryError:  # a RuntimeError too
+            raise
         except RuntimeError:
             torch.cuda.synchronize(self.device)
             return call

@@ -21,6 +21,10 @@ CANDIDATES = 10  # kernels a product, by modelled time
 PAIRS = 3  # for both gradients in one launch
 
 
+Operands = tuple[Tensor, Tensor, Tensor | None]  # input, weight, bias
+Results = Callable[[], tuple[Tensor, ...]]
+
+
 @dataclass(frozen=True)
 class Layer:
     """What is measured: `m` rows through a layer."""
@@ -39,9 +43,13 @@ class Layer:
 
     @property
     def bytes(self) -> int:
-        """Of all operands, gradients and, in float64, the truth of one product."""
+        """At most, of all that is held at once: when a result is compared with the truth.
+
+        Of each element that is an operand, PyTorch's result and a kernel's, and in float64 the
+        truth, a result and their difference.
+        """
         elements = self.m * self.k + self.n * self.k + self.m * self.n
-        return elements * (3 * self.dtype.itemsize + 16)
+        return elements * (3 * self.dtype.itemsize + 3 * 8)
 
     def __str__(self) -> str:
         dtype = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
@@ -66,29 +74,41 @@ class Products:
             torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (n, k), (n,), (m, n))
         )
         self.bias = bias if layer.bias else None
-        self.activation: Callable[[Tensor], Tensor] = (
-            (lambda output: output) if layer.activation is None else ACTIVATIONS[layer.activation]
-        )
 
-    def by_pytorch(self, product: str) -> Call:
-        return lambda: self._native(product, self.input, self.weight, self.bias, self.grad)
+    def by_pytorch(self, product: str) -> Results:
+        return self._native(product, self.input, self.weight, self.bias, self.grad)
 
     def exact(self, product: str) -> tuple[Tensor, ...]:
         bias = None if self.bias is None else self.bias.double()
         given = (self.input.double(), self.weight.double(), bias, self.grad.double())
-        return self._native(product, *given)
+        return self._native(product, *given)()
 
     def _native(
         self, product: str, input: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor
-    ) -> tuple[Tensor, ...]:
+    ) -> Results:
+        # What there is to ask is asked before the call, which is timed.
         if product == "output":
-            return (self.activation(F.linear(input, weight, bias)),)
-        products: tuple[Tensor, ...] = ()
-        if product in ("grad_input", "gradients"):
-            products += (grad @ weight,)
-        if product in ("grad_weight", "gradients"):
-            products += (grad.mT @ input,) if bias is None else (grad.mT @ input, grad.sum(0))
-        return products
+            output = self._forward((input, weight, bias), by_pytorch=True)
+            return lambda: (output(),)
+        if product == "grad_input":
+            return lambda: (grad @ weight,)
+        if product == "grad_weight" and bias is None:
+            return lambda: (grad.mT @ input,)
+        if product == "grad_weight":
+            return lambda: (grad.mT @ input, grad.sum(0))
+        if bias is None:
+            return lambda: (grad @ weight, grad.mT @ input)
+        return lambda: (grad @ weight, grad.mT @ input, grad.sum(0))
+
+    def _forward(self, operands: Operands, by_pytorch: bool) -> Callable[[], Tensor]:
+        """The output as a user has it computed, with nothing around that."""
+        activation = self.layer.activation
+        if not by_pytorch:
+            return lambda: linear(*operands, activation)
+        if activation is None:
+            return lambda: F.linear(*operands)
+        applied = ACTIVATIONS[activation]
+        return lambda: applied(F.linear(*operands))
 
     def by_kernel(self, product: str, config: Candidate) -> Call:
         kernels, layer = backend.launchers(), self.layer
@@ -114,7 +134,7 @@ class Products:
         return lambda: by_table.gradients(*operands, bias)
 
     @property
-    def _operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _operands(self) -> Operands:
         return self.input, self.weight, self.bias
 
     def configs(self, product: str) -> list[Candidate]:
@@ -130,22 +150,13 @@ class Products:
         choices = ranked(tables.KERNEL_OF[product], 1, *sizes, traits, product == "grad_input")
         return [choice.config for choice in choices[:CANDIDATES]]
 
-    def step(self) -> Call:
-        """Forward and backward by `fastlinear.linear`, however it goes about them."""
+    def step(self, by_pytorch: bool) -> Call:
+        """Forward and backward by PyTorch or `fastlinear.linear`, however it goes about them."""
         leaves = [one.clone().requires_grad_() for one in self._operands if one is not None]
         bias = None if self.bias is None else leaves[2]
+        forward = self._forward((leaves[0], leaves[1], bias), by_pytorch)
+        return lambda: torch.autograd.grad(forward(), leaves, self.grad)
 
-        def step() -> None:
-            output = linear(leaves[0], leaves[1], bias, self.layer.activation)
-            torch.autograd.grad(output, leaves, self.grad)
-
-        return step
-
-    def public(self) -> Call:
-        """The output by `fastlinear.linear`, without a gradient."""
-
-        def call() -> Tensor:
-            with torch.no_grad():
-                return linear(self.input, self.weight, self.bias, self.layer.activation)
-
-        return call
+    def public(self, by_pytorch: bool) -> Call:
+        """The output by PyTorch or `fastlinear.linear`."""
+        return self._forward(self._operands, by_pytorch)

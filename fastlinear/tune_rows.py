@@ -107,9 +107,9 @@ def _measure_product(products: Products, key: Key, measure: Measure) -> Row:
     best = _least(calls, times)
     if product == "output":
         # What a caller waits for is the way through the op too.
-        with _trial(products.device, [_unmeasured(key, best)]):
-            public = products.public()
-            both = {PYTORCH: _by_the_torch_backend(public), str(best): public}
+        public = products.public
+        both = {PYTORCH: public(by_pytorch=True), str(best): public(by_pytorch=False)}
+        with _trial(products.device, [_unmeasured(key, best)]), torch.no_grad():
             walls = measure(both, "wall")
     else:
         walls = measure({PYTORCH: native, str(best): calls[best]}, "wall")
@@ -141,11 +141,10 @@ def _measure_gradients(products: Products, key: Key, measure: Measure, rows: lis
 
 
 def _measure_training(products: Products, key: Key, measure: Measure, rows: list[Row]) -> Row:
-    step = products.step()
-    calls = {PYTORCH: _by_the_torch_backend(step)}
+    calls = {PYTORCH: products.step(by_pytorch=True)}
     by_kernels = any(row.candidate != PYTORCH for row in rows)
     if by_kernels:
-        calls[KERNELS] = step
+        calls[KERNELS] = products.step(by_pytorch=False)
     with _trial(products.device, [*rows, _unmeasured(key, KERNELS)]):
         times, walls = measure(calls, "device"), measure(calls, "wall")
     ours = KERNELS if by_kernels else PYTORCH
@@ -159,14 +158,6 @@ def _least(calls: Iterable[Candidate], times: dict[str, list[float]]) -> Candida
 
 def _unmeasured(key: Key, candidate: Candidate) -> Row:
     return Row(*key, candidate, 1.0, 1.0, 1.0, 1.0)
-
-
-def _by_the_torch_backend(call: Call) -> Call:
-    def by_torch() -> object:
-        with backend.use_backend("torch"):
-            return call()
-
-    return by_torch
 
 
 @contextlib.contextmanager

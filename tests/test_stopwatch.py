@@ -121,6 +121,15 @@ def test_what_cannot_be_captured_is_launched_while_l2_is_overwritten(gpu: Gpu) -
     assert times["call"] == pytest.approx([24.0] * ROUNDS)
 
 
+def test_what_does_not_fit_in_memory_is_not_timed_without_its_graph(gpu: Gpu) -> None:
+    def too_large() -> None:
+        if gpu.capturing is not None:
+            raise torch.OutOfMemoryError("2 TiB")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Stopwatch(torch.device("cuda", 0))({"call": too_large}, "device")
+
+
 @pytest.mark.parametrize(("host", "device", "wall"), [(12.0, 3.0, 12.0), (2.0, 30.0, 30.0)])
 def test_wall_time_is_what_takes_longer(gpu: Gpu, host: float, device: float, wall: float) -> None:
     calls = {"call": gpu.call("call", host, device)}

@@ -242,18 +242,20 @@ def test_traits_are_the_launchers(
         return (torch.Size((rows, columns)), (columns, 1), of_dtype, device, True)
 
     input, weight, grad = fields(m, k), fields(n, k), fields(m, n)
+    transposed = (torch.Size((k, n)), (1, k), *weight[2:])
+    by_forward = forward.plan_forward.__wrapped__
+    plans: dict[str, Callable[[], Any]] = {
+        "output": lambda: by_forward((input, weight, None), "ieee", activation, False, None),
+        "grad_input": lambda: by_forward((grad, transposed, None), "ieee", None, False, None),
+        "grad_weight": lambda: backward_weight.plan_backward_weight.__wrapped__(
+            (grad, input, None), False, False, "ieee", None, None
+        ),
+        "gradients": lambda: backward.plan_backward.__wrapped__(
+            (grad, weight, input), None, False, False, "ieee", None, None, False
+        ),
+    }
     with pytest.raises(Chosen) as chosen:
-        if key.product == "output":
-            forward.plan_forward.__wrapped__((input, weight, None), "ieee", activation, False, None)
-        elif product == "grad_input":
-            transposed = (torch.Size((k, n)), (1, k), *weight[2:])
-            forward.plan_forward.__wrapped__((grad, transposed, None), "ieee", None, False, None)
-        elif product == "grad_weight":
-            plan = backward_weight.plan_backward_weight.__wrapped__
-            plan((grad, input, None), False, False, "ieee", None, None)
-        else:
-            plan = backward.plan_backward.__wrapped__
-            plan((grad, weight, input), None, False, False, "ieee", None, None, False)
+        plans[key.product]()
     (found,) = chosen.value.args
     if product == "grad_weight":
         expected = expected._replace(descriptors=False)  # no kernel of its takes them

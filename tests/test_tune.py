@@ -5,11 +5,15 @@ import dataclasses
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlinear
 from fastlinear import backend, tune, tune_layer, tune_rows
@@ -74,6 +78,110 @@ def test_every_product_gets_a_row_that_auto_goes_by(
     backend.use_tables()
     said_of_call = fastlinear.explain(fastlinear.Linear(40, 24), torch.randn(3, 40))
     assert said_of_call.path == "fastlinear.kernels"
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu_tanh"])
+def test_pytorch_is_timed_as_its_user_has_it(
+    tmp_path: Path, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks, entered = Clocks(), []
+
+    def noted(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def note(*given: object) -> object:
+            entered.append(name)
+            return original(*given)
+
+        monkeypatch.setattr(owner, name, note)
+
+    noted(tune_layer, "linear")
+    noted(backend, "use_backend")
+    noted(torch.no_grad, "__enter__")
+
+    def measure(calls: dict[str, Call], clock: str) -> dict[str, list[float]]:
+        for name, call in calls.items():
+            entered.clear()
+            call()
+            assert name != PYTORCH or not entered
+            assert "use_backend" not in entered
+        return clocks(calls, clock)
+
+    given = ("--rows", "4", "--activations", activation)
+    assert tune.run(command(tmp_path / "table.json", *given), measure) == 0
+
+
+@pytest.mark.parametrize("activation", [None, "gelu_tanh"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_both_ways_compute_the_same(activation: str | None, bias: bool) -> None:
+    layer = tune_layer.Layer(torch.float32, False, activation, bias, 24, 40, 4)
+    products = tune_layer.Products(layer, torch.device("cpu"))
+    input, weight, grad = products.input, products.weight, products.grad
+    output = products.public(by_pytorch=True)()
+    expected = F.linear(input, weight, products.bias)
+    if activation is not None:
+        expected = F.gelu(expected, approximate="tanh")
+    torch.testing.assert_close(output, expected)
+    with backend.use_backend("triton"):
+        torch.testing.assert_close(products.public(by_pytorch=False)(), output)
+        gradients = products.step(by_pytorch=False)()
+    torch.testing.assert_close(gradients, products.step(by_pytorch=True)())
+    assert len(gradients) == 2 + bias  # type: ignore[arg-type]
+    native = {product: products.by_pytorch(product)() for product in tables.PRODUCTS[:-1]}
+    torch.testing.assert_close(native["output"], (output,))
+    torch.testing.assert_close(native["gradients"], native["grad_input"] + native["grad_weight"])
+    of_weight = (grad.mT @ input, grad.sum(0)) if bias else (grad.mT @ input,)
+    torch.testing.assert_close(native["gradients"], (grad @ weight, *of_weight))
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of tensors that are made within it and live at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage())
+        return result
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if size and address not in self.known:
+            self.known.add(address)
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.drop, address, size)
+
+    def drop(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.now -= size
+
+
+@pytest.mark.parametrize(
+    ("product", "sizes"),
+    [
+        ("output", (128, 16, 256)),
+        ("grad_input", (16, 256, 128)),
+        ("grad_weight", (256, 128, 16)),
+        ("gradients", (16, 256, 128)),
+    ],
+)
+def test_what_is_held_at_once_is_counted(
+    product: str, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune_layer, "CANDIDATES", 1)
+    monkeypatch.setattr(tune_layer, "PAIRS", 1)
+    layer = tune_layer.Layer(torch.float16, False, None, False, *sizes)
+    with Held() as held:
+        tune_rows._exact_calls(tune_layer.Products(layer, torch.device("cpu")), product)
+    assert layer.bytes / 2 < held.most <= layer.bytes
 
 
 @pytest.mark.parametrize(("together", "won"), [(0.5, True), (1.0, False), (1.5, False)])
