@@ -165,20 +165,24 @@ class Held(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("product", "sizes"),
+    ("product", "activation", "sizes"),
     [
-        ("output", (128, 16, 256)),
-        ("grad_input", (16, 256, 128)),
-        ("grad_weight", (256, 128, 16)),
-        ("gradients", (16, 256, 128)),
+        ("output", None, (128, 16, 256)),
+        ("output", "relu_squared", (128, 16, 256)),
+        ("grad_input", None, (16, 256, 128)),
+        ("grad_weight", None, (256, 128, 16)),
+        ("gradients", None, (16, 256, 128)),
     ],
 )
 def test_what_is_held_at_once_is_counted(
-    product: str, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+    product: str,
+    activation: str | None,
+    sizes: tuple[int, int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tune_layer, "CANDIDATES", 1)
     monkeypatch.setattr(tune_layer, "PAIRS", 1)
-    layer = tune_layer.Layer(torch.float16, False, None, False, *sizes)
+    layer = tune_layer.Layer(torch.float16, False, activation, False, *sizes)
     with Held() as held:
         tune_rows._exact_calls(tune_layer.Products(layer, torch.device("cpu")), product)
     assert layer.bytes / 2 < held.most <= layer.bytes
