@@ -772,6 +772,20 @@ MUTANTS = [
         TABLES,
     ),
     Mutant(
+        "a row of an odd output counts as aligned under an activation",
+        "kernels/tables.py",
+        "whole = (n, k) if applies or wide else read",
+        "whole = read",
+        TABLES,
+    ),
+    Mutant(
+        "a row of more warps than a program can have is legal",
+        "kernels/legality.py",
+        "    if config.num_warps > most:\n",
+        "    if config.num_warps < 1:\n",
+        TABLES,
+    ),
+    Mutant(
         "an exported layer goes by the table",
         "fastlinear/by_table.py",
         " or torch.compiler.is_exporting()",
