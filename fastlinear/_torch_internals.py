@@ -56,6 +56,14 @@ def constant_to_dynamo(function: Callable[..., Any]) -> None:
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def exporting() -> bool:
+    """Whether torch.export traces; Dynamo of torch 2.11 itself would say so of any compilation."""
+    return torch.compiler.is_exporting()
+
+
+constant_to_dynamo(exporting)
+
+
 def hide_from_dynamo(function: Callable[..., Any]) -> None:
     """Makes Dynamo run `function`, and what it calls, as it stands.
 

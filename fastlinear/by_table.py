@@ -89,7 +89,7 @@ def kernels_win(input: Tensor, weight: Tensor, bias: Tensor | None, activation: 
     compiling = torch.compiler.is_dynamo_compiling()
     # A parameter's sizes are constants there; others' may be symbols. What is exported is to run
     # without the table, and without this package.
-    if compiling and (not isinstance(weight, Parameter) or torch.compiler.is_exporting()):
+    if compiling and (not isinstance(weight, Parameter) or internals.exporting()):
         return False
     (n, k), device = weight.shape, input.device
     if not k or input.shape[-1] != k:

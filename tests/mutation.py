@@ -788,7 +788,7 @@ MUTANTS = [
     Mutant(
         "an exported layer goes by the table",
         "fastlinear/by_table.py",
-        " or torch.compiler.is_exporting()",
+        " or internals.exporting()",
         "",
         TABLES,
     ),
