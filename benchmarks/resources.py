@@ -9,13 +9,19 @@ With `--check` it also compares with benchmarks/results/resources.json, and name
 `--json benchmarks/results/resources.json` writes that table anew. With it comes
 kernels/resources.json: of that table what the choice of a configuration goes by, the programs that
 share a multiprocessor.
+
+The table says of which sources it is. `--check --sample 3` compiles a third of the cases, drawn
+anew each time, where it is of those at hand and of this Triton: the compiler would say the same of
+the others again. Else it compiles all.
 """
 
 import argparse
 import collections
+import hashlib
 import json
 import multiprocessing
 import os
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,6 +40,7 @@ Table = dict[str, Row]  # by the case's name
 
 COMMITTED = Path(__file__).with_name("results") / "resources.json"
 SHIPPED = Path(__file__).parent.parent / "kernels" / "resources.json"
+READERS = ("ahead_of_time", "compiled", "occupancy")  # of benchmarks/
 # Which kernel's configurations a product's are.
 KERNELS: dict[str, Kernel] = {
     "output": "forward",
@@ -63,6 +70,13 @@ WORDS = {
 }
 
 
+def sources() -> str:
+    """A hash of all that decides what is compiled, and what is read from it, but for Triton."""
+    readers = (Path(__file__).with_name(f"{name}.py") for name in READERS)
+    files = [*sorted(SHIPPED.parent.glob("*.py")), *readers]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def write_table(table: Table, path: Path) -> None:
     """One case a line, in the order of their names."""
     rows = ",\n".join(
@@ -70,8 +84,8 @@ def write_table(table: Table, path: Path) -> None:
         for name, row in sorted(table.items())
         if not row.get("error")
     )
-    head = f'{{\n "triton": "{triton.__version__}",\n "waves of": {occupancy.SIDE},\n "cases": {{\n'
-    path.write_text(head + rows + "\n }\n}\n")
+    head = {"triton": triton.__version__, "sources": sources(), "waves of": occupancy.SIDE}
+    path.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "cases": {{\n{rows}\n }}\n}}\n')
 
 
 def residents(table: Table, known: list[Case]) -> dict[str, dict[str, int]]:
@@ -190,12 +204,29 @@ def main() -> None:
         const=COMMITTED,
         help="compare with this table, the committed one unless another is named",
     )
+    parser.add_argument(
+        "--sample",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --check: compile one case in N, where the table is of these sources",
+    )
     arguments = parser.parse_args()
+    if arguments.sample < 1:
+        parser.error(f"--sample takes a number from 1 on, but got {arguments.sample}")
     if os.environ.get("TRITON_INTERPRET"):
         sys.exit("TRITON_INTERPRET is set: nothing would be compiled; unset it")
 
     committed = json.loads(arguments.check.read_text()) if arguments.check else None
     wanted = [case for case in cases(arguments.targets) if arguments.only in case.name]
+    names = {case.name for case in wanted}
+    known = committed is not None and (committed["triton"], committed.get("sources")) == (
+        triton.__version__,
+        sources(),
+    )
+    if known and arguments.sample > 1:
+        wanted = random.sample(wanted, -(-len(wanted) // arguments.sample))
+        print(f"the table is of these sources: {len(wanted)} of {len(names)} are compiled again")
     table, faults = measure(wanted)
     print_totals(table)
     if arguments.json:
@@ -206,10 +237,12 @@ def main() -> None:
     failures = [f"FAULT: {fault}" for fault in faults]
     if committed:
         incomparable = why_incomparable(triton.__version__, committed["triton"])
+        left_out = names - {case.name for case in wanted}
         asked_for = {
             name: row
             for name, row in committed["cases"].items()
             if name.split()[0] in arguments.targets and arguments.only in name
+            if name not in left_out
         }
         worse = [] if incomparable else worsened(table, asked_for)
         failures += [f"WORSE: {one}" for one in worse]

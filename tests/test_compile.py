@@ -5,6 +5,7 @@ No GPU need be at hand.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,13 +40,13 @@ $L__BB0_5:
 def test_compiles_within_the_resources_of_every_target(tmp_path: Path) -> None:
     """No spill, no more shared memory than there is, and the expected matrix instructions.
 
-    And nothing of it worse than in the committed table. One command for all: each import of torch
-    and Triton takes seconds, and the rest minutes, where Triton's cache is empty.
+    And nothing of it worse than in the committed table: of all cases, or of a third, drawn anew in
+    each run, where that table is of the very sources at hand.
     """
     found = tmp_path / "found.json"
     # A process of its own: this one may have imported Triton as an interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = ["-m", "benchmarks.resources", "--check", "--json", str(found)]
+    command = ["-m", "benchmarks.resources", "--check", "--sample", "3", "--json", str(found)]
     result = subprocess.run(
         [sys.executable, *command],
         capture_output=True,
@@ -62,7 +63,7 @@ def test_compiles_within_the_resources_of_every_target(tmp_path: Path) -> None:
     table = json.loads(found.read_text())
     assert table["triton"] == triton.__version__
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        assert sum(name.startswith(f"{target} ") for name in table["cases"]) >= 300
+        assert sum(name.startswith(f"{target} ") for name in table["cases"]) >= 60
     assert f"{len(table['cases'])} compared, 0 worse" in result.stdout or (
         "not compared" in result.stdout
     )
@@ -107,6 +108,20 @@ def test_resources_says_that_another_triton_is_not_compared() -> None:
     assert resources.why_incomparable("3.10.0", "3.1.0") == (
         "not compared: the table is of Triton 3.1, this is Triton 3.10"
     )
+
+
+def test_resources_of_other_sources_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any kernel's source counts; the table that is committed is of those that are committed."""
+    committed = json.loads(resources.COMMITTED.read_text())
+    assert committed["sources"] == resources.sources(), "run benchmarks.resources --json"
+    changed = tmp_path / "kernels"
+    shutil.copytree(resources.SHIPPED.parent, changed)
+    monkeypatch.setattr(resources, "SHIPPED", changed / "resources.json")
+    assert resources.sources() == committed["sources"]
+    (changed / "reduction.py").write_text("# another\n")
+    assert resources.sources() != committed["sources"]
 
 
 def test_resources_reads_back_what_it_writes(tmp_path: Path) -> None:
