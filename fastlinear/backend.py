@@ -9,7 +9,7 @@ import functools
 import os
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastlinear import _torch_internals as internals
 from fastlinear import tuned
-from fastlinear.kernels.configs import OF_PIECES
+from fastlinear.kernels.configs import OF_PIECES, PYTORCH
 from fastlinear.kernels.operands import (
     DTYPES,
     FROM_OUTPUT,
@@ -26,7 +26,6 @@ from fastlinear.kernels.operands import (
     check_gated_backward_shapes,
     check_saved_shape,
 )
-from fastlinear.tuned import PYTORCH
 
 if TYPE_CHECKING:
     from fastlinear.kernels.tables import Row
@@ -84,12 +83,7 @@ class use_backend:
         self.previous.append(current)
         current = self.backend
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         global current
         current = self.previous.pop()
 
@@ -125,14 +119,9 @@ class batch_invariant(use_backend):
         invariant = True
         _choose_settings()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         global invariant
-        super().__exit__(kind, error, traceback)
+        super().__exit__(*error)
         invariant = self.outer.pop()
         _choose_settings()
 
@@ -171,12 +160,7 @@ class use_float32_products:
         float32_products = self.products
         _choose_settings()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         global float32_products
         float32_products = self.previous.pop()
         _choose_settings()

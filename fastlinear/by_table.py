@@ -10,8 +10,8 @@ from torch.nn import Parameter
 from fastlinear import _torch_internals as internals
 from fastlinear import backend, lookup, tuned
 from fastlinear.kernels import tables
-from fastlinear.kernels.configs import BackwardConfig, Config
-from fastlinear.kernels.tables import PYTORCH, Key
+from fastlinear.kernels.configs import PYTORCH, BackwardConfig, Config
+from fastlinear.kernels.tables import Key
 from fastlinear.lookup import Found
 
 

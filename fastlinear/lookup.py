@@ -16,7 +16,8 @@ import torch
 import fastlinear
 from fastlinear import tuned
 from fastlinear.kernels import tables
-from fastlinear.kernels.tables import PYTORCH, Key, Row, Table
+from fastlinear.kernels.configs import PYTORCH
+from fastlinear.kernels.tables import Key, Row, Table
 
 INTERPRETER = "Triton interpreter"
 

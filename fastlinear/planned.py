@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlinear import backend, tuned
-from fastlinear.kernels.configs import BackwardConfig, Config, Traits
+from fastlinear.kernels.configs import PYTORCH, BackwardConfig, Config, Traits
 from fastlinear.kernels.model import modelled_time
 from fastlinear.kernels.pair_model import pair_time
 from fastlinear.kernels.tables import KERNEL_OF
@@ -119,7 +119,7 @@ def plans_of(
         if found is not None:
             row = found.row
             table = f"{found.file} of {found.date}, PyTorch {row.pytorch_device_us:.4g} us"
-            if row.candidate == tuned.PYTORCH:
+            if row.candidate == PYTORCH:
                 plan = Plan(None, None)
             plans[product] = plan._replace(microseconds=row.device_us, table=table)
         elif backend.current == "auto" and plan.config is not None:

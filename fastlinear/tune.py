@@ -21,7 +21,8 @@ import torch
 from fastlinear import backend, lookup, tuned
 from fastlinear.activations import ACTIVATIONS
 from fastlinear.kernels import tables
-from fastlinear.kernels.tables import PYTORCH, Row
+from fastlinear.kernels.configs import PYTORCH
+from fastlinear.kernels.tables import Row
 from fastlinear.stopwatch import Measure, Stopwatch
 from fastlinear.tune_layer import Layer
 from fastlinear.tune_rows import measure_layer

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlinear import backend, by_table
+from fastlinear import backend, by_table, lookup
 from fastlinear.activations import ACTIVATIONS
 from fastlinear.functional import linear
 from fastlinear.kernels import tables
@@ -52,13 +52,13 @@ class Layer:
         return elements * (3 * self.dtype.itemsize + 3 * 8)
 
     def __str__(self) -> str:
-        dtype = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+        dtype = "tf32" if self.tf32 else lookup.name_of(self.dtype)
         words = [dtype, f"{self.n}x{self.k}", self.activation, None if self.bias else "no bias"]
         return " ".join(filter(None, [*words, f"{self.m} rows"]))
 
     def key(self, product: str) -> Key:
         """Of a product's row: "grad_input" has neither activation nor bias."""
-        name = str(self.dtype).removeprefix("torch.")
+        name = lookup.name_of(self.dtype)
         activation = self.activation if product in ("output", "training") else None
         bias = self.bias and product != "grad_input"
         return Key(product, name, self.precision, activation, bias, self.n, self.k, self.m)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastlinear import backend
 from fastlinear.kernels import tables
-from fastlinear.kernels.tables import KERNELS, PYTORCH, Candidate, Key, Row
+from fastlinear.kernels.configs import PYTORCH
+from fastlinear.kernels.tables import KERNELS, Candidate, Key, Row
 from fastlinear.stopwatch import Call, Measure
 from fastlinear.tune_layer import Layer, Products
 

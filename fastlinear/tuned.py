@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from fastlinear.kernels.tables import Row
 
-PYTORCH = "pytorch"  # as tables.PYTORCH
 SHIPPED = Path(fastlinear.kernels.__path__[0]) / "tuned"
 
 

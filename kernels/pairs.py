@@ -4,9 +4,21 @@ import functools
 
 from .configs import OF_PIECES, BackwardConfig, Traits
 from .legality import why_illegal
-from .tiles import shaped
+from .tiles import TILES_OF_PIECES, shaped
 
 Tile = tuple[int, int, int]  # rows, columns, depth
+# What several families share of the table below.
+_FLOAT32 = [
+    ((128, 64, 16), (128, 64, 16), 3, 8),
+    ((64, 64, 16), (64, 64, 16), 3, 8),
+    ((32, 64, 16), (32, 64, 16), 3, 4),
+    ((16, 64, 16), (32, 64, 16), 3, 4),
+]
+_FLOAT64 = [
+    ((64, 64, 16), (64, 64, 16), 3, 8),
+    ((32, 32, 16), (32, 32, 16), 3, 4),
+    ((16, 32, 16), (32, 32, 16), 3, 4),
+]
 # Tiles of grad_input, tiles of grad_weight, and the stages and warps of both, for a launch that
 # computes both, by the target's family and the arithmetic. The first are for many rows; for few,
 # grad_input's tiles are flat and deep, and grad_weight's shallow.
@@ -25,17 +37,8 @@ _PAIRS: dict[str, dict[str, list[tuple[Tile, Tile, int, int]]]] = {
             ((32, 64, 32), (64, 64, 32), 4, 4),
             ((16, 64, 32), (64, 64, 16), 4, 4),
         ],
-        "float32": [
-            ((128, 64, 16), (128, 64, 16), 3, 8),
-            ((64, 64, 16), (64, 64, 16), 3, 8),
-            ((32, 64, 16), (32, 64, 16), 3, 4),
-            ((16, 64, 16), (32, 64, 16), 3, 4),
-        ],
-        "float64": [
-            ((64, 64, 16), (64, 64, 16), 3, 8),
-            ((32, 32, 16), (32, 32, 16), 3, 4),
-            ((16, 32, 16), (32, 32, 16), 3, 4),
-        ],
+        "float32": _FLOAT32,
+        "float64": _FLOAT64,
     },
     "sm_90": {
         "16-bit": [
@@ -55,12 +58,7 @@ _PAIRS: dict[str, dict[str, list[tuple[Tile, Tile, int, int]]]] = {
             ((16, 64, 64), (64, 64, 16), 4, 4),
             ((16, 32, 32), (16, 32, 32), 4, 4),
         ],
-        "float32": [
-            ((128, 64, 16), (128, 64, 16), 3, 8),
-            ((64, 64, 16), (64, 64, 16), 3, 8),
-            ((32, 64, 16), (32, 64, 16), 3, 4),
-            ((16, 64, 16), (32, 64, 16), 3, 4),
-        ],
+        "float32": _FLOAT32,
         "float64": [
             ((64, 64, 16), (64, 64, 16), 3, 8),
             ((32, 32, 16), (32, 32, 16), 2, 4),
@@ -86,11 +84,7 @@ _PAIRS: dict[str, dict[str, list[tuple[Tile, Tile, int, int]]]] = {
             ((32, 64, 16), (32, 64, 16), 3, 4),
             ((16, 64, 16), (32, 64, 16), 3, 4),
         ],
-        "float64": [
-            ((64, 64, 16), (64, 64, 16), 3, 8),
-            ((32, 32, 16), (32, 32, 16), 3, 4),
-            ((16, 32, 16), (32, 32, 16), 3, 4),
-        ],
+        "float64": _FLOAT64,
     },
     "gfx942": {
         "16-bit": [
@@ -123,35 +117,6 @@ _PAIRS: dict[str, dict[str, list[tuple[Tile, Tile, int, int]]]] = {
         for kind in ("16-bit", "tf32", "float32", "float64")
     },
 }
-# The same for float32 products of pieces (tiles._TILES_OF_PIECES).
-_PAIRS_OF_PIECES: dict[str, list[tuple[Tile, Tile, int, int]]] = {
-    "sm_80": [
-        ((128, 64, 16), (128, 64, 16), 3, 8),
-        ((64, 64, 16), (64, 64, 16), 3, 4),
-        ((32, 64, 16), (32, 64, 16), 3, 4),
-        ((16, 64, 16), (16, 64, 16), 3, 4),
-    ],
-    "sm_90": [
-        ((128, 128, 16), (128, 128, 16), 3, 8),
-        ((128, 64, 16), (128, 64, 16), 3, 8),
-        ((64, 64, 16), (64, 64, 16), 3, 4),
-        ((32, 64, 16), (32, 64, 16), 3, 4),
-        ((16, 64, 16), (16, 64, 16), 3, 4),
-    ],
-    "sm_100": [
-        ((128, 64, 16), (128, 64, 16), 3, 8),
-        ((64, 64, 16), (64, 64, 16), 3, 4),
-        ((32, 64, 16), (32, 64, 16), 3, 4),
-        ((16, 64, 16), (16, 64, 16), 3, 4),
-    ],
-    "gfx942": [
-        ((128, 128, 16), (128, 128, 16), 2, 8),
-        ((128, 64, 16), (128, 64, 16), 2, 8),
-        ((64, 64, 16), (64, 64, 16), 2, 4),
-        ((16, 64, 16), (16, 64, 16), 2, 4),
-    ],
-    "interpreter": [((32, 32, 16), (32, 32, 16), 1, 1)],
-}
 
 
 @functools.cache
@@ -162,8 +127,10 @@ def legal_pairs(traits: Traits) -> tuple[BackwardConfig, ...]:
     `traits`, aligned says it of all operands, and second_product is of grad_input alone.
     """
     kind, family = traits.arithmetic, traits.target.family
-    of_pieces = kind in OF_PIECES
-    tiles = _PAIRS_OF_PIECES[family] if of_pieces else _PAIRS[family][kind]
+    if kind in OF_PIECES:  # both products have the forward's tiles
+        tiles = [(tile[:3], tile[:3], *tile[3:]) for tile in TILES_OF_PIECES[family]]
+    else:
+        tiles = _PAIRS[family][kind]
     pairs = [
         BackwardConfig(
             shaped("forward", *input, stages, warps),

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from .configs import BackwardConfig, Config, Kernel, Kind, Target, Traits
+from .configs import PYTORCH, BackwardConfig, Config, Kernel, Kind, Target, Traits
 from .legality import why_illegal
 from .operands import ACTIVATIONS
 
@@ -30,7 +30,6 @@ KERNEL_OF: dict[str, Kernel] = {
     "grad_input": "forward",
     "grad_weight": "backward_weight",
 }
-PYTORCH = "pytorch"
 KERNELS = "kernels"  # for the last two: each product as its own row says
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 PRECISION = re.compile("[a-z0-9]{1,16}")

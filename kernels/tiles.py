@@ -101,7 +101,7 @@ _TILES: dict[str, dict[str, list[tuple[int, int, int, int, int]]]] = {
 # The same for float32 products of pieces, which other kinds do not form. A step is as deep as one
 # instruction for bfloat16, which is what their error has been determined for
 # (benchmarks/accuracy.py).
-_TILES_OF_PIECES: dict[str, list[tuple[int, int, int, int, int]]] = {
+TILES_OF_PIECES: dict[str, list[tuple[int, int, int, int, int]]] = {
     "sm_80": [
         (128, 64, 16, 3, 8),
         (64, 64, 16, 3, 4),
@@ -256,7 +256,7 @@ def experimental_configs(traits: Traits) -> tuple[Config, ...]:
 def _shipped(kernel: Kernel, kind: Kind, arithmetic: str, family: str) -> list[Config]:
     if kind == "tiled":
         of_pieces = arithmetic in OF_PIECES
-        tiles = _TILES_OF_PIECES[family] if of_pieces else _TILES[family][arithmetic]
+        tiles = TILES_OF_PIECES[family] if of_pieces else _TILES[family][arithmetic]
         float32 = arithmetic in ("float32", "tf32") and family != "interpreter"
         if kernel == "gated_forward" and float32:
             tiles = [*tiles, _SMALLEST_GATED]

@@ -48,18 +48,22 @@ SHAPES = {
 }
 
 
+# dtypes that have configurations of their own, and how their products are formed.
+ARITHMETICS = [
+    ("float16", "ieee"),
+    ("float32", "ieee"),
+    ("float32", "tf32"),
+    ("float32", "bf16x6"),
+    ("float32", "tf32x3"),
+    ("float64", "ieee"),
+]
+
+
 def shipped_configs(kernel: Kernel, kind: Kind = "tiled") -> list[tuple[str, str, Config]]:
     """(dtype, precision, config) of every tile of every GPU; those that read alike once."""
     found = {}
     for target in TARGETS.values():
-        for dtype, precision in [
-            ("float16", "ieee"),
-            ("float32", "ieee"),
-            ("float32", "tf32"),
-            ("float32", "bf16x6"),
-            ("float32", "tf32x3"),
-            ("float64", "ieee"),
-        ]:
+        for dtype, precision in ARITHMETICS:
             traits = Traits(getattr(torch, dtype), precision, True, target)
             for config in legal_configs(kernel, traits, kind):
                 found[config.block_m, config.block_n, config.block_k, dtype, precision] = config
@@ -70,12 +74,7 @@ def shipped_pairs() -> list[tuple[str, str, BackwardConfig]]:
     """(dtype, precision, pair) of every pair of every GPU; those that read alike once."""
     found = {}
     for target in TARGETS.values():
-        for dtype, precision in [
-            ("float16", "ieee"),
-            ("float32", "ieee"),
-            ("float32", "tf32"),
-            ("float64", "ieee"),
-        ]:
+        for dtype, precision in ARITHMETICS:
             for pair in legal_pairs(Traits(getattr(torch, dtype), precision, True, target)):
                 blocks = [
                     (one.block_m, one.block_n, one.block_k) for one in (pair.input, pair.weight)

@@ -21,8 +21,8 @@ from torch._dynamo.testing import CompileCounter
 import fastlinear
 from fastlinear import backend, by_table, lookup, tuned
 from fastlinear.kernels import backward, backward_weight, forward, launch, tables
-from fastlinear.kernels.configs import BackwardConfig, Config, Traits
-from fastlinear.kernels.tables import KERNELS, PYTORCH, Key, Row, Table
+from fastlinear.kernels.configs import PYTORCH, BackwardConfig, Config, Traits
+from fastlinear.kernels.tables import KERNELS, Key, Row, Table
 
 N, K = 24, 40
 TILE = Config(32, 32, 32, num_warps=1, num_stages=1)

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastlinear
 from fastlinear import backend, tune, tune_layer, tune_rows
 from fastlinear.kernels import launch, tables
-from fastlinear.kernels.configs import BackwardConfig, Config
-from fastlinear.kernels.tables import KERNELS, PYTORCH, Row
+from fastlinear.kernels.configs import PYTORCH, BackwardConfig, Config
+from fastlinear.kernels.tables import KERNELS, Row
 from fastlinear.stopwatch import Call
 
 ROOT = Path(__file__).parent.parent
