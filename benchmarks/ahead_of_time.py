@@ -76,6 +76,7 @@ class Case:
     wide: bool = False  # 64-bit offsets
     activation: str | None = None
     odd: bool = False  # as many outputs as may be, where `aligned` says nothing of them
+    accumulates: bool = False  # grad_weight is added to what is there
 
     @property
     def label(self) -> str:
@@ -92,6 +93,7 @@ class Case:
             notes += " specialized" if config.warp_specialize else ""
         notes += ("" if self.aligned else " unaligned") + (" int64" if self.wide else "")
         notes += " odd" if self.odd else ""
+        notes += " accumulates" if self.accumulates else ""
         notes += f" {self.activation}" if self.activation else ""
         return (
             f"{self.target:7} {self.product:18} {self.dtype:9} {self.precision:6} {blocks}{notes}"
@@ -149,6 +151,7 @@ def cases(targets: list[str]) -> list[Case]:
                 ]
             for pair in legal_pairs(unaligned):
                 found += [Case(target, "backward", dtype, precision, pair, aligned=False)]
+            found += _accumulating_cases(target, dtype, precision)
             for activation in LARGEST:
                 given = {"activation": activation}
                 largest = legal_configs("forward", aligned._replace(activation=True))[0]
@@ -209,6 +212,23 @@ def cases(targets: list[str]) -> list[Case]:
             largest = legal_configs(kernel, half)[0]
             found += [Case(target, product, "float16", "ieee", largest)]
         found += persistent_cases(target)
+    return found
+
+
+def _accumulating_cases(target: str, dtype: str, precision: str) -> list[Case]:
+    """Every tile of grad_weight that is added to what is there.
+
+    Of sums in slices, which are added in parts of a tile, the largest alone.
+    """
+    aligned = Traits(getattr(torch, dtype), precision, True, TARGETS[target])
+    case = functools.partial(Case, target, dtype=dtype, precision=precision, accumulates=True)
+    found = []
+    for traits in (aligned, aligned._replace(aligned=False)):
+        given = {"aligned": traits.aligned}
+        weights, pairs = legal_configs("backward_weight", traits), legal_pairs(traits)
+        found += [case("grad_weight", config=config, **given) for config in weights]
+        found += [case("grad_weight_split", config=weights[0], **given)]
+        found += [case("backward", config=pair, **given) for pair in pairs]
     return found
 
 
@@ -362,20 +382,24 @@ def compile_case(case: Case) -> Any:
             options = config.compile_options(TARGETS[case.target])
         parts = {"partial_weight_ptr": accumulator, "partial_bias_ptr": accumulator}
         parts["counter_ptr"] = "*i32"
-        if case.product.startswith("grad_weight"):
-            kernel = backward_weight.linear_backward_weight_kernel
-            constants |= {"stride_gn": 1, "stride_ik": 1, "SPLIT": case.product.endswith("split")}
+        if case.product.startswith(("grad_weight", "backward")):
+            constants |= {"stride_gn": 1, "stride_ik": 1, "ACCUMULATE": case.accumulates}
+            if case.product.startswith("grad_weight"):
+                kernel = backward_weight.linear_backward_weight_kernel
+                constants["SPLIT"] = case.product.endswith("split")
+            else:
+                # A launch that splits has all that another has, but for what it adds a tile to.
+                kernel = grouped.linear_backward_kernel
+                constants |= {"stride_wk": 1, "SPLIT": not case.accumulates}
+                constants["SECOND_PRODUCT"] = case.product == "backward_of_two"
+                if case.product == "backward":
+                    constants["second_weight_ptr"] = None
             if constants["SPLIT"]:
-                pointers = parts
+                pointers |= parts
             else:
                 constants |= dict.fromkeys(parts)
-        elif case.product.startswith("backward"):
-            # A launch that splits has all that another has.
-            kernel, pointers = grouped.linear_backward_kernel, parts
-            constants |= {"stride_gn": 1, "stride_ik": 1, "stride_wk": 1, "SPLIT": True}
-            constants["SECOND_PRODUCT"] = case.product == "backward_of_two"
-            if case.product == "backward":
-                constants["second_weight_ptr"] = None
+            if case.accumulates:
+                pointers["grad_weight_ptr"] = accumulator
         elif case.product == "gated_output":
             kernel = gated.gated_linear_forward_kernel
             constants |= {

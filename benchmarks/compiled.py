@@ -186,8 +186,8 @@ def sums_apart(ttir: str) -> list[bool]:
     """Of each product whether what it adds to is something else than the total."""
     found = []
     for dot in re.finditer(r"(%\w+) = tt\.dot ", ttir):
-        # Beside a branch, or after it, the name may be another value's.
-        scope = ttir[dot.end() :].partition(f"{dot[1]} = ")[0]
+        # Beside a branch, or after it, the name may be another value's, or a loop's several.
+        scope = re.split(rf"{dot[1]}(?::\d+)? = ", ttir[dot.end() :], maxsplit=1)[0]
         found.append(bool(re.search(rf"arith\.(?:addf|subf) .*{dot[1]}\b", scope)))
     return found
 

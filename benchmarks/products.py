@@ -123,7 +123,7 @@ def linear(x: Tensor, w: Tensor, b: Tensor, g: Tensor, precision: str) -> Iterat
     def scales(which: slice, exact: Results) -> list[float]:
         sizes = native_backward(*sizes_of(g, x, w))[which]
         few = sizes_of_few(sizes, exact)
-        return few if which.stop == 1 else [*few[:-1], max(few[-1], bias_scale)]
+        return few if which.stop < 3 else [*few[:-1], max(few[-1], bias_scale)]
 
     yield Product(
         "linear_forward",
@@ -154,6 +154,32 @@ def linear(x: Tensor, w: Tensor, b: Tensor, g: Tensor, precision: str) -> Iterat
             "backward_weight",
             (g, x),
             scales=functools.partial(scales, slice(1, 3)),
+        )
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    start = torch.randn(w.shape, dtype=wide, device=w.device)
+
+    def into_main_grad(config: Any, splits: int | None) -> Results:
+        main_grad = start.clone()
+        backward_weight.linear_backward_weight(
+            g,
+            x,
+            main_grad=main_grad,
+            batched=batched,
+            precision=precision,
+            config=config,
+            splits=splits,
+        )
+        return (main_grad,)
+
+    for splits in (None, 3):
+        yield Product(
+            "linear_backward_weight into main_grad" + (f", {splits} splits" if splits else ""),
+            functools.partial(into_main_grad, splits=splits),
+            lambda: (start + native_backward(g.to(wide), x.to(wide), w.to(wide))[1],),
+            lambda: (start + exact()[1],),
+            "backward_weight",
+            (g, x),
+            scales=functools.partial(scales, slice(1, 2)),
         )
     for splits in (None, 3):
         yield Product(

@@ -77,6 +77,15 @@ def hide_from_dynamo(function: Callable[..., Any]) -> None:
     _eval_frame.set_code_exec_strategy(function.__code__, skip)
 
 
+def break_graph_at(function: Callable[..., Any]) -> None:
+    """Has compiled functions call `function` as it stands, between two graphs.
+
+    As torch.compiler.disable, which imports Dynamo.
+    """
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    hide_from_dynamo(function)
+
+
 def unwrapped(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """`op` without its Python wrapper, 0.2 us a call: for eager code, with plain tensors."""
     return op._op

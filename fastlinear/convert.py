@@ -190,8 +190,9 @@ def _why_not(layer: nn.Linear) -> str | None:
         return f"is a {kind.__name__}, not exactly nn.Linear"
     if "forward" in vars(layer):
         return "its forward is replaced on the instance, and would not be fastlinear's"
-    if hasattr(layer, "activation"):
-        return "has an attribute of its own called activation, which fastlinear.Linear would apply"
+    for name in ("activation", "accumulate_into_main_grad"):
+        if hasattr(layer, name):
+            return f"has an attribute of its own called {name}, which fastlinear.Linear would heed"
     return None
 
 
@@ -212,6 +213,8 @@ def _changed_since(layer: nn.Linear) -> str | None:
     _, activation = vars(layer).get(FOLD, (None, None))
     if layer.activation != activation:
         return "has got an activation since it was converted"
+    if layer.accumulate_into_main_grad:
+        return "accumulates into main_grad since it was converted, which an nn.Linear does not"
     return None
 
 

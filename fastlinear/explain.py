@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlinear import backend, tuned
+from fastlinear import backend, main_grad, tuned
 from fastlinear.functional import tables_say_so, why_not
 from fastlinear.kernels.configs import Config
 from fastlinear.kernels.operands import FROM_OUTPUT
@@ -139,6 +139,9 @@ def explain(layer: nn.Linear, input: Tensor) -> Explanation:
 
                 plans = plans_of(input, weight, bias, activation, dtype)
             products = _products(input, weight, bias, activation, dtype, plans)
+            if isinstance(layer, Linear) and layer.accumulate_into_main_grad:
+                by = "the kernel" if main_grad.by_the_kernels(input) else "PyTorch"
+                reason += f"; grad_weight is added to weight.main_grad by {by}"
         except RuntimeError as error:
             path, reason = None, f"it raises RuntimeError: {error}"
     return Explanation(

@@ -17,6 +17,7 @@ from fastlinear import _torch_internals as internals
 from fastlinear.activations import ACTIVATIONS
 from fastlinear.functional import batched_linear, gated_linear, linear
 from fastlinear.kernels.operands import check_activation
+from fastlinear.main_grad import linear_into_main_grad
 
 # torch.fx.symbolic_trace writes a module down as one call of its function, whose arguments then are
 # no tensors that a path could be chosen for.
@@ -57,14 +58,22 @@ class Linear(nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as `nn.Linear` takes them.
         activation: None, or the name of what is applied to the output, as in `fastlinear.linear`.
+        accumulate_into_main_grad: whether backward adds weight's gradient to `weight.main_grad`
+            instead of giving it to autograd, as Megatron-LM's and Transformer Engine's
+            `fuse_wgrad_accumulation` does (main_grad.py). main_grad is a contiguous float32 tensor
+            of weight's shape (float64 for a float64 weight), which is whoever trains's to attach,
+            zero and read; `weight.grad` stays as it is.
 
     Raises:
         ValueError: activation is none of these.
+        RuntimeError: on a call that is to be differentiated, accumulate_into_main_grad is set and
+            `weight.main_grad` is not there, or not such a tensor.
     """
 
     __constants__ = [*nn.Linear.__constants__, "activation"]  # noqa: RUF012  TorchScript wants a list
     # On the class, so that a layer made as `nn.Linear` (fastlinear.convert) has it too.
     activation: str | None = None
+    accumulate_into_main_grad: bool = False
 
     def __init__(
         self,
@@ -75,11 +84,14 @@ class Linear(nn.Linear):
         dtype: Any = None,
         *,
         activation: str | None = None,
+        accumulate_into_main_grad: bool = False,
     ) -> None:
         check_activation(activation)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         if activation is not None:
             self.activation = activation
+        if accumulate_into_main_grad:
+            self.accumulate_into_main_grad = True
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "activation":  # a module of that name would be registered, and never called
@@ -89,6 +101,8 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if internals.is_scripting():  # TorchScript compiles this branch alone
             return _scripted(F.linear(input, self.weight, self.bias), self.activation)
+        if self.accumulate_into_main_grad:
+            return linear_into_main_grad(input, self.weight, self.bias, self.activation)
         own = self._parameters
         if (
             type(self) is Linear  # a subclass, such as parametrizations make, may compute them
@@ -102,7 +116,8 @@ class Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         activation = "" if self.activation is None else f", activation={self.activation!r}"
-        return super().extra_repr() + activation
+        accumulate = ", accumulate_into_main_grad=True" if self.accumulate_into_main_grad else ""
+        return super().extra_repr() + activation + accumulate
 
 
 class BatchedLinear(nn.Module):
@@ -308,6 +323,7 @@ def is_plain(layer: nn.Module) -> bool:
     return (
         type(layer) is Linear
         and layer.activation is None
+        and not layer.accumulate_into_main_grad
         and "forward" not in vars(layer)
         and not internals.has_hooks(layer)
     )

@@ -17,7 +17,7 @@ from .choose_pair import choose_backward, choose_pair, starts_with_input
 from .configs import IN_LONG_SUMS, BackwardConfig, Config, Target, Traits, resolved_precision
 from .forward import linear_forward
 from .grouped import linear_backward_kernel
-from .operands import check_backward_shapes, check_same_kind
+from .operands import check_backward_shapes, check_main_grad, check_same_kind
 from .weight_problem import WeightShares, share_weight, weight_problem
 
 
@@ -80,13 +80,14 @@ def plan_backward(
     config: BackwardConfig | None,
     splits: int | None,
     batch_invariant: bool = False,
+    main_grad: launch.Fields | None = None,
 ) -> BackwardPlan:
     """How `linear_backward` goes about tensors like these.
 
     Args:
         operands: `launch.describe(grad_output, weight, input)`; without input there is no
             grad_weight.
-        second_weight: its fields, or None.
+        second_weight, main_grad: their fields, or None.
         bias, batched, precision, config, splits, batch_invariant: as in `linear_backward`.
     """
     grad_output, weight = launch.Operand(*operands[0]), launch.Operand(*operands[1])
@@ -101,7 +102,8 @@ def plan_backward(
     both = (*weight.shape[:-2], products * out_features, in_features)
     check_backward_shapes(grad_output.shape, input.shape, both, batched)
 
-    problem = weight_problem(grad_output, input, bias, batched, precision)
+    main = None if main_grad is None else launch.Operand(*main_grad)
+    problem = weight_problem(grad_output, input, main, bias, batched, precision)
     alone = operands[2] is None  # grad_input
     # A launch forms all its products in one way; if batch_invariant, other rows have no say in it.
     resolved = resolved_precision(
@@ -122,7 +124,8 @@ def plan_backward(
     traits = Traits(
         input.dtype,
         precision,
-        aligned=launch.aligned_product(*read, features=(out_features, in_features), whole=wide),
+        aligned=launch.aligned_product(*read, features=(out_features, in_features), whole=wide)
+        and (main is None or main.aligned),
         target=problem.target,
         wide=wide,
         second_product=second is not None,
@@ -186,6 +189,7 @@ def linear_backward(
     bias: bool,
     *,
     second_weight: Tensor | None = None,
+    main_grad: Tensor | None = None,
     batched: bool = False,
     precision: str = "ieee",
     config: BackwardConfig | None = None,
@@ -205,6 +209,7 @@ def linear_backward(
         second_weight: (N, K), lying as weight does: that of a second layer with the same input,
             whose features follow the first's in grad_output (*, 2 N). grad_input is then the sum
             of both products, in one accumulator.
+        main_grad: as in `linear_backward_weight`.
         batched, precision: as in `linear_backward_weight`.
         config: block sizes of a launch for all; None chooses by shape, dtype and device.
         splits: as in `linear_backward_weight`.
@@ -219,15 +224,20 @@ def linear_backward(
         RuntimeError: shapes, dtypes or devices are none of these, or the kernels cannot run on the
             device.
     """
-    apart = (bias, batched, precision, splits, batch_invariant)
+    apart = (bias, main_grad, batched, precision, splits, batch_invariant)
     if weight is None or (input is None and second_weight is None):
         return _backward_apart(grad_output, input, weight, *apart)
 
     operands = launch.describe(grad_output, weight, input)
     second = None if second_weight is None else launch.describe(second_weight, second_weight)[0]
+    main = None
+    if main_grad is not None and input is not None:
+        both = (*weight.shape[:-2], grad_output.shape[-1], weight.shape[-1])
+        check_main_grad(main_grad, both, weight)
+        main = launch.describe(main_grad, main_grad)[0]
     bias = bias and input is not None
     given = (bias, batched, precision, config, splits, batch_invariant)
-    plan = plan_backward(operands, second, *given)
+    plan = plan_backward(operands, second, *given, main)
     if plan.copy_grad_output:
         grad_output = grad_output.contiguous()
     if input is not None and plan.copy_input:
@@ -236,7 +246,9 @@ def linear_backward(
         return _backward_apart(grad_output, input, weight, *apart)
 
     grad_input = launch.allocate(weight, plan.grad_input)
-    grad_weight = None if input is None else launch.allocate(weight, plan.grad_weight)
+    grad_weight = None if input is None else main_grad
+    if grad_weight is None and input is not None:
+        grad_weight = launch.allocate(weight, plan.grad_weight)
     grad_bias = launch.allocate(weight, plan.grad_bias) if bias else None
     if plan.launch.grid != (0,):
         pointers = (
@@ -250,7 +262,7 @@ def linear_backward(
             *plan.shares.workspaces(weight),
         )
         launch.run(linear_backward_kernel, plan.launch, pointers)
-    return grad_input, grad_weight, grad_bias
+    return grad_input, (grad_weight if main_grad is None else None), grad_bias
 
 
 def _backward_apart(
@@ -258,6 +270,7 @@ def _backward_apart(
     input: Tensor | None,
     weight: Tensor | None,
     bias: bool,
+    main_grad: Tensor | None,
     batched: bool,
     precision: str,
     splits: int | None,
@@ -270,6 +283,7 @@ def _backward_apart(
             grad_output,
             input,
             bias,
+            main_grad=main_grad,
             batched=batched,
             precision=precision,
             splits=1 if batch_invariant else splits,

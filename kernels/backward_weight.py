@@ -10,7 +10,7 @@ from torch import Tensor
 from . import launch
 from .choose import choose
 from .configs import Config, Traits
-from .operands import check_backward_shapes, check_same_kind
+from .operands import check_backward_shapes, check_main_grad, check_same_kind
 from .weight_problem import WeightShares, share_weight, weight_problem
 from .weight_tile import backward_weight_tile
 
@@ -43,6 +43,7 @@ def linear_backward_weight_kernel(
     stride_ik,
     HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     NESTED_GRAD_OUTPUT: tl.constexpr,
     NESTED_INPUT: tl.constexpr,
     OFFSET_DTYPE: tl.constexpr,
@@ -85,6 +86,7 @@ def linear_backward_weight_kernel(
         stride_ik,
         HAS_BIAS=HAS_BIAS,
         SPLIT=SPLIT,
+        ACCUMULATE=ACCUMULATE,
         NESTED_GRAD_OUTPUT=NESTED_GRAD_OUTPUT,
         NESTED_INPUT=NESTED_INPUT,
         OFFSET_DTYPE=OFFSET_DTYPE,
@@ -114,19 +116,25 @@ class BackwardWeightPlan(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def plan_backward_weight(
-    operands: tuple[launch.Fields, launch.Fields, None],
+    operands: tuple[launch.Fields, launch.Fields, launch.Fields | None],
     bias: bool,
     batched: bool,
     precision: str,
     config: Config | None,
     splits: int | None,
 ) -> BackwardWeightPlan:
-    """How `linear_backward_weight` goes about tensors like `describe(grad_output, input)`."""
+    """How `linear_backward_weight` goes about tensors like these.
+
+    Args:
+        operands: `launch.describe(grad_output, input, main_grad)`.
+        bias, batched, precision, config, splits: as it takes them.
+    """
     grad_output, input = launch.Operand(*operands[0]), launch.Operand(*operands[1])
     check_same_kind(grad_output=grad_output, input=input)
     check_backward_shapes(grad_output.shape, input.shape, None, batched)
 
-    problem = weight_problem(grad_output, input, bias, batched, precision)
+    main_grad = None if operands[2] is None else launch.Operand(*operands[2])
+    problem = weight_problem(grad_output, input, main_grad, bias, batched, precision)
     rows = problem.grad_output.operand, problem.input.operand
     if config is None:
         wide = launch.offset_dtype(*rows, problem.result) == tl.int64
@@ -134,7 +142,8 @@ def plan_backward_weight(
         traits = Traits(
             input.dtype,
             problem.precision,
-            aligned=launch.aligned_product(*rows, features=features, whole=wide),
+            aligned=launch.aligned_product(*rows, features=features, whole=wide)
+            and (main_grad is None or main_grad.aligned),
             target=problem.target,
             wide=wide,
         )
@@ -169,11 +178,12 @@ def linear_backward_weight(
     input: Tensor,
     bias: bool = False,
     *,
+    main_grad: Tensor | None = None,
     batched: bool = False,
     precision: str = "ieee",
     config: Config | None = None,
     splits: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:
     """Computes `grad_weight = grad_output.mT @ input` and `grad_bias = grad_output.sum(rows)`.
 
     Both come from the same pass, in one launch.
@@ -188,6 +198,8 @@ def linear_backward_weight(
         input: (*, K) or (B, M, K), with grad_output's leading dimensions, dtype and device; any
             strides.
         bias: whether grad_bias is wanted.
+        main_grad: None, or (N, K), contiguous, in float32 (float64 for float64), which grad_weight
+            is added to, unrounded, instead of being returned.
         batched: whether the first dimension counts independent layers.
         precision: how float32 products are formed, as in `linear_forward`. grad_bias is a plain
             sum in any case.
@@ -195,23 +207,26 @@ def linear_backward_weight(
         splits: programs that share each tile's rows; None chooses.
 
     Returns:
-        grad_weight (N, K) or (B, N, K), and grad_bias (N,) or (B, N), or None; contiguous, in
-            input's dtype.
+        grad_weight (N, K) or (B, N, K), None where it went into main_grad, and grad_bias (N,) or
+            (B, N), or None; contiguous, in input's dtype.
 
     Raises:
         RuntimeError: shapes, dtypes or devices are none of these, or the kernels cannot run on the
             device.
     """
-    operands = launch.describe(grad_output, input)
+    if main_grad is not None:
+        layers = input.shape[:1] if batched else ()
+        check_main_grad(main_grad, (*layers, grad_output.shape[-1], input.shape[-1]), input)
+    operands = launch.describe(grad_output, input, main_grad)
     plan = plan_backward_weight(operands, bias, batched, precision, config, splits)
     if plan.copy_grad_output:
         grad_output = grad_output.contiguous()
     if plan.copy_input:
         input = input.contiguous()
-    grad_weight = launch.allocate(input, plan.grad_weight)
+    grad_weight = launch.allocate(input, plan.grad_weight) if main_grad is None else main_grad
     grad_bias = launch.allocate(input, plan.grad_bias) if bias else None
     if plan.launch.grid != (0,):
         workspaces = plan.shares.workspaces(input)
         pointers = (grad_output, input, grad_weight, grad_bias, *workspaces)
         launch.run(linear_backward_weight_kernel, plan.launch, pointers)
-    return grad_weight, grad_bias
+    return (grad_weight if main_grad is None else None), grad_bias

@@ -1,6 +1,6 @@
 """Index arithmetic that every kernel shares.
 
-Which tile a program computes, and where a row lies in memory.
+Which tile a program computes, its halves, and where a row lies in memory.
 """
 
 import triton
@@ -30,3 +30,9 @@ def locate_rows(rows, inner_size, stride_outer, stride_inner, NESTED: tl.constex
         return (rows // inner_size) * stride_outer + (rows % inner_size) * stride_inner
     else:
         return rows * stride_inner
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tile.reshape((tile.shape[0], 2, tile.shape[1] // 2)).permute(0, 2, 1))

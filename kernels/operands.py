@@ -97,6 +97,31 @@ def check_backward_shapes(
         )
 
 
+def check_main_grad(main_grad: object, weight: Shape, like: torch.Tensor) -> None:
+    """Raises RuntimeError unless the gradient of a weight can be added to `main_grad`.
+
+    Args:
+        main_grad: what has to be a contiguous tensor in the dtype that products are summed in.
+        weight: its shape.
+        like: an operand of the product, for dtype and device.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if not isinstance(main_grad, torch.Tensor):
+        came = f"is {type(main_grad).__name__}"
+    elif (main_grad.dtype, main_grad.device) != (dtype, like.device):
+        came = f"is {main_grad.dtype} on {main_grad.device}"
+    elif main_grad.shape != torch.Size(weight):
+        came = f"has shape {tuple(main_grad.shape)}"
+    elif not main_grad.is_contiguous():
+        came = f"has strides {main_grad.stride()}"
+    else:
+        return
+    raise RuntimeError(
+        f"weight.main_grad has to be a contiguous {dtype} tensor of weight's shape "
+        f"{tuple(weight)} on {like.device}, but it {came}"
+    )
+
+
 def check_saved_shape(saved: Shape, grad_output: Shape) -> None:
     """Raises RuntimeError unless what an activation's gradient is taken from has its shape."""
     if tuple(saved) != tuple(grad_output):

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .configs import Config
 from .epilogue import activate
-from .indexing import locate_tile
+from .indexing import halves, locate_tile
 from .launch import Launch, stored
 from .precision import prepare_operand
 from .problem import ForwardLaunch, ForwardProblem
@@ -53,12 +53,6 @@ def load_tile(descriptor, first_row, first_k, TRANSPOSED: tl.constexpr):
         return descriptor.load([first_k, first_row]).T
     else:
         return descriptor.load([first_row, first_k])
-
-
-@triton.jit
-def halves(tile):
-    """The left and the right half of a tile's columns."""
-    return tl.split(tile.reshape((tile.shape[0], 2, tile.shape[1] // 2)).permute(0, 2, 1))
 
 
 @triton.jit

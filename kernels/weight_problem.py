@@ -16,6 +16,7 @@ class WeightProblem(NamedTuple):
 
     layers: (B,) where there is a batch of them, else ().
     n, k: out_features and in_features; the size of either's rows is M.
+    main_grad: what grad_weight is added to; None where it is to be a tensor of its own.
     bias: whether grad_bias is wanted.
     precision: a resolved one.
     """
@@ -25,6 +26,7 @@ class WeightProblem(NamedTuple):
     layers: tuple[int, ...]
     n: int
     k: int
+    main_grad: launch.Operand | None
     bias: bool
     precision: str
     target: Target
@@ -36,11 +38,18 @@ class WeightProblem(NamedTuple):
     @property
     def result(self) -> launch.Operand:
         """grad_weight."""
+        if self.main_grad is not None:
+            return self.main_grad
         return self.input.operand.contiguous(*self.layers, self.n, self.k)
 
 
 def weight_problem(
-    grad_output: launch.Operand, input: launch.Operand, bias: bool, batched: bool, precision: str
+    grad_output: launch.Operand,
+    input: launch.Operand,
+    main_grad: launch.Operand | None,
+    bias: bool,
+    batched: bool,
+    precision: str,
 ) -> WeightProblem:
     """The problem for such operands, which belong together."""
     target, rows = launch.target_of(input.device), launch.rows_of(input, batched=batched)
@@ -50,6 +59,7 @@ def weight_problem(
         input.shape[:1] if batched else (),
         grad_output.shape[-1],
         input.shape[-1],
+        main_grad,
         bias,
         resolved_precision(precision, input.dtype, grad_output.shape[-1], rows.size, target),
         target,
@@ -133,6 +143,7 @@ def share_weight(
         constants={
             "HAS_BIAS": problem.bias,
             "SPLIT": splits > 1,
+            "ACCUMULATE": problem.main_grad is not None,
             "NESTED_GRAD_OUTPUT": grad_output.nested,
             "NESTED_INPUT": input.nested,
             "SUM_BY_DOT": dtype.itemsize == 2,

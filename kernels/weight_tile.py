@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .indexing import locate_rows, locate_tile
+from .indexing import halves, locate_rows, locate_tile
 from .precision import add_product, empty_sum, prepare_operand, total_of
 from .reduction import arrives_last, sum_slices
 
@@ -41,6 +41,7 @@ def backward_weight_tile(
     stride_ik,
     HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     NESTED_GRAD_OUTPUT: tl.constexpr,
     NESTED_INPUT: tl.constexpr,
     OFFSET_DTYPE: tl.constexpr,
@@ -61,7 +62,8 @@ def backward_weight_tile(
     The `pid`-th program computes one BLOCK_N x BLOCK_K tile of one batch over one split's rows.
     Programs of the first column of tiles also sum the grad_output tiles that they hold, so that
     grad_bias reads nothing of its own. With SPLIT each stores its sums to a slice of its own, and
-    the last one of a tile adds the slices, in their order.
+    the last one of a tile adds the slices, in their order. With ACCUMULATE the sum is added to what
+    grad_weight holds, which is then of the accumulator's dtype.
 
     grad_output (B, M, N) and input (B, M, K) have any strides; grad_weight (B, N, K), grad_bias
     (B, N) and their parts (splits, B, ...) are contiguous. counter (B * tiles,) holds zeros.
@@ -132,11 +134,23 @@ def backward_weight_tile(
     acc = total_of(acc, INPUT_PRECISION)
     weight_ptr = partial_weight_ptr if SPLIT else grad_weight_ptr
     bias_ptr = partial_bias_ptr if SPLIT else grad_bias_ptr
-    tl.store(
-        weight_ptr + part * N * K + offs_n[:, None] * K + offs_k[None, :],
-        acc.to(weight_ptr.dtype.element_ty),
-        mask=mask_n[:, None] & mask_k[None, :],
-    )
+    weight_rows = weight_ptr + part * N * K + offs_n[:, None] * K
+    if ACCUMULATE and not SPLIT:
+        # In halves: all that is there would take as many registers as the sums.
+        parts = halves(acc)
+        COLUMNS: tl.constexpr = BLOCK_K // 2
+        for half in tl.static_range(2):
+            offs_half = tile_k * BLOCK_K + half * COLUMNS + tl.arange(0, COLUMNS)
+            mask_half = mask_n[:, None] & (offs_half < K)[None, :]
+            weight_ptrs = weight_rows + offs_half.to(OFFSET_DTYPE)[None, :]
+            there = tl.load(weight_ptrs, mask=mask_half, other=0.0)
+            tl.store(weight_ptrs, there + parts[half], mask=mask_half)
+    else:
+        tl.store(
+            weight_rows + offs_k[None, :],
+            acc.to(weight_ptr.dtype.element_ty),
+            mask=mask_n[:, None] & mask_k[None, :],
+        )
     if HAS_BIAS:
         if tile_k == 0:
             # The 16 columns of a product with ones are all the sum.
@@ -150,6 +164,8 @@ def backward_weight_tile(
                 offs = batch * N * K + offs_row[:, None] * K + offs_k[None, :]
                 mask = (offs_row < N)[:, None] & mask_k[None, :]
                 total = sum_slices(partial_weight_ptr + offs, mask, splits, layers * N * K)
+                if ACCUMULATE:
+                    total += tl.load(grad_weight_ptr + offs, mask=mask, other=0.0)
                 tl.store(grad_weight_ptr + offs, total.to(grad_weight_ptr.dtype.element_ty), mask)
             if HAS_BIAS:
                 if tile_k == 0:

@@ -48,6 +48,7 @@ INVARIANT = ("tests/test_batch_invariant.py",)
 LAUNCHED, SHORTCUT = ("tests/test_compiled_launch.py",), ("tests/test_shortcut.py",)
 GEMV = ("tests/test_gemv.py",)
 PERSISTENT = ("tests/test_persistent.py",)
+MAIN_GRAD = ("tests/test_main_grad.py",)
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,34 @@ MUTANTS = [
         "mask, splits, layers * N * K)",
         "mask, splits, tl.full((), N, OFFSET_DTYPE) * K)",
         TOGETHER,
+    ),
+    Mutant(
+        "main_grad: written over",
+        "kernels/weight_tile.py",
+        "there + parts[half]",
+        "parts[half]",
+        MAIN_GRAD,
+    ),
+    Mutant(
+        "main_grad: one half of a tile twice",
+        "kernels/weight_tile.py",
+        "there + parts[half]",
+        "there + parts[0]",
+        MAIN_GRAD,
+    ),
+    Mutant(
+        "main_grad: split sums written over it",
+        "kernels/weight_tile.py",
+        "total += tl.load(grad_weight_ptr + offs, mask=mask, other=0.0)",
+        "pass",
+        MAIN_GRAD,
+    ),
+    Mutant(
+        "main_grad: a gradient for autograd too",
+        "fastlinear/main_grad.py",
+        "        grad_weight = None\n",
+        "        grad_weight = main_grad.to(ctx.weight.dtype)\n",
+        MAIN_GRAD,
     ),
     Mutant(
         "split sums: only the first rows of a tile",

@@ -289,7 +289,7 @@ def test_numerics_find_no_fault(
     family: str, arithmetic: str, numerics: ModuleType, device: torch.device
 ) -> None:
     found = rows(numerics, family, arithmetic, device)
-    assert len(found) == {"linear": 6, "batched": 6, "activation": 4, "gated": 4}[family]
+    assert len(found) == {"linear": 8, "batched": 8, "activation": 4, "gated": 4}[family]
     assert [numerics.describe(row) for row in found if row["fault"]] == []
 
 
@@ -353,8 +353,8 @@ def test_numerics_write_what_each_process_finds(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads((tmp_path / "it.json").read_text())
     assert found["complete"]
-    assert len(found["rows"]) == 6
-    assert result.stdout == "6 checks, 0 at fault, 0 skipped\n"
+    assert len(found["rows"]) == 8
+    assert result.stdout == "8 checks, 0 at fault, 0 skipped\n"
 
 
 def test_numerics_out_of_time_end_their_processes(

@@ -1,0 +1,201 @@
+"""Gradients of weights that are summed in float32 over many backwards, outside of autograd.
+
+Training in 16 bits that adds the gradients of several batches up keeps their sum as
+`weight.main_grad`, in float32: Megatron-LM and Transformer Engine do. Left to autograd, each
+gradient is rounded to 16 bits, written, read again and added. The grad_weight kernel adds its
+float32 sums to main_grad instead of writing them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastlinear import _torch_internals as internals
+from fastlinear import backend
+from fastlinear.activations import ACTIVATIONS, GRADIENTS
+from fastlinear.activations import forward_op as activation_forward_op
+from fastlinear.functional import linear, tables_say_so, why_not
+from fastlinear.kernels.operands import FROM_OUTPUT, check_main_grad
+
+
+def linear_into_main_grad(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+) -> Tensor:
+    """`fastlinear.linear`, whose backward adds weight's gradient to `weight.main_grad`.
+
+    `main_grad += grad_preactivation.mT @ input`, with grad_preactivation and input in the dtype
+    that the layer computes in, autocast's where it is on. Backend "triton" computes all gradients
+    with the kernels, and "auto" this one on a GPU that they run on: they add the product to
+    main_grad before anything is rounded. Elsewhere PyTorch forms the product, rounded to that
+    dtype, and then adds it.
+
+    Autograd gets no gradient of weight. Where weight has an attribute `grad_added_to_main_grad`, as
+    Megatron-LM's has, that becomes True and autograd gets zeros, for the hooks that wait for it. A
+    function that is compiled calls this as it is (a graph break). Not differentiable twice.
+
+    Args:
+        input, weight, bias, activation: as in `fastlinear.linear`.
+
+    Raises:
+        RuntimeError: weight needs a gradient, and its `main_grad` is not there or does not fit it.
+        TypeError: the kernels cannot take the arguments; the message says why.
+        Exception: whatever `fastlinear.linear` raises.
+    """
+    if not (torch.is_grad_enabled() and weight.requires_grad):
+        return linear(input, weight, bias, activation)
+    reason = why_not(input, weight, bias)
+    if reason is not None:
+        F.linear(input, weight, bias)  # PyTorch's own error where it cannot take them either
+        raise TypeError(f"accumulate_into_main_grad takes {reason}")
+    _main_grad_of(weight)
+    device = input.device.type
+    dtype = backend.dtype_under(backend.autocast_dtype(device), input.dtype)
+    if bias is not None:
+        bias = bias.to(dtype).expand(weight.shape[:1])
+    with torch.autocast(device, enabled=False):
+        return _apply(input.to(dtype), weight, bias, activation)
+
+
+# What it does to a tensor that no graph knows is not for a compiler to reorder.
+internals.break_graph_at(linear_into_main_grad)
+
+
+def _main_grad_of(weight: Tensor) -> Tensor:
+    if not hasattr(weight, "main_grad"):
+        raise RuntimeError(
+            "accumulate_into_main_grad adds weight's gradient to weight.main_grad, a float32 "
+            f"tensor of its shape {tuple(weight.shape)}, but this weight has none"
+        )
+    main_grad: Tensor = weight.main_grad
+    check_main_grad(main_grad, weight.shape, weight)
+    return main_grad
+
+
+def by_the_kernels(input: Tensor) -> bool:
+    """Whether the kernels compute grad_weight."""
+    if backend.current == "auto" and input.is_cuda:
+        try:
+            backend.launchers().forward.launch.target_of(input.device)
+        except RuntimeError:  # no Triton, or a GPU that it does not know
+            return False
+        return True
+    return backend.current == "triton"
+
+
+class IntoMainGrad(torch.autograd.Function):
+    """The layer, and its gradients but for weight's, which goes into main_grad."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+    ) -> Tensor:
+        used = weight.to(input.dtype)
+        saved = None
+        if activation is None:
+            output = linear(input, used, bias)
+        elif backend.current == "triton" or tables_say_so(input, used, bias, activation):
+            output, saved = activation_forward_op(input, used, bias, activation)
+        else:
+            saved = F.linear(input, used, bias)
+            output = ACTIVATIONS[activation](saved)
+        if activation in FROM_OUTPUT:
+            saved = output
+        ctx.save_for_backward(input, used if ctx.needs_input_grad[0] else None, saved)
+        ctx.weight, ctx.activation = weight, activation
+        ctx.kernels, ctx.auto = by_the_kernels(input), backend.current == "auto"
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, used, saved = ctx.saved_tensors
+        main_grad = _main_grad_of(ctx.weight)
+        bias = ctx.needs_input_grad[2]
+        with torch.autocast(input.device.type, enabled=False):
+            if ctx.kernels and not ctx.auto:
+                grad_input, grad_bias = _together(
+                    grad_output, saved, input, used, bias, main_grad, ctx.activation
+                )
+            else:
+                if saved is not None:
+                    grad_output = GRADIENTS[ctx.activation](grad_output, saved)
+                grad_input = None if used is None else _grad_input(grad_output, used, ctx.auto)
+                add = _add_by_the_kernel if ctx.kernels else _add_by_pytorch
+                grad_bias = add(grad_output, input, bias, main_grad)
+        torch.autograd.graph.increment_version(main_grad)
+        grad_weight = None
+        if hasattr(ctx.weight, "grad_added_to_main_grad"):
+            ctx.weight.grad_added_to_main_grad = True
+            grad_weight = torch.zeros_like(ctx.weight)
+        return grad_input, grad_weight, grad_bias, None
+
+
+_apply: Callable[..., Tensor] = IntoMainGrad.apply
+
+
+def _together(
+    grad_output: Tensor,
+    saved: Tensor | None,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: bool,
+    main_grad: Tensor,
+    activation: str | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """All gradients by the kernels."""
+    kernels = backend.launchers()
+    if saved is not None:
+        grad_output = kernels.activation.activation_backward(
+            grad_output, saved.contiguous(), activation
+        )
+    grad_input, _, grad_bias = kernels.backward.linear_backward(
+        grad_output,
+        input,
+        weight,
+        bias,
+        main_grad=main_grad,
+        precision=backend.float32_precision(),
+        batch_invariant=backend.invariant,
+    )
+    return grad_input, grad_bias
+
+
+def _grad_input(grad_output: Tensor, weight: Tensor, auto: bool) -> Tensor:
+    """By PyTorch, or by a kernel where "auto" goes by a table that says so."""
+    if not auto:
+        return torch.matmul(grad_output, weight)
+    from fastlinear import by_table
+
+    with backend.as_its_forward(auto):
+        gradients = by_table.gradients(grad_output, None, weight, False)
+    assert gradients is not None
+    assert gradients[0] is not None
+    return gradients[0]
+
+
+def _add_by_the_kernel(
+    grad_output: Tensor, input: Tensor, bias: bool, main_grad: Tensor
+) -> Tensor | None:
+    """Adds to main_grad; returns grad_bias, if that is wanted."""
+    _, grad_bias = backend.launchers().backward_weight.linear_backward_weight(
+        grad_output, input, bias, main_grad=main_grad, precision=backend.float32_precision()
+    )
+    return grad_bias
+
+
+def _add_by_pytorch(
+    grad_output: Tensor, input: Tensor, bias: bool, main_grad: Tensor
+) -> Tensor | None:
+    """As `_add_by_the_kernel`."""
+    m = input.shape[:-1].numel()
+    rows = input.reshape(m, input.shape[-1])
+    grad_rows = grad_output.reshape(m, grad_output.shape[-1])
+    if main_grad.dtype == input.dtype:
+        main_grad.addmm_(grad_rows.mT, rows)
+    else:
+        main_grad.add_(grad_rows.mT @ rows)
+    return backend.sum_rows(grad_output, batched=False) if bias else None

@@ -1,0 +1,310 @@
+"""Gradients of weights that are added to `weight.main_grad`."""
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import DTYPES, exact_backward, normal, sum_scale
+from torch import nn
+
+import fastlinear
+from fastlinear import main_grad as module
+from fastlinear.kernels.backward import linear_backward
+from fastlinear.kernels.backward_weight import linear_backward_weight
+
+PATHS = ["torch", "auto", "auto with kernels", "triton"]
+ACTIVATIONS = [None, "relu", "gelu"]  # the derivative from the output, or from the pre-activation
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Each way to compute it; that of "auto" on a GPU by having the kernels run here."""
+    if request.param == "auto with kernels":
+        monkeypatch.setattr(module, "by_the_kernels", lambda input: True)
+    with fastlinear.use_backend(request.param.split()[0]):
+        yield request.param
+
+
+def accumulating(
+    in_features: int, out_features: int, device: torch.device, **options: Any
+) -> fastlinear.Linear:
+    layer = fastlinear.Linear(
+        in_features, out_features, device=device, accumulate_into_main_grad=True, **options
+    )
+    wide = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+    layer.weight.main_grad = torch.randn(layer.weight.shape, dtype=wide, device=device)
+    return layer
+
+
+def beside(layer: fastlinear.Linear) -> fastlinear.Linear:
+    """The same layer, whose gradients are autograd's."""
+    twin = fastlinear.Linear(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        device=layer.weight.device,
+        dtype=layer.weight.dtype,
+        activation=layer.activation,
+    )
+    twin.load_state_dict(layer.state_dict())
+    return twin
+
+
+@pytest.mark.parametrize("shape", [(), (5, 7), (0, 3)], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_are_those_of_the_layer(
+    activation: str | None, shape: tuple[int, ...], path: str, device: torch.device
+) -> None:
+    """In float64, where sums in another order differ by little."""
+    layer = accumulating(33, 40, device, dtype=torch.float64, activation=activation)
+    twin, start = beside(layer), layer.weight.main_grad.clone()
+    input = torch.randn(*shape, 33, dtype=torch.float64, device=device, requires_grad=True)
+    again = input.detach().clone().requires_grad_()
+    for _ in range(2):
+        grad_output = torch.randn(*shape, 40, dtype=torch.float64, device=device)
+        output = layer(input)
+        expected = twin(again)
+        torch.testing.assert_close(output, expected)
+        output.backward(grad_output)
+        expected.backward(grad_output)
+    assert layer.weight.grad is None
+    torch.testing.assert_close(layer.weight.main_grad - start, twin.weight.grad)
+    torch.testing.assert_close(layer.bias.grad, twin.bias.grad)
+    torch.testing.assert_close(input.grad, again.grad)
+
+
+@pytest.mark.parametrize("splits", [1, 5])
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(70, 50, 77), (517, 10, 20), (1, 40, 1), (0, 5, 7), (5, 7, 0)], ids=str
+)
+def test_the_kernels_add_unrounded_sums(
+    m: int, n: int, k: int, dtype: torch.dtype, together: bool, splits: int, device: torch.device
+) -> None:
+    """The error is that of the float32 sums: none of a gradient that was rounded to 16 bits."""
+    grad_output, input = normal((m, n), dtype, device), normal((m, k), dtype, device)
+    weight = normal((n, k), dtype, device)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    main_grad = normal((n, k), wide, device)
+    start = main_grad.clone().double()
+    given = {"main_grad": main_grad, "splits": splits}
+    if together:
+        _, grad_weight, grad_bias = linear_backward(grad_output, input, weight, True, **given)
+    else:
+        grad_weight, grad_bias = linear_backward_weight(grad_output, input, True, **given)
+    assert grad_weight is None
+    _, exact, exact_bias = exact_backward(grad_output, input, weight)
+    rough = {"rtol": 2e-2, "atol": 1e-2 * (m + 1) ** 0.5}  # test_backward.py has its error
+    torch.testing.assert_close(grad_bias.double(), exact_bias, **rough)
+    if exact.numel() == 0:
+        return
+    # One rounding of the total, and as many of the sum as it has terms, at its size on the way.
+    terms = grad_output.double()[:, :, None] * input.double()[:, None, :]
+    rounding = torch.finfo(wide).eps
+    budget = 2 * rounding * sum_scale(terms, wide, 0)
+    budget += rounding * (start + exact).abs().max().item()
+    error = (main_grad.double() - (start + exact)).abs().max().item()
+    assert error <= budget
+
+
+def test_same_bits_every_time(triton_backend: None, device: torch.device) -> None:
+    grad_output, input = (
+        torch.randn(300, size, dtype=torch.bfloat16, device=device) for size in (20, 30)
+    )
+    start = torch.randn(20, 30, device=device)
+    results = []
+    for _ in range(2):
+        main_grad = start.clone()
+        linear_backward_weight(grad_output, input, main_grad=main_grad, splits=4)
+        results.append(main_grad)
+    assert torch.equal(*results)
+
+
+def test_under_autocast(path: str, device: torch.device) -> None:
+    """The product is of what autocast makes of the operands, the sum float32."""
+    layer = accumulating(48, 40, device)
+    start = layer.weight.main_grad.clone()
+    input, grad_output = torch.randn(70, 48, device=device), torch.randn(70, 40, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        output = layer(input)
+        expected = nn.functional.linear(input, layer.weight, layer.bias)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected)
+    output.backward(grad_output.bfloat16())
+    exact = grad_output.bfloat16().double().mT @ input.bfloat16().double()
+    added = layer.weight.main_grad.double() - start
+    rounded = 0.0 if "kernels" in path or path == "triton" else 2.0**-8
+    torch.testing.assert_close(added, exact, rtol=rounded, atol=1e-4)
+    assert layer.bias.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_16_bits(path: str, dtype: torch.dtype, device: torch.device) -> None:
+    layer = accumulating(48, 40, device, dtype=dtype)
+    start = layer.weight.main_grad.clone()
+    input, grad_output = (torch.randn(70, size, dtype=dtype, device=device) for size in (48, 40))
+    layer(input).backward(grad_output)
+    exact = grad_output.double().mT @ input.double()
+    rounded = 0.0 if "kernels" in path or path == "triton" else torch.finfo(dtype).eps
+    added = layer.weight.main_grad.double() - start
+    torch.testing.assert_close(added, exact, rtol=rounded, atol=1e-4)
+
+
+def test_one_launch_and_no_tensor_for_the_gradient(
+    triton_backend: None, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    from fastlinear.kernels import launch
+
+    layer = accumulating(48, 40, device)
+    output = layer(torch.randn(70, 48, device=device, requires_grad=True))
+    launched, allocated, run, allocate = [], [], launch.run, launch.allocate
+    monkeypatch.setattr(launch, "run", lambda *given: (launched.append(given[0]), run(*given)))
+    monkeypatch.setattr(
+        launch, "allocate", lambda like, one: allocated.append(one.shape) or allocate(like, one)
+    )
+    output.sum().backward()
+    assert [kernel.__name__ for kernel in launched] == ["linear_backward_kernel"]
+    assert allocated == [(70, 48), (40,)]
+
+
+def test_without_main_grad_the_error_says_so(path: str, device: torch.device) -> None:
+    layer = fastlinear.Linear(3, 4, device=device, accumulate_into_main_grad=True)
+    input = torch.randn(2, 3, device=device)
+    with pytest.raises(RuntimeError, match=r"weight.main_grad.* shape \(4, 3\).* has none"):
+        layer(input)
+    with torch.no_grad():  # nothing is to be accumulated
+        torch.testing.assert_close(layer(input), beside(layer)(input))
+    layer.weight.requires_grad_(False)
+    layer(input).sum().backward()
+    assert layer.bias.grad is not None
+
+
+REFUSED = {
+    "no tensor": (lambda weight: [0.0], "is list"),
+    "dtype": (lambda weight: weight.bfloat16(), "is torch.bfloat16 on"),
+    "shape": (lambda weight: weight.mT, r"has shape \(3, 4\)"),
+    "strides": (lambda weight: weight.mT.contiguous().mT, r"has strides \(1, 4\)"),
+    "device": (lambda weight: weight.to("meta"), "is torch.float32 on meta"),
+}
+
+
+@pytest.mark.parametrize(("made", "said"), REFUSED.values(), ids=REFUSED)
+def test_another_main_grad_is_refused(made: Any, said: str, device: torch.device) -> None:
+    layer = fastlinear.Linear(3, 4, device=device, accumulate_into_main_grad=True)
+    layer.weight.main_grad = made(layer.weight.detach())
+    with pytest.raises(RuntimeError, match=f"contiguous torch.float32 tensor .* but it {said}"):
+        layer(torch.randn(2, 3, device=device))
+
+
+def test_another_main_grad_since_the_forward(path: str, device: torch.device) -> None:
+    """What is there when the gradient is, takes it; what does not fit any more is refused."""
+    layer = accumulating(3, 4, device)
+    input = torch.randn(2, 3, device=device)
+    output, late = layer(input), layer(input)
+    layer.weight.main_grad = torch.zeros(4, 3, device=device)
+    output.sum().backward()
+    torch.testing.assert_close(layer.weight.main_grad, input.sum(0).expand(4, 3).contiguous())
+    del layer.weight.main_grad
+    with pytest.raises(RuntimeError, match="has none"):
+        late.sum().backward()
+
+
+def test_hooks_of_autograd_get_zeros(path: str, device: torch.device) -> None:
+    """Where training waits for them, and says so by the attribute that Megatron-LM sets."""
+    layer = accumulating(3, 4, device)
+    layer.weight.grad_added_to_main_grad = False
+    layer(torch.randn(2, 3, device=device)).sum().backward()
+    assert layer.weight.grad_added_to_main_grad is True
+    assert torch.equal(layer.weight.grad, torch.zeros(4, 3, device=device))
+
+
+def test_autograd_knows_that_main_grad_changes(path: str, device: torch.device) -> None:
+    layer = accumulating(3, 4, device)
+    kept = (layer.weight.main_grad.requires_grad_() ** 2).sum()
+    layer.weight.main_grad.requires_grad_(False)
+    layer(torch.randn(2, 3, device=device)).sum().backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+
+
+def test_is_differentiated_once(path: str, device: torch.device) -> None:
+    layer = accumulating(3, 4, device)
+    input = torch.randn(2, 3, device=device, requires_grad=True)
+    (grad_input,) = torch.autograd.grad(layer(input).square().sum(), input, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad_input.sum().backward()
+
+
+def test_what_the_kernels_cannot_take(device: torch.device) -> None:
+    layer = accumulating(3, 4, device)
+    with pytest.raises(TypeError, match=r"main_grad takes float16.* is torch.complex64"):
+        module.linear_into_main_grad(
+            torch.randn(2, 3, dtype=torch.complex64, device=device),
+            nn.Parameter(torch.randn(4, 3, dtype=torch.complex64, device=device)),
+            None,
+            None,
+        )
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
+        layer(torch.randn(2, 5, device=device))
+
+
+# Dynamo looks at .grad of what lies between two graphs.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_within_a_compiled_function(path: str, device: torch.device) -> None:
+    layer = accumulating(3, 4, device)
+    start = layer.weight.main_grad.clone()
+    input = torch.randn(2, 3, device=device, requires_grad=True)
+    compiled = torch.compile(lambda x: layer(2 * x) + 1, backend="aot_eager")
+    compiled(input).sum().backward()
+    expected = 2 * input.detach().sum(0).expand(4, 3)
+    torch.testing.assert_close(layer.weight.main_grad - start, expected)
+
+
+def test_checkpointed_and_tied(path: str, device: torch.device) -> None:
+    """A forward that backward runs again, and a weight that two layers share, add once each."""
+    layer = accumulating(3, 3, device, bias=False)
+    start = layer.weight.main_grad.clone()
+    tied = fastlinear.Linear(3, 3, bias=False, device=device, accumulate_into_main_grad=True)
+    tied.weight = layer.weight
+    input = torch.randn(2, 3, device=device, requires_grad=True)
+    hidden = torch.utils.checkpoint.checkpoint(layer, input, use_reentrant=False)
+    tied(hidden).sum().backward()
+    weight = layer.weight.detach().clone().requires_grad_()
+    (input.detach() @ weight.mT @ weight.mT).sum().backward()
+    torch.testing.assert_close(layer.weight.main_grad - start, weight.grad)
+
+
+def test_gated_pair_of_such_layers(path: str, device: torch.device) -> None:
+    """Falls apart into its layers, each of which adds its own."""
+    pair = fastlinear.GatedLinear(3, 4, device=device)
+    expected = fastlinear.GatedLinear(3, 4, device=device)
+    expected.load_state_dict(pair.state_dict())
+    for layer in (pair.gate_proj, pair.up_proj):
+        layer.accumulate_into_main_grad = True
+        layer.weight.main_grad = torch.zeros(4, 3, device=device)
+    input = torch.randn(2, 3, device=device)
+    pair(input).sum().backward()
+    expected(input).sum().backward()
+    for name in ("gate_proj", "up_proj"):
+        weight = getattr(pair, name).weight
+        assert weight.grad is None
+        torch.testing.assert_close(weight.main_grad, getattr(expected, name).weight.grad)
+
+
+def test_convert_and_revert_leave_such_layers_alone(device: torch.device) -> None:
+    model = nn.Sequential(nn.Linear(3, 4, device=device), nn.Linear(4, 3, device=device))
+    fastlinear.convert(model)
+    model[0].accumulate_into_main_grad = True
+    report = fastlinear.revert(model)
+    assert [name for name, _ in report.skipped] == ["0"]
+    assert type(model[0]) is fastlinear.Linear
+    assert type(model[1]) is nn.Linear
+
+
+def test_repr_and_explain_say_so(path: str, device: torch.device) -> None:
+    layer = accumulating(3, 4, device)
+    assert "accumulate_into_main_grad=True" in repr(layer)
+    said = str(fastlinear.explain(layer, torch.randn(2, 3, device=device)))
+    by = "the kernel" if "kernels" in path or path == "triton" else "PyTorch"
+    assert f"grad_weight is added to weight.main_grad by {by}" in said
