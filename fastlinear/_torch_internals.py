@@ -77,6 +77,11 @@ def hide_from_dynamo(function: Callable[..., Any]) -> None:
     _eval_frame.set_code_exec_strategy(function.__code__, skip)
 
 
+def default_store() -> Any:
+    """That of the default process group, by which its ranks have found each other."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
 def break_graph_at(function: Callable[..., Any]) -> None:
     """Has compiled functions call `function` as it stands, between two graphs.
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlinear import _torch_internals as internals
-from fastlinear import tuned
+from fastlinear import ranks, tuned
 from fastlinear.kernels.configs import OF_PIECES, PYTORCH
 from fastlinear.kernels.operands import (
     DTYPES,
@@ -246,6 +246,18 @@ def _choose_settings() -> None:
 def use_tables(rows: dict[torch.device, tuple[Row, ...]] | None = None) -> None:
     """Goes by the tables that there are now, or by these rows alone."""
     tuned.reload(rows)
+    _choose_settings()
+
+
+def expect_ranks() -> None:
+    """Looks for the tables of other ranks, where there have come to be any."""
+    if not (tuned.available or tuned.settled) and ranks.expected():
+        use_tables()
+
+
+def use_no_tables() -> None:
+    """Asks for tables no more: no rank has one."""
+    tuned.settle()
     _choose_settings()
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils import parametrize
 
+from fastlinear import backend
 from fastlinear.fold import FOLD, find_pairs, fold, stay_folded, unfold
 from fastlinear.gated_mlp import gate, gated_layers, ungate
 from fastlinear.modules import Linear
@@ -87,6 +88,7 @@ def convert(
         TypeError: model is not an `nn.Module`.
         Exception: whatever filter raises; then nothing has been converted.
     """
+    backend.expect_ranks()
     layers, foldable = [], []
     skipped: dict[nn.Module, str] = {}
     for name, layer in _linear_layers(model, "convert"):

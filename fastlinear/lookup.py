@@ -1,7 +1,8 @@
 """The rows of tables: which hold for a device, and which of them is for a product.
 
-A device's tables are read once, when they are first asked for. The answer depends on the tables and
-on shapes alone: ranks that share a table choose alike, and nothing is measured here.
+A device's tables are read once, when they are first asked for, or again when there is a process
+group, all ranks of which go by one rank's. The answer depends on the tables and on shapes alone: so
+ranks choose alike, and nothing is measured here.
 """
 
 import functools
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 import fastlinear
-from fastlinear import tuned
+from fastlinear import backend, ranks, tuned
 from fastlinear.kernels import tables
 from fastlinear.kernels.configs import PYTORCH
 from fastlinear.kernels.tables import Key, Row, Table
@@ -64,8 +65,14 @@ def why_outdated(table: Table) -> str | None:
     return None
 
 
+_before_group: set[torch.device] = set()  # whose tables were read when there was no group yet
+
+
 def _found(device: torch.device) -> dict[Key, Found]:
     """All rows for a device that can be used here."""
+    if _before_group and ranks.in_group():
+        _before_group.clear()
+        backend.use_tables()
     return _read(device, tuned.generation)
 
 
@@ -76,7 +83,22 @@ def _read(device: torch.device, generation: int) -> dict[Key, Found]:
     name = device_name(device)
     if name is None:
         return {}
+    if not ranks.in_group():
+        _before_group.add(device)
+    files = ranks.agreed(name, _readable(name))
     found: dict[Key, Found] = {}
+    for path, text in files:
+        table = tables.parse(text)
+        for row in _usable(table, device):
+            found[row.key] = Found(row, Path(path), table.date)
+    if not files and not tuned.any_files() and ranks.in_group():
+        backend.use_no_tables()
+    return found
+
+
+def _readable(name: str) -> ranks.Files:
+    """This process's own tables for a device that were measured with the same software."""
+    files = []
     for folder in tuned.folders():
         path = folder / tables.file_name(name)
         if not os.path.exists(path):  # nor in a folder that nobody may look into
@@ -98,9 +120,8 @@ def _read(device: torch.device, generation: int) -> dict[Key, Found]:
                     stacklevel=2,
                 )
             continue
-        for row in _usable(table, device):
-            found[row.key] = Found(row, path, table.date)
-    return found
+        files.append((str(path), tables.as_text(table)))
+    return files
 
 
 def _usable(table: Table, device: torch.device) -> list[Row]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from fastlinear import _torch_internals as internals
+from fastlinear import backend
 from fastlinear.activations import ACTIVATIONS
 from fastlinear.functional import batched_linear, gated_linear, linear
 from fastlinear.kernels.operands import check_activation
@@ -87,6 +88,7 @@ class Linear(nn.Linear):
         accumulate_into_main_grad: bool = False,
     ) -> None:
         check_activation(activation)
+        backend.expect_ranks()
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         if activation is not None:
             self.activation = activation

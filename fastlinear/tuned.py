@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fastlinear.kernels
+from fastlinear import ranks
 
 if TYPE_CHECKING:
     import torch
@@ -48,15 +49,23 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
-# Whether there is a table at all, which every call asks first.
-available: bool = any_files()
+# Whether there is a table at all, which every call asks first. Another rank may have one.
+available: bool = any_files() or ranks.expected()
+settled = False  # the ranks have agreed that there is none
 generation = 0  # counts the times that tables were read anew
 given: dict[torch.device, tuple[Row, ...]] | None = None  # in the place of all tables
 
 
 def reload(rows: dict[torch.device, tuple[Row, ...]] | None = None) -> None:
     """Looks for tables again, or takes these rows for all that there is."""
-    global available, generation, given
+    global available, settled, generation, given
     given = rows
-    available = rows is not None or any_files()
+    available = rows is not None or any_files() or ranks.expected()
+    settled = False
     generation += 1
+
+
+def settle() -> None:
+    """Asks for tables no more: no rank has one."""
+    global available, settled
+    available, settled = False, True

@@ -49,6 +49,7 @@ LAUNCHED, SHORTCUT = ("tests/test_compiled_launch.py",), ("tests/test_shortcut.p
 GEMV = ("tests/test_gemv.py",)
 PERSISTENT = ("tests/test_persistent.py",)
 MAIN_GRAD = ("tests/test_main_grad.py",)
+RANKS = ("tests/test_ranks.py",)
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,20 @@ MUTANTS = [
         "        grad_weight = None\n",
         "        grad_weight = main_grad.to(ctx.weight.dtype)\n",
         MAIN_GRAD,
+    ),
+    Mutant(
+        "a rank goes by its own tables",
+        "fastlinear/ranks.py",
+        "    return theirs\n",
+        "    return mine\n",
+        RANKS,
+    ),
+    Mutant(
+        "tables from before there was a group stay",
+        "fastlinear/lookup.py",
+        "_before_group.add(device)",
+        "pass",
+        RANKS,
     ),
     Mutant(
         "split sums: only the first rows of a tile",

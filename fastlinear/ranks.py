@@ -1,0 +1,66 @@
+"""One set of tables for all ranks of a process group.
+
+Ranks that chose different kernels would round differently, and replicas of a parameter drift apart.
+So all go by the tables of one of them: the first that asks for those of its kind of GPU puts them
+into the group's store, where the others find them. No rank waits for another, and no collective is
+called.
+"""
+
+import json
+import os
+import warnings
+
+import torch
+import torch.distributed
+
+from fastlinear import _torch_internals as internals
+
+AVAILABLE: bool = torch.distributed.is_available()
+Files = list[tuple[str, str]]  # paths of tables, with the text of each
+
+
+def in_group() -> bool:
+    """Whether there is a process group."""
+    return AVAILABLE and torch.distributed.is_initialized()
+
+
+def expected() -> bool:
+    """Whether this process is one of several, or will be, by what torchrun tells it."""
+    if in_group():
+        return torch.distributed.get_world_size() > 1
+    return AVAILABLE and os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+
+
+def agreed(device: str, mine: Files) -> Files:
+    """The tables for `device`, its name, that all ranks of the default group go by.
+
+    Args:
+        device: by which tables know it.
+        mine: this rank's own.
+    """
+    if not in_group() or torch.distributed.get_world_size() == 1:
+        return mine
+    text = json.dumps(mine)
+    try:
+        # Sets what nobody has set yet, and returns what is there.
+        found = internals.default_store().compare_set(f"fastlinear/tables/{device}", "", text)
+    except (RuntimeError, NotImplementedError) as error:  # a store that cannot, as those of fakes
+        warnings.warn(
+            f"fastlinear cannot have all ranks go by one table: {error}; each goes by its own",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return mine
+    theirs: Files = [(path, table) for path, table in json.loads(found)]
+    if theirs != mine:
+        warnings.warn(
+            f"fastlinear goes by another rank's tables for {device}, {_names(theirs)}, and not by "
+            f"this rank's, {_names(mine)}, for all ranks to choose the same kernels",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return theirs
+
+
+def _names(files: Files) -> str:
+    return ", ".join(path for path, _ in files) or "none"
