@@ -8,15 +8,18 @@ planted because the line has changed.
 """
 
 import argparse
+import multiprocessing
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 FORWARD, BACKWARD, GRADIENTS, DISPATCH, BATCHED = (
@@ -50,6 +53,10 @@ GEMV = ("tests/test_gemv.py",)
 PERSISTENT = ("tests/test_persistent.py",)
 MAIN_GRAD = ("tests/test_main_grad.py",)
 RANKS = ("tests/test_ranks.py",)
+
+
+FORKS = multiprocessing.get_context("forkserver")
+OUTPUT = "output.txt"
 
 
 @dataclass(frozen=True)
@@ -1066,46 +1073,44 @@ def notices(mutant: Mutant) -> tuple[Mutant, bool, str]:
                 f"in {mutant.file}",
             )
         changed.write_text(text.replace(mutant.old, mutant.new))
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            *mutant.tests,
-        ]
-        environment = os.environ | {
-            "PYTHONPATH": folder,
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        environment.pop("PYTEST_XDIST_WORKER", None)
-        try:
-            result = subprocess.run(
-                command, cwd=folder, capture_output=True, text=True, env=environment, timeout=300
-            )
-        except subprocess.TimeoutExpired:
+        process = FORKS.Process(target=run_tests, args=(folder, mutant.tests))
+        process.start()
+        process.join(timeout=300)
+        if process.exitcode is None:
+            os.killpg(process.pid, signal.SIGKILL)
             return mutant, True, "noticed: the tests hang"
+        output = Path(folder, OUTPUT).read_text()
     seconds = f"{time.monotonic() - started:.0f} s"
-    if result.returncode == 1:
-        failed = [
-            line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))
-        ]
+    if process.exitcode == 1:
+        failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
         return (
             mutant,
             True,
             f"noticed in {seconds} "
             f"by {failed[0].split(' - ')[0].split('::')[-1] if failed else '?'}",
         )
-    if result.returncode == 0:
+    if process.exitcode == 0:
         return mutant, False, f"SURVIVED {' '.join(mutant.tests)} ({seconds})"
-    return (
-        mutant,
-        False,
-        f"pytest exited with {result.returncode}: {(result.stdout + result.stderr)[-500:]}",
-    )
+    return mutant, False, f"pytest exited with {process.exitcode}: {output[-500:]}"
+
+
+def run_tests(folder: str, tests: tuple[str, ...]) -> None:
+    """Runs `tests` with the package in `folder`, in a process that imports neither from elsewhere.
+
+    Exits with pytest's status.
+    """
+    import pytest
+
+    os.setsid()  # so that what the tests start can be ended with them
+    with Path(folder, OUTPUT).open("w") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
+    os.chdir(folder)
+    sys.path[:] = [folder, *(entry for entry in sys.path if Path(entry or ".") != ROOT / "tests")]
+    os.environ["PYTHONPATH"] = folder
+    status = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests])
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def main() -> None:
@@ -1113,6 +1118,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="plant the bugs whose name contains this")
     arguments = parser.parse_args()
     mutants = [mutant for mutant in MUTANTS if arguments.only in mutant.name]
+    # What the processes inherit: kernels that are interpreted where there is no GPU, as in
+    # conftest.py, and libraries that one process imports for all.
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    os.environ.pop("PYTEST_XDIST_WORKER", None)
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    FORKS.set_forkserver_preload(["numpy", "pytest", "torch", "triton"])
     killed = 0
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for mutant, noticed, how in pool.map(notices, mutants):
