@@ -6,7 +6,8 @@ fastlinear.Linear applies the ReLU itself. Per batch size it prints the loss, th
 and the memory of a step; the exit status is 1 if the layers disagree. Then it trains an ensemble of
 16 such networks, one after another and, with BatchedLinear, at once. It runs on the GPU if there is
 one. `--backend triton` without a GPU runs the kernels in Triton's interpreter, on a few of the
-digits. `--compare-step` instead times single steps of the two layers in turn.
+digits. `--compare-step` instead times single steps of the two layers in turn. With `--distributed`,
+torchrun's processes train fastlinear.Linear together: benchmarks/distributed.py.
 """
 
 import argparse
@@ -26,6 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+if not __package__:  # run by its path, as torchrun does: its siblings are found from the root
+    sys.path[0] = str(Path(__file__).parent.parent)
+
 from benchmarks.digits import (
     DIGITS_TOLERANCE,
     LOSS_TOLERANCE,
@@ -40,6 +44,7 @@ from benchmarks.digits import (
     read_digits,
 )
 from benchmarks.environment import environment
+from benchmarks.files import write_json
 
 NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
 FAST, NATIVE = "fastlinear.Linear", "nn.Linear"
@@ -341,7 +346,33 @@ def parse() -> argparse.Namespace:
     add("--quick", action="store_true", help="few epochs, no small batches")
     add("--compare-step", action="store_true", help="time single steps of the layers in turn")
     add("--out", type=Path, help="folder of the results; default: benchmarks/results/DEVICE")
-    return parser.parse_args()
+    add = parser.add_argument_group("several processes, started by torchrun").add_argument
+    add("--distributed", choices=["ddp", "fsdp", "tp"], help="how they share the work")
+    add("--checkpoint", type=Path, metavar="FOLDER", help="keep the last state here; go on from it")
+    add("--checkpoint-every", type=positive, default=100, metavar="STEPS", help="default: 100")
+    arguments = parser.parse_args()
+    if arguments.distributed and arguments.compare_step:
+        parser.error("--compare-step is of one process: leave out --distributed")
+    if arguments.distributed and len(arguments.batch_sizes or [1]) > 1:
+        parser.error("--distributed takes one batch size")
+    if arguments.checkpoint and not arguments.distributed:
+        parser.error("--checkpoint is of several processes: it takes --distributed")
+    return arguments
+
+
+def what_it_is(arguments: argparse.Namespace, digits: Digits, interpreted: bool) -> dict[str, Any]:
+    """What a file of results says before them."""
+    return {
+        "environment": environment(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "backend": arguments.backend,
+        "interpreted": interpreted,
+        "dtype": "float32",
+        "seed": arguments.seed,
+        "datapoints": len(digits.labels),
+        "datapoints_tested": len(digits.test_labels),
+        "rows": [],
+    }
 
 
 def main() -> None:
@@ -360,6 +391,10 @@ def main() -> None:
 
     layers = {FAST: fastlinear.Linear, NATIVE: nn.Linear}
     device = torch.device("cuda" if gpu else "cpu")
+    if arguments.distributed:
+        from benchmarks import distributed  # takes a second
+
+        device = distributed.start(arguments.distributed)
     digits = read_digits(128 if interpreted else None, arguments.seed, device)
     size, tested = len(digits.labels), len(digits.test_labels)
 
@@ -368,23 +403,24 @@ def main() -> None:
     chosen = arguments.batch_sizes or ([16, 64, WHOLE] if small else [1, 4, 16, 64, 256, WHOLE])
     batch_sizes = sorted({min(batch_size, size) for batch_size in chosen})
 
-    results: dict[str, Any] = {
-        "environment": environment(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "backend": arguments.backend,
-        "interpreted": interpreted,
-        "dtype": "float32",
-        "seed": arguments.seed,
-        "datapoints": size,
-        "datapoints_tested": tested,
-        "rows": [],
-    }
-    device_name = results["environment"]["device"] if gpu else "cpu"
+    device_name = torch.cuda.get_device_name() if gpu else "cpu"
     slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
     folder = arguments.out or Path(__file__).parent / "results" / slug
-    name = "train-steps" if arguments.compare_step else "train"
+    name = f"train-{arguments.distributed or 'steps' * arguments.compare_step}".rstrip("-")
     name += "-interpreted" * interpreted + "-quick" * arguments.quick
 
+    if arguments.distributed:
+        batch_size = batch_sizes[0] if arguments.batch_sizes else min(64, size)
+        with fastlinear.use_backend(arguments.backend):
+            row = distributed.train(arguments, fastlinear.Linear, digits, batch_size, epochs)
+        if row:
+            folder.mkdir(parents=True, exist_ok=True)
+            results = what_it_is(arguments, digits, interpreted) | {"rows": [row]}
+            write_json(folder / f"{name}.json", results)
+            distributed.conclude(row)
+        distributed.leave()
+
+    results = what_it_is(arguments, digits, interpreted)
     print(f"{size} digits to learn from, {tested} to test on; {caption(results)}")
     if interpreted:
         print(
