@@ -189,6 +189,30 @@ transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 tracing: Callable[[], object] = torch._C._get_tracing_state
 
 
+# Subclasses of Tensor that pass an op on to plain tensors of this rank: filled by
+# `know_distributed`, as to import them takes most of a second.
+DISTRIBUTED: set[type] = set()
+
+
+def know_distributed() -> None:
+    """Fills `DISTRIBUTED`: sharded tensors, and results of collectives that are on their way."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+    from torch.distributed.tensor import DTensor
+
+    DISTRIBUTED.update((DTensor, AsyncCollectiveTensor))
+
+
+def shard_by_all_arguments(op: torch._ops.OpOverload) -> None:
+    """Has DTensor look up the sharding of a call of `op` by all its arguments.
+
+    As registered by `register_sharding`, calls that differ in a bool, in a string or in which
+    tensor is None would be given one sharding.
+    """
+    from torch.distributed.tensor import DTensor
+
+    DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[op].static_argnum = 0
+
+
 def forward_ad_active() -> bool:
     """Whether tensors may carry tangents.
 

@@ -3,6 +3,8 @@
 `linear`, `batched_linear`, `gated_linear`, and what they can take.
 """
 
+import importlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -306,8 +308,11 @@ def tables_say_so(
 def _changes_meaning(tensor: Tensor) -> bool:
     """Whether operations on this subclass of Tensor give something else than a plain tensor.
 
-    Fake tensors and the like stand for plain ones, and switch __torch_function__ off.
+    Fake tensors and the like stand for plain ones, and switch __torch_function__ off. Distributed
+    tensors call the op with plain ones.
     """
+    if type(tensor) in internals.DISTRIBUTED:
+        return False
     stands_for_plain = type(tensor).__torch_function__ is torch._C._disabled_torch_function_impl
     return not stands_for_plain or is_traceable_wrapper_subclass(tensor)
 
@@ -410,3 +415,11 @@ def _unlike_layers(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | 
             f"but bias is {tuple(bias.shape)} and weight {tuple(weight.shape)}"
         )
     return None
+
+
+def _register_shardings() -> None:
+    importlib.import_module("fastlinear.sharding")
+
+
+# It takes most of a second to import, and before that there are no DTensors.
+internals.when_imported("torch.distributed.tensor", _register_shardings)

@@ -144,12 +144,11 @@ def differentiable_gradients(
     gate_weight: Tensor | None,
     up_weight: Tensor | None,
     bias: bool,
-) -> Gradients:
-    """`gated_linear_backward` from the gradients of gate and up, as differentiable ops."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of all operands from those of gate and up, as differentiable ops."""
     grad_input, *of_gate = gradients_of(grad_gate, input, gate_weight, bias, False)
     second_grad_input, *of_up = gradients_of(grad_up, input, up_weight, bias, False)
-    grad_weight, grad_bias = map(torch.cat, zip(of_gate, of_up, strict=True))
-    return grad_input + second_grad_input, grad_weight, grad_bias
+    return grad_input + second_grad_input, of_gate[0], of_up[0], of_gate[1], of_up[1]
 
 
 class GatedLinearFunction(internals.SingleLevelFunction):
@@ -200,10 +199,24 @@ class GatedLinearFunction(internals.SingleLevelFunction):
         input, gate_weight, up_weight, gate, up = ctx.saved_tensors
         needed, activation = ctx.needs_input_grad, ctx.activation
         bias = needed[3] or needed[4]
-        differentiated = torch.is_grad_enabled() or internals.forward_ad_active()
-        if grad_output is not None and grad_gate is None and grad_up is None and not differentiated:
-            gradients = backward_op(
+        by_parts = (
+            torch.is_grad_enabled()
+            or internals.forward_ad_active()
+            # A shard of each gradient is no shard of both as one matrix.
+            or type(gate) in internals.DISTRIBUTED
+        )
+        gradients: tuple[Tensor, ...]
+        if grad_output is not None and grad_gate is None and grad_up is None and not by_parts:
+            grad_input, grad_weight, grad_bias = backward_op(
                 grad_output, gate, up, input, gate_weight, up_weight, bias, activation
+            )
+            features = gate.shape[-1]
+            gradients = (
+                grad_input,
+                grad_weight[:features],
+                grad_weight[features:],
+                grad_bias[:features],
+                grad_bias[features:],
             )
         else:
             if grad_output is not None:
@@ -216,17 +229,10 @@ class GatedLinearFunction(internals.SingleLevelFunction):
             gradients = differentiable_gradients(
                 grad_gate, grad_up, input, gate_weight, up_weight, bias
             )
-        grad_input, grad_weight, grad_bias = gradients
-        features = gate.shape[-1]
-        return (
-            grad_input if needed[0] else None,
-            grad_weight[:features] if needed[1] else None,
-            grad_weight[features:] if needed[2] else None,
-            grad_bias[:features] if needed[3] else None,
-            grad_bias[features:] if needed[4] else None,
-            None,
-            None,
+        wanted = (
+            gradient if need else None for gradient, need in zip(gradients, needed[:5], strict=True)
         )
+        return *wanted, None, None
 
     @staticmethod
     def jvp(
@@ -299,8 +305,11 @@ def _backward_autograd(
     if torch.is_grad_enabled() and any(
         operand is not None and operand.requires_grad for operand in operands
     ):
-        gradients = gate_gradients(grad_output, gate, up, activation)
-        return differentiable_gradients(*gradients, input, gate_weight, up_weight, bias)
+        grad_gate, grad_up = gate_gradients(grad_output, gate, up, activation)
+        grad_input, *pairs = differentiable_gradients(
+            grad_gate, grad_up, input, gate_weight, up_weight, bias
+        )
+        return grad_input, torch.cat(pairs[:2]), torch.cat(pairs[2:])
     if not keys.raw_repr() & internals.BEYOND_PLAIN:
         return backend.gated_backward(*operands, bias, activation)
     with internals.below_autograd():
