@@ -57,6 +57,8 @@ RANKS = ("tests/test_ranks.py",)
 
 FORKS = multiprocessing.get_context("forkserver")
 OUTPUT = "output.txt"
+SHARDED = ("tests/test_distributed.py::test_op_over_shards_is_the_op_over_the_whole",)
+GATED_SHARDED = ("tests/test_distributed.py::test_gated_pair_in_parallel_is_two_of_nn_linear",)
 
 
 @dataclass(frozen=True)
@@ -1048,6 +1050,48 @@ MUTANTS = [
         'default = not invariant and float32_products == "ieee"',
         "default = not invariant",
         PIECES,
+    ),
+    Mutant(
+        "shards: the parts of a sum are activated",
+        "fastlinear/sharding.py",
+        "    return _forward(input, weight)\n",
+        "    return linear(input, weight, bias)\n",
+        SHARDED,
+    ),
+    Mutant(
+        "shards: every rank adds the whole bias to its part of a sum",
+        "fastlinear/sharding.py",
+        "[Shard(input.ndim - 1), in_features, Partial()]",
+        "[Shard(input.ndim - 1), in_features, WHOLE]",
+        SHARDED,
+    ),
+    Mutant(
+        "shards: a sum over a rank's rows is taken for the sum over all",
+        "fastlinear/sharding.py",
+        "[Shard(dim), Partial(), Partial()]",
+        "[Shard(dim), WHOLE, Partial()]",
+        SHARDED,
+    ),
+    Mutant(
+        "shards: both gradients of a gated pair are cut as one matrix",
+        "fastlinear/sharding.py",
+        "layers=0, by_columns=False",
+        "layers=0, by_columns=True",
+        SHARDED,
+    ),
+    Mutant(
+        "shards: gradients of a gated pair are gathered to be computed",
+        "fastlinear/gated.py",
+        "or type(gate) in internals.DISTRIBUTED",
+        "or False",
+        GATED_SHARDED,
+    ),
+    Mutant(
+        "shards: calls that ask for other gradients get one sharding",
+        "fastlinear/_torch_internals.py",
+        "op_to_schema_info[op].static_argnum = 0",
+        "op_to_schema_info[op].static_argnum = 100",
+        SHARDED,
     ),
 ]
 
