@@ -47,7 +47,7 @@ def linear_into_main_grad(
     """
     if not (torch.is_grad_enabled() and weight.requires_grad):
         return linear(input, weight, bias, activation)
-    reason = why_not(input, weight, bias)
+    reason = why_not(input, weight, bias) or _why_distributed(input, weight)
     if reason is not None:
         F.linear(input, weight, bias)  # PyTorch's own error where it cannot take them either
         raise TypeError(f"accumulate_into_main_grad takes {reason}")
@@ -62,6 +62,14 @@ def linear_into_main_grad(
 
 # What it does to a tensor that no graph knows is not for a compiler to reorder.
 internals.break_graph_at(linear_into_main_grad)
+
+
+def _why_distributed(input: Tensor, weight: Tensor) -> str | None:
+    """As `why_not`: the kernels are launched here, not by an op that shards would go through."""
+    for name, tensor in (("input", input), ("weight", weight)):
+        if type(tensor) in internals.DISTRIBUTED:
+            return f"plain tensors, but {name} is a {type(tensor).__name__}"
+    return None
 
 
 def _main_grad_of(weight: Tensor) -> Tensor:

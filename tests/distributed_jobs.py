@@ -8,10 +8,13 @@ import copy
 import functools
 import itertools
 import math
+import os
 import random
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 import torch._dynamo
 import torch.distributed as dist
@@ -42,6 +45,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import fastlinear
+import fastlinear.backend
+from fastlinear import lookup
+from fastlinear.kernels import compiled_launch, launch
 
 BATCH, SEQUENCE = 4, 8
 FEATURES, HIDDEN = 6, 12
@@ -473,3 +479,42 @@ def waited_for(seed: int) -> None:
     assert type(total) is not Tensor
     wanted = F.linear(dist.get_world_size() * part, layer.weight, layer.bias)
     assert_equal(layer(total), wanted, "output")
+
+
+def go_by_tables(folder: str, device: str) -> tuple[list[tuple[str, int]], list[float]]:
+    """Kernels, each with its BLOCK_M, and results of a step in "auto", with this rank's own tables.
+
+    Those lie in the subfolder of its number. They are for `device`, a name that no tables have been
+    agreed upon for yet.
+    """
+    os.environ["FASTLINEAR_CACHE"] = os.path.join(folder, str(dist.get_rank()))
+    launched: list[tuple[str, int]] = []
+
+    def spy(kernel: Any, plan: launch.Launch, pointers: tuple[Tensor | None, ...]) -> None:
+        launched.append((kernel.__name__, plan.constants["BLOCK_M"]))
+        compiled_launch.run(kernel, plan, pointers)
+
+    generator = torch.Generator().manual_seed(0)
+    with (
+        fastlinear.use_backend("auto"),
+        mock.patch.object(lookup, "INTERPRETER", device),
+        mock.patch.object(launch, "run", spy),
+    ):
+        fastlinear.backend.use_tables()
+        layer = fastlinear.Linear(FEATURES, HIDDEN)
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, generator=generator)
+        with torch.no_grad():
+            output = layer(torch.randn(BATCH, FEATURES, generator=generator))
+    fastlinear.backend.use_tables()
+    return launched, output.flatten().tolist()
+
+
+def main_grad_of_shards(seed: int) -> None:
+    """A weight that is sharded is refused: its gradient is for an op to compute."""
+    torch.manual_seed(seed)
+    layer = fastlinear.Linear(FEATURES, HIDDEN, accumulate_into_main_grad=True)
+    parallelize_module(layer, mesh_of(dist.get_world_size()), ColwiseParallel())
+    layer.weight.main_grad = torch.zeros_like(layer.weight)
+    with pytest.raises(TypeError, match="takes plain tensors, but input is a DTensor"):
+        layer(torch.randn(BATCH, FEATURES))

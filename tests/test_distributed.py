@@ -11,6 +11,11 @@ from pathlib import Path
 import pytest
 from ranks import Ranks, alive
 
+from fastlinear import lookup
+from fastlinear.kernels import tables
+from fastlinear.kernels.configs import Config
+from fastlinear.kernels.tables import Row, Table
+
 RANKS = 4
 
 
@@ -215,6 +220,25 @@ def test_batch_of_layers_over_ranks_is_as_many_of_nn_linear(ranks: Ranks, seed: 
 
 def test_result_of_a_collective_is_waited_for(ranks: Ranks, seed: int) -> None:
     ranks.run("waited_for", seed)
+
+
+def test_ranks_with_different_tables_choose_alike(ranks: Ranks, tmp_path: Path) -> None:
+    """Each has another block for the output; the last has no table at all."""
+    device = f"the interpreter of {tmp_path}"
+    for rank in range(RANKS - 1):
+        config = Config(16 << rank, 16, 16, num_warps=1, num_stages=1)
+        row = Row("output", "float32", "ieee", None, True, 12, 6, 4, config, 1.0, 1.0, 2.0, 2.0)
+        table = Table(device, "none", date="2026-01-02", rows=(row,), **lookup.software())
+        tables.write(tmp_path / str(rank) / tables.file_name(device), table)
+    (first, *others) = ranks.run("go_by_tables", str(tmp_path), device)
+    assert [first] * len(others) == others
+    launched, _ = first
+    # Whether the last, which has none, was the first to ask.
+    assert launched in ([], *([("linear_forward_kernel", 16 << rank)] for rank in range(RANKS - 1)))
+
+
+def test_main_grad_of_a_shard_is_refused(ranks: Ranks, seed: int) -> None:
+    ranks.run("main_grad_of_shards", seed)
 
 
 @pytest.mark.parametrize("first", ["fastlinear", "torch.distributed.tensor"])
