@@ -53,12 +53,11 @@ GEMV = ("tests/test_gemv.py",)
 PERSISTENT = ("tests/test_persistent.py",)
 MAIN_GRAD = ("tests/test_main_grad.py",)
 RANKS = ("tests/test_ranks.py",)
-
+SHARDED = ("tests/test_distributed.py::test_op_over_shards_is_the_op_over_the_whole",)
+GATED_SHARDED = ("tests/test_distributed.py::test_gated_pair_in_parallel_is_two_of_nn_linear",)
 
 FORKS = multiprocessing.get_context("forkserver")
 OUTPUT = "output.txt"
-SHARDED = ("tests/test_distributed.py::test_op_over_shards_is_the_op_over_the_whole",)
-GATED_SHARDED = ("tests/test_distributed.py::test_gated_pair_in_parallel_is_two_of_nn_linear",)
 
 
 @dataclass(frozen=True)
