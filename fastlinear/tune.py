@@ -147,6 +147,9 @@ def run(arguments: argparse.Namespace, measure: Measure | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; the same command goes on from the {len(new)} new rows in {path}")
         return 130
+    except OSError as error:  # the disk is full, say
+        kept = f"the {len(new)} new rows before are in it"
+        return _refuse(f"cannot use {path} for the table: {error}; {kept}", 1)
     finally:
         backend.use_tables()
     print(gained(new))

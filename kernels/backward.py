@@ -259,9 +259,11 @@ def linear_backward(
             grad_input,
             grad_input if grad_weight is None else grad_weight,
             grad_bias,
-            *plan.shares.workspaces(weight),
         )
-        launch.run(linear_backward_kernel, plan.launch, pointers)
+        if not plan.shares.run(linear_backward_kernel, plan.launch, pointers):
+            given = (bias, batched, precision, plan.config, 1, batch_invariant)
+            plan = plan_backward(operands, second, *given, main)
+            plan.shares.run(linear_backward_kernel, plan.launch, pointers)
     return grad_input, (grad_weight if main_grad is None else None), grad_bias
 
 

@@ -226,7 +226,8 @@ def linear_backward_weight(
     grad_weight = launch.allocate(input, plan.grad_weight) if main_grad is None else main_grad
     grad_bias = launch.allocate(input, plan.grad_bias) if bias else None
     if plan.launch.grid != (0,):
-        workspaces = plan.shares.workspaces(input)
-        pointers = (grad_output, input, grad_weight, grad_bias, *workspaces)
-        launch.run(linear_backward_weight_kernel, plan.launch, pointers)
+        pointers = (grad_output, input, grad_weight, grad_bias)
+        if not plan.shares.run(linear_backward_weight_kernel, plan.launch, pointers):
+            plan = plan_backward_weight(operands, bias, batched, precision, plan.config, 1)
+            plan.shares.run(linear_backward_weight_kernel, plan.launch, pointers)
     return (grad_weight if main_grad is None else None), grad_bias

@@ -33,6 +33,7 @@ def known(version: str) -> bool:
 
 DIRECT: bool = known(triton.__version__) and not INTERPRETING
 AMD: bool = torch.version.hip is not None
+DEVICE_ERROR = "Triton Error ["  # the start of those that a driver's calls return
 LARGEST_CACHE = 64  # of one Launch: every choice of unaligned pointers has a kernel of its own
 
 if known(triton.__version__):  # another may have none of these
@@ -156,13 +157,29 @@ def run(kernel: Any, launch: Launch, pointers: tuple[Tensor | None, ...]) -> Non
 
 
 def _run_by_triton(kernel: Any, launch: Launch, pointers: tuple[Tensor | None, ...]) -> Any:
-    """Triton's object of the compiled kernel; None where it has none to give."""
+    """Triton's object of the compiled kernel; None where it has none to give.
+
+    Raises:
+        RuntimeError: Triton cannot: it does not know the GPU, finds no C compiler, has no place
+            for its cache, or the like; the message has its words.
+    """
     first: Any = pointers[0]
     start = _with_memory(kernel[launch.grid], launch)
-    if first.is_cuda and first.device.index != torch.cuda.current_device():
-        with torch.cuda.device(first.device):
-            return start(*pointers, *launch.scalars, **launch.constants)
-    return start(*pointers, *launch.scalars, **launch.constants)
+    try:
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return start(*pointers, *launch.scalars, **launch.constants)
+        return start(*pointers, *launch.scalars, **launch.constants)
+    except Exception as error:
+        # The device's own errors, of whatever ran on it before, say what they are.
+        if INTERPRETING or isinstance(error, torch.OutOfMemoryError) or DEVICE_ERROR in str(error):
+            raise
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RuntimeError(
+            f"backend 'triton' needs Triton to compile and launch {kernel.__name__} on "
+            f"{first.device}, but Triton {triton.__version__} cannot ({said:.300}); "
+            "use backend 'torch'"
+        ) from error
 
 
 def _with_memory(start: Callable[..., Any], launch: Launch) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ There may be a batch of independent layers. The kernels are in files of their ow
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton.language as tl
 from torch import Tensor
@@ -198,16 +198,8 @@ def _run(
     output = launch.allocate(input, plan.output)
     preactivation = launch.allocate(input, plan.output) if save_preactivation else None
     if plan.launch.launch.grid != (0,):
-        _launch(plan.launch, (input, weight, bias, output, preactivation))
+        plan.launch.run((input, weight, bias, output, preactivation))
     return output, preactivation
-
-
-def _launch(planned: ForwardLaunch, pointers: tuple[Tensor | None, ...]) -> None:
-    kernel, launched, partial, counters = planned
-    if partial is not None:
-        like: Any = pointers[0]
-        pointers += launch.allocate(like, partial), launch.counters(like, counters)
-    launch.run(kernel, launched, pointers)
 
 
 def as_planned(plan: ForwardPlan) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
@@ -215,11 +207,11 @@ def as_planned(plan: ForwardPlan) -> Callable[[Tensor, Tensor, Tensor | None], T
 
     The plan is one with something to launch, no copy of input and no pre-activation.
     """
-    planned, described = plan.launch, plan.output
+    run, described = plan.launch.run, plan.output
 
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         output = launch.allocate(input, described)
-        _launch(planned, (input, weight, bias, output, None))
+        run((input, weight, bias, output, None))
         return output
 
     return forward

@@ -5,6 +5,8 @@ How operands lie in memory, where outputs come from, and what the device is.
 
 import functools
 import math
+import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from .compiled_launch import run as run
 from .configs import INTERPRETER, TARGETS, Config, Target
 
 LARGEST_INT32 = 2**31 - 1
+MOST_STREAMS = 64  # whose counters are kept; PyTorch's own pools have 32 a device and priority
 
 
 class Operand(NamedTuple):
@@ -173,8 +176,51 @@ def counters(like: Tensor, count: int) -> Tensor:
     found = _counters.get((device, stream))
     if found is None or found.numel() < count:
         size = max(1024, 1 << (count - 1).bit_length())
+        if len(_counters) >= MOST_STREAMS:
+            # Memory of a stream's own is not used again before what is queued there has run.
+            _counters.clear()
         found = _counters[device, stream] = like.new_zeros(size, dtype=torch.int32)
     return found
+
+
+def run_split(
+    kernel: Any,
+    launch: Launch,
+    pointers: tuple[Tensor | None, ...],
+    partials: Sequence[Operand | None],
+    count: int,
+) -> bool:
+    """Launches a kernel whose programs share sums, with the workspaces that takes.
+
+    Args:
+        pointers: all but the workspaces, which follow them.
+        partials: workspaces for parts of sums, None for one that the kernel does without.
+        count: how many counters follow those.
+
+    Returns:
+        Whether it was launched. It is not, and a warning says so, where there is no memory for the
+        workspaces: what was to be computed takes none with sums that are not split.
+    """
+    like: Any = pointers[0]
+    try:
+        workspaces = [None if one is None else allocate(like, one) for one in partials]
+        counted = counters(like, count)
+    except torch.OutOfMemoryError:
+        size = sum(math.prod(one.shape) * one.dtype.itemsize for one in partials if one)
+        warnings.warn(
+            f"fastlinear splits no sums of this call: {like.device} has no {size} bytes left for "
+            "the parts; the result is as exact, and may differ in its last bits",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    try:
+        run(kernel, launch, (*pointers, *workspaces, counted))
+    except BaseException:
+        # A kernel that is interpreted may be interrupted before it has set them back to 0.
+        _counters.clear()
+        raise
+    return True
 
 
 def offset_dtype(*operands: Operand | None) -> tl.dtype:

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from . import launch
 from .configs import Config, Target
 
@@ -58,9 +60,19 @@ class ForwardLaunch(NamedTuple):
         `partial` and its counters if there is one, then `launch`'s scalars.
     partial: a workspace for parts of sums.
     counters: how many `launch.counters` it takes with that.
+    unsplit: what takes neither, for where there is no memory for them.
     """
 
     kernel: Any
     launch: launch.Launch
     partial: launch.Operand | None = None
     counters: int = 0
+    unsplit: "ForwardLaunch | None" = None
+
+    def run(self, pointers: tuple[Tensor | None, ...]) -> None:
+        """Launches the kernel; `pointers` are those to input, weight, bias and the outputs."""
+        kernel, launched, partial, counters, unsplit = self
+        if unsplit is None:
+            launch.run(kernel, launched, pointers)
+        elif not launch.run_split(kernel, launched, pointers, (partial,), counters):
+            unsplit.run(pointers)

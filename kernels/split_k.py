@@ -4,6 +4,8 @@ So few rows make few tiles, which alone would leave most of a GPU idle while wei
 the traffic, is read.
 """
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
@@ -194,4 +196,5 @@ def plan(problem: ForwardProblem, config: Config) -> ForwardLaunch:
         launch.Launch(grid, scalars, constants),
         partial,
         counters=problem.batch * tiles,
+        unsplit=plan(problem, dataclasses.replace(config, splits=1)),
     )

@@ -84,15 +84,18 @@ class WeightShares(NamedTuple):
     partial_bias: launch.Operand
     counters: int
 
-    def workspaces(self, like: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """partial_weight, partial_bias and the counters, where there is more than one split."""
+    def run(
+        self, kernel: Any, launched: launch.Launch, pointers: tuple[Tensor | None, ...]
+    ) -> bool:
+        """`launch.run_split` with partial_weight, partial_bias and the counters.
+
+        With one split there is none of them, and it is always launched.
+        """
         if self.splits == 1:
-            return None, None, None
-        return (
-            launch.allocate(like, self.partial_weight),
-            launch.allocate(like, self.partial_bias) if self.constants["HAS_BIAS"] else None,
-            launch.counters(like, self.counters),
-        )
+            launch.run(kernel, launched, (*pointers, None, None, None))
+            return True
+        partials = (self.partial_weight, self.partial_bias if self.constants["HAS_BIAS"] else None)
+        return launch.run_split(kernel, launched, pointers, partials, self.counters)
 
 
 def share_weight(
