@@ -63,7 +63,8 @@ def remember(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     # Asked before the plan is made, so that a table that comes between makes it one of the past.
     settings = backend.settings()
     plan = backend.plan(input, weight, bias)
-    if plan is None:
+    # Another thread may have changed them in the middle: then nobody knows which the plan is for.
+    if plan is None or settings != backend.settings():
         return
     straight = not plan.copy_input and plan.launch.launch.grid != (0,)
     if len(_shortcuts) >= LARGEST_CACHE:

@@ -55,6 +55,11 @@ MAIN_GRAD = ("tests/test_main_grad.py",)
 RANKS = ("tests/test_ranks.py",)
 SHARDED = ("tests/test_distributed.py::test_op_over_shards_is_the_op_over_the_whole",)
 GATED_SHARDED = ("tests/test_distributed.py::test_gated_pair_in_parallel_is_two_of_nn_linear",)
+NO_ROOM = ("tests/test_faults.py::test_without_memory_for_parts_no_sum_is_split",)
+INTERRUPTED = (
+    "tests/test_faults.py::test_interrupted_launch_leaves_nothing_for_the_next_to_trip_over",
+)
+
 
 FORKS = multiprocessing.get_context("forkserver")
 OUTPUT = "output.txt"
@@ -1091,6 +1096,34 @@ MUTANTS = [
         "op_to_schema_info[op].static_argnum = 0",
         "op_to_schema_info[op].static_argnum = 100",
         SHARDED,
+    ),
+    Mutant(
+        "no memory for parts: grad_weight is split all the same",
+        "kernels/backward_weight.py",
+        "plan = plan_backward_weight(operands, bias, batched, precision, plan.config, 1)",
+        "plan = plan_backward_weight(operands, bias, batched, precision, plan.config, 2)",
+        NO_ROOM,
+    ),
+    Mutant(
+        "no memory for parts: what takes none is planned for other blocks",
+        "kernels/split_k.py",
+        "unsplit=plan(problem, dataclasses.replace(config, splits=1)),",
+        "unsplit=plan(problem._replace(n=n // 2), dataclasses.replace(config, splits=1)),",
+        NO_ROOM,
+    ),
+    Mutant(
+        "counters of an interrupted launch are used again",
+        "kernels/launch.py",
+        "    except BaseException:\n",
+        "    except ZeroDivisionError:\n",
+        INTERRUPTED,
+    ),
+    Mutant(
+        "shortcut remembered for settings that are no longer in force",
+        "fastlinear/shortcut.py",
+        "if plan is None or settings != backend.settings():",
+        "if plan is None:",
+        ("tests/test_concurrency.py",),
     ),
 ]
 

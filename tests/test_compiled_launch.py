@@ -408,7 +408,11 @@ def test_launches_are_made_on_the_device_of_their_operands(
     assert streams == [(0, 0), (1, 1)] * 3
 
 
-def test_threads_launch_their_own_operands(stub: Triton, device: torch.device) -> None:
+@pytest.mark.parametrize("most", [compiled_launch.LARGEST_CACHE, 1], ids=["kept", "forgotten"])
+def test_threads_launch_their_own_operands(
+    most: int, stub: Triton, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_launch, "LARGEST_CACHE", most)
     launched = a_launch()
     tensors = [three((index % 2, 0, index % 3), device) for index in range(6)]
     expected = {tuple(map(addressed, pointers)) for pointers in tensors}
@@ -423,6 +427,7 @@ def test_threads_launch_their_own_operands(stub: Triton, device: torch.device) -
     for thread in threads:
         thread.join()
     assert len(stub.launches) == 300
+    assert len(launched.compiled) <= most + len(threads)
     for one in stub.launches:
         first, second, third = one.arguments[:3]
         assert (first, second, third) in expected
