@@ -112,7 +112,10 @@ class batch_invariant(use_backend):
     def __enter__(self) -> None:
         global invariant
         if current == "torch":
-            raise RuntimeError("batch_invariant() needs the kernels, but backend is 'torch'")
+            raise RuntimeError(
+                "batch_invariant() needs the kernels, which backend 'auto' and 'triton' can take, "
+                "but backend is 'torch'"
+            )
         _refuse_compilation("batch_invariant()")
         super().__enter__()
         self.outer.append(invariant)

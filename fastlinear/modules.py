@@ -202,7 +202,7 @@ class BatchedLinear(nn.Module):
         """
         layers = list(linears)
         if not layers:
-            raise ValueError("from_linears() takes one or more layers, but there are none")
+            raise ValueError("from_linears() takes one or more layers, but linears has none")
         for position, layer in enumerate(layers):
             if not isinstance(layer, nn.Linear):
                 raise TypeError(

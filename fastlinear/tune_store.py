@@ -45,7 +45,9 @@ class Store:
             try:
                 table = tables.read(path)
                 if table.device != self.head.device:
-                    raise ValueError(f"it is for {table.device!r}")
+                    raise ValueError(
+                        f"it is for {table.device!r}, and this is {self.head.device!r}"
+                    )
                 self.replaces = lookup.why_outdated(table)
             except ValueError as error:
                 if not own:

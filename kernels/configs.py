@@ -124,8 +124,8 @@ class BackwardConfig:
         compiled = [(one.num_warps, one.num_stages) for one in (self.input, self.weight)]
         if compiled[0] != compiled[1]:
             raise ValueError(
-                "both products of a launch have its warps and stages, "
-                f"but they are {compiled[0]} and {compiled[1]}"
+                "BackwardConfig takes input and weight of one num_warps and num_stages, a "
+                f"launch's, but they are {compiled[0]} and {compiled[1]}"
             )
 
 

@@ -159,36 +159,37 @@ def parse(text: str) -> Table:
     texts = {name: found[name] for name in names if name != "rows"}
     for name, value in texts.items():
         if not isinstance(value, str) or len(value) > 200:
-            raise ValueError(f"{name} is {value!r:.60}, not a short text")
+            raise ValueError(f"{name} is {value!r:.60}, not a text of 200 characters at most")
     rows = tuple(_parse_row(row, number) for number, row in enumerate(found["rows"]))
     return Table(rows=rows, **texts)
 
 
 def _parse_row(row: Any, number: int) -> Row:
-    def check(right: bool, name: str) -> None:
+    def check(right: bool, name: str, takes: str) -> None:
         if not right:
-            value = row.get(name) if isinstance(row, dict) else row
-            raise ValueError(f"row {number} has {name} = {value!r:.60}")
+            raise ValueError(f"row {number} has {name} = {row[name]!r:.60}, which is not {takes}")
 
-    names = {field.name for field in dataclasses.fields(Row)}
-    check(isinstance(row, dict) and set(row) == names, "other columns")
-    check(row["product"] in PRODUCTS, "product")
-    check(row["dtype"] in DTYPES, "dtype")
-    check(isinstance(row["precision"], str), "precision")
-    check(PRECISION.fullmatch(row["precision"]) is not None, "precision")
-    check(row["activation"] is None or row["activation"] in ACTIVATIONS, "activation")
-    check(
-        type(row["bias"]) is bool and not (row["bias"] and row["product"] == "grad_input"), "bias"
-    )
+    names = sorted(field.name for field in dataclasses.fields(Row))
+    found = sorted(row) if isinstance(row, dict) else [repr(row)]
+    if found != names:
+        raise ValueError(f"row {number} has {', '.join(found):.200} instead of {', '.join(names)}")
+    check(row["product"] in PRODUCTS, "product", f"one of {', '.join(PRODUCTS)}")
+    check(row["dtype"] in DTYPES, "dtype", f"one of {', '.join(DTYPES)}")
+    precision = isinstance(row["precision"], str) and PRECISION.fullmatch(row["precision"])
+    check(bool(precision), "precision", "a word of a to z and 0 to 9")
+    applied = row["activation"] is None or row["activation"] in ACTIVATIONS
+    check(applied, "activation", f"null or one of {', '.join(ACTIVATIONS)}")
+    check(type(row["bias"]) is bool, "bias", "true or false")
+    check(not (row["bias"] and row["product"] == "grad_input"), "bias", "false, as grad_input's is")
     for name in ("n", "k", "m"):
-        check(type(row[name]) is int and 0 < row[name] < 2**31, name)
-    check(row["m"] == bucket(row["m"]), "m")
+        check(type(row[name]) is int and 0 < row[name] < 2**31, name, "from 1 to 2147483647")
+    check(row["m"] == bucket(row["m"]), "m", "a power of two")
     for name in names:
         if name.endswith("_us"):
-            time = row[name]
-            check(type(time) in (int, float) and 0 < time < 1e9, name)
+            right = type(row[name]) in (int, float) and 0 < row[name] < 1e9
+            check(right, name, "microseconds above 0 and below 1e9")
     candidate = _parse_candidate(row["candidate"], row["product"])
-    check(candidate is not None, "candidate")
+    check(candidate is not None, "candidate", "what computes that product")
     return Row(**row | {"candidate": candidate})
 
 

@@ -101,7 +101,7 @@ def test_batch_invariant_nests_and_restores() -> None:
 def test_batch_invariant_refuses_what_would_break_it(device: torch.device) -> None:
     with (
         fastlinear.use_backend("torch"),
-        pytest.raises(RuntimeError, match="needs the kernels, but backend is 'torch'"),
+        pytest.raises(RuntimeError, match=r"needs the kernels, .* but backend is 'torch'"),
     ):
         fastlinear.batch_invariant().__enter__()
     assert (backend.current, backend.invariant) == ("auto", False)

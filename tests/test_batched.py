@@ -763,7 +763,7 @@ def frozen(layer: nn.Linear) -> nn.Linear:
 
 
 UNLIKE: dict[str, tuple[Callable[[], list[Any]], type[Exception], str]] = {
-    "none": (list, ValueError, "one or more layers, but there are none"),
+    "none": (list, ValueError, "one or more layers, but linears has none"),
     "no layer": (
         lambda: [nn.Linear(5, 3), nn.Bilinear(5, 3, 2)],
         TypeError,
