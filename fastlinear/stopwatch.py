@@ -1,10 +1,14 @@
 """How `python -m fastlinear tune` measures calls on a GPU."""
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from fastlinear import backend
 
 Call = Callable[[], object]
 # Microseconds of each call, by its name, one for each round in which all took turns. The second
@@ -77,8 +81,13 @@ class Stopwatch:
         """A CUDA graph's replay of `call`, or `call` itself where it cannot be captured."""
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
+        # An eager call sets no counters to 0, and so its graph does not either.
+        in_order = backend.launchers().forward.launch.replayed_in_order
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+            with (
+                in_order(self.device, self.stream.cuda_stream) as counters,
+                torch.cuda.graph(graph, pool=pool, stream=self.stream),
+            ):
                 call()
         except torch.OutOfMemoryError:  # a RuntimeError too
             raise
@@ -86,7 +95,7 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
             return call
         graph.replay()
-        return graph.replay
+        return functools.partial(_replay, graph, counters)
 
     def _on_the_wall(self, call: Call) -> Callable[[], float]:
         def measure(count: int) -> float:
@@ -99,3 +108,8 @@ class Stopwatch:
 
         count = max(5, round(LEAST_SECONDS / (measure(5) / 1e6)))
         return lambda: measure(count)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, counters: Tensor | None) -> None:
+    """Replays `graph`, which takes `counters`: they are to be kept as long as it."""
+    graph.replay()

@@ -3,10 +3,11 @@
 How operands lie in memory, where outputs come from, and what the device is.
 """
 
+import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -159,28 +160,46 @@ def allocate(like: Tensor, output: Operand) -> Tensor:
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
+_in_order: set[tuple[torch.device, int]] = set()  # streams within `replayed_in_order`
 
 
 def counters(like: Tensor, count: int) -> Tensor:
     """At least `count` zeros (int32) on `like`'s device, which the kernel that counts leaves so.
 
     Every stream has its own, so that launches that share them run one after the other. A graph that
-    is being captured gets some of its own, zeroed when it is replayed.
+    is being captured gets some of its own, zeroed when it is replayed, unless it is to be
+    `replayed_in_order`.
     """
-    device, stream = like.device, 0
+    device, stream, capturing = like.device, 0, False
     if device.type == "cuda":
         with torch.cuda.device(device):
-            if torch.cuda.is_current_stream_capturing():
-                return like.new_zeros(count, dtype=torch.int32)
+            capturing = torch.cuda.is_current_stream_capturing()
         stream = torch.cuda.current_stream(device).cuda_stream
     found = _counters.get((device, stream))
-    if found is None or found.numel() < count:
+    enough = found is not None and found.numel() >= count
+    if capturing and not (enough and (device, stream) in _in_order):
+        return like.new_zeros(count, dtype=torch.int32)
+    if found is None or not enough:
         size = max(1024, 1 << (count - 1).bit_length())
         if len(_counters) >= MOST_STREAMS:
             # Memory of a stream's own is not used again before what is queued there has run.
             _counters.clear()
         found = _counters[device, stream] = like.new_zeros(size, dtype=torch.int32)
     return found
+
+
+@contextlib.contextmanager
+def replayed_in_order(device: torch.device, stream: int) -> Iterator[Tensor | None]:
+    """Within it graphs captured on `stream` take its own counters, which are not set to 0 for each.
+
+    They must be replayed on that stream alone, so that they run one after the other, and as long as
+    what this gives is kept.
+    """
+    _in_order.add((device, stream))
+    try:
+        yield _counters.get((device, stream))
+    finally:
+        _in_order.discard((device, stream))
 
 
 def run_split(

@@ -113,6 +113,18 @@ def test_counters_are_each_stream_s_own(monkeypatch: pytest.MonkeyPatch) -> None
     assert like.counters(5) is first
 
 
+def test_counters_of_few_streams_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    like = OnStream(monkeypatch)
+    monkeypatch.setattr(launch, "MOST_STREAMS", 3)
+    given = []
+    for stream in range(20):
+        like.stream = stream
+        given.append(like.counters(5))
+        assert like.counters(5) is given[-1]
+        assert len(launch._counters) <= 3
+    assert len({one.data_ptr() for one in given}) == 20, "no two have the same"
+
+
 def test_counters_of_a_graph_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     like = OnStream(monkeypatch)
     kept = like.counters(5)
@@ -122,6 +134,26 @@ def test_counters_of_a_graph_are_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
     assert like.counters(5) is kept
     assert len({id(one) for one in (kept, *captured)}) == 3
     assert all(one.dtype == torch.int32 and one.tolist() == [0] * 5 for one in captured)
+
+
+def test_counters_of_graphs_that_run_in_order_are_their_stream_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    like = OnStream(monkeypatch)
+    kept = like.counters(5)
+    with launch.replayed_in_order(like.device, 1) as counters:
+        assert counters is kept
+        like.capturing = True
+        assert like.counters(5) is kept
+        # What is made within a capture is the graph's, and none that eager calls could take.
+        assert like.counters(kept.numel() + 1) is not kept
+        like.stream = 2
+        assert like.counters(5) is not like.counters(5)
+    like.stream = 1
+    assert like.counters(5) is not kept, "a user's graph"
+    like.capturing = False
+    assert like.counters(5) is kept
+    assert list(launch._counters) == [(like.device, 1)]
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,17 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from fastlinear import stopwatch
+from fastlinear.kernels import launch
 from fastlinear.stopwatch import FLUSHES, ROUNDS, WARM_UPS, Stopwatch
 
+STREAM = 77
 FLUSH = 100.0  # microseconds of overwriting L2 once
 
 
@@ -64,8 +67,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     class Graph:
         def replay(self) -> None:
             gpu.host += 5
-            for launch in self.launches:
-                launch()
+            for launched in self.launches:
+                launched()
 
     @contextlib.contextmanager
     def graph(captured: Any, pool: int, stream: object) -> Iterator[None]:
@@ -86,7 +89,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
         "CUDAGraph": Graph,
         "graph": graph,
         "graph_pool_handle": lambda: next(handles),
-        "Stream": lambda device: "stream",
+        "Stream": lambda device: SimpleNamespace(cuda_stream=STREAM),
         "stream": lambda stream: contextlib.nullcontext(),
         "device": lambda device: contextlib.nullcontext(),
         "synchronize": gpu.synchronize,
@@ -108,6 +111,27 @@ def test_device_time_is_the_kernel_s_alone(gpu: Gpu) -> None:
     turn += [*["flush"] * FLUSHES, "event", "fast", "event"]
     assert gpu.log[-len(turn) :] == turn, "each in its turn, out of L2"
     assert len(gpu.pools) == 1
+
+
+def test_captured_launches_take_the_counters_that_eager_ones_take(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, eager, captured = torch.device("cuda", 0), [], []
+    counters = torch.zeros(4)
+    monkeypatch.setattr(launch, "_counters", {(device, STREAM): counters})
+
+    def call() -> None:
+        (eager if gpu.capturing is None else captured).append(set(launch._in_order))
+        gpu.launch("kernel", 3, 5)
+
+    stopwatch = Stopwatch(device)
+    replay = stopwatch._captured(call, 0)
+    assert captured == [{(device, STREAM)}]
+    assert not launch._in_order
+    assert replay.args[1] is counters, "kept for as long as the graph"  # type: ignore[attr-defined]
+    stopwatch({"call": call}, "device")
+    assert eager == [set()] * WARM_UPS
+    assert len(captured) == 2
 
 
 def test_what_cannot_be_captured_is_launched_while_l2_is_overwritten(gpu: Gpu) -> None:
