@@ -7,6 +7,8 @@ launched; what is not, `specialization` tells quickly. So the compiled kernel is
 
 import contextvars
 import functools
+import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -31,6 +33,17 @@ def known(version: str) -> bool:
     return version.startswith(("3.6.", "3.7."))
 
 
+# Triton's interpreter keeps in globals which program of which kernel it runs: threads take turns.
+_interpreter = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _interpreter
+    _interpreter = threading.RLock()
+
+
+if INTERPRETING and hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)  # another thread's holder is not there
 DIRECT: bool = known(triton.__version__) and not INTERPRETING
 AMD: bool = torch.version.hip is not None
 DEVICE_ERROR = "Triton Error ["  # the start of those that a driver's calls return
@@ -165,6 +178,9 @@ def _run_by_triton(kernel: Any, launch: Launch, pointers: tuple[Tensor | None, .
     """
     first: Any = pointers[0]
     start = _with_memory(kernel[launch.grid], launch)
+    if INTERPRETING:
+        with _interpreter:
+            return start(*pointers, *launch.scalars, **launch.constants)
     try:
         if first.is_cuda and first.device.index != torch.cuda.current_device():
             with torch.cuda.device(first.device):
@@ -172,7 +188,7 @@ def _run_by_triton(kernel: Any, launch: Launch, pointers: tuple[Tensor | None, .
         return start(*pointers, *launch.scalars, **launch.constants)
     except Exception as error:
         # The device's own errors, of whatever ran on it before, say what they are.
-        if INTERPRETING or isinstance(error, torch.OutOfMemoryError) or DEVICE_ERROR in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or DEVICE_ERROR in str(error):
             raise
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise RuntimeError(

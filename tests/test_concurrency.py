@@ -1,7 +1,7 @@
 """Threads, streams and processes that call layers at the same time.
 
-The interpreter runs one kernel at a time: where threads share it they take turns at launches, and
-at nothing else. test_launch and test_compiled_launch have what launches share.
+The interpreter runs one kernel at a time, for which threads take turns. test_launch and
+test_compiled_launch have what launches share.
 """
 
 import os
@@ -27,16 +27,8 @@ on_a_gpu = pytest.mark.skipif(launch.INTERPRETING, reason="there are no streams 
 
 
 @pytest.fixture
-def turns(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Threads take turns at what the interpreter runs, and change as often as they can."""
-    run, turn = launch.run, threading.Lock()
-
-    def in_turn(*given: Any) -> None:
-        with turn:
-            run(*given)
-
-    if launch.INTERPRETING:
-        monkeypatch.setattr(launch, "run", in_turn)
+def hurried() -> Iterator[None]:
+    """Threads change as often as they can."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -70,7 +62,7 @@ def assert_same_bits(found: list[tuple[Tensor, ...]], expected: tuple[Tensor, ..
             assert torch.equal(result, one)
 
 
-@pytest.mark.usefixtures("turns", "triton_backend")
+@pytest.mark.usefixtures("hurried", "triton_backend")
 def test_threads_get_what_each_would_alone(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
