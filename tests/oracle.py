@@ -83,21 +83,25 @@ def shipped_pairs() -> list[tuple[str, str, BackwardConfig]]:
     return [(dtype, precision, pair) for (*_, dtype, precision), pair in found.items()]
 
 
-def smallest_config(kind: Kind, input: Tensor, weight: Tensor, precision: str) -> Config:
-    """The last of the kind's configurations that is legal for these operands; else the test skips.
-
-    The interpreter has one of each kind.
-    """
+def traits_of(input: Tensor, weight: Tensor, precision: str) -> Traits:
+    """What decides which configurations of a forward product are legal for these operands."""
     operands = (launch.Operand(*fields) for fields in launch.describe(input, weight)[:2])
     rows, described = launch.rows_of(next(operands), batched=weight.dim() == 3), next(operands)
-    traits = Traits(
+    return Traits(
         input.dtype,
         precision,
         aligned=launch.aligned(rows.operand, described),
         target=launch.target_of(input.device),
         descriptors=launch.describable(rows, described),
     )
-    legal = legal_configs("forward", traits, kind)
+
+
+def smallest_config(kind: Kind, input: Tensor, weight: Tensor, precision: str) -> Config:
+    """The last of the kind's configurations that is legal for these operands; else the test skips.
+
+    The interpreter has one of each kind.
+    """
+    legal = legal_configs("forward", traits_of(input, weight, precision), kind)
     if not legal:
         pytest.skip(f"no {kind} kernel takes such operands")
     return legal[-1]
@@ -234,18 +238,19 @@ def normal(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
     return operand.copy_(torch.randn(*shape, dtype=wide, device=device))
 
 
-def fenced(tensor: Tensor) -> Tensor:
+def fenced(tensor: Tensor, offset: int = 64) -> Tensor:
     """`tensor` with NaN in every element of its storage that is not its own.
 
-    Its strides stay as they are.
+    Its strides stay as they are; its first element is the `offset`-th of the storage.
     """
-    extent = 1 + sum(
+    farthest = sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
-    buffer = torch.full((extent + 128,), float("nan"), dtype=tensor.dtype, device=tensor.device)
-    own = torch.arange(64, extent + 64, device=tensor.device).as_strided(
-        tensor.shape, tensor.stride()
-    )
+    extent = 1 + farthest if tensor.numel() else 0
+    size = offset + extent + 64
+    buffer = torch.full((size,), float("nan"), dtype=tensor.dtype, device=tensor.device)
+    own = torch.arange(offset, offset + extent, device=tensor.device)
     # Elements of stride 0 are written more than once, with one value.
-    buffer[own.flatten()] = tensor.flatten()
-    return buffer.as_strided(tensor.shape, tensor.stride(), 64)
+    if extent:
+        buffer[own.as_strided(tensor.shape, tensor.stride()).flatten()] = tensor.flatten()
+    return buffer.as_strided(tensor.shape, tensor.stride(), offset)
