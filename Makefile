@@ -1,14 +1,16 @@
-# PYTHON makes the environments; ARGS is passed on to the command that a target runs; OUT is where results go.
+# PYTHON makes the environments; ARGS is passed on to the command that a target runs; OUT is where results go; MINUTES is
+# how long `make fuzz` goes on.
 PYTHON ?= python3
 ARGS ?=
 OUT ?=
+MINUTES ?= 30
 
 SUPPORTED = import sys; version = sys.version_info[:2]; (3, 10) <= version <= (3, 13) or sys.exit( \
 	"fastlinear is developed with Python 3.10 to 3.13, but $(PYTHON) is Python %d.%d; " % version + \
 	"name another one, as in: make PYTHON=python3.12 test")
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-oldest test-ecosystem lint mutation resources demo bench bench-pytest report host-time gpu clean
+.PHONY: help test test-oldest test-ecosystem lint mutation fuzz resources demo bench bench-pytest report host-time gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +32,9 @@ lint: .venv/installed ## ruff check, ruff format --check, mypy
 
 mutation: .venv/installed ## break the code in known ways, and see that the tests fail
 	.venv/bin/python tests/mutation.py $(ARGS)
+
+fuzz: .venv/installed ## call the layers with random shapes, strides, dtypes and settings for MINUTES=30, against float64
+	.venv/bin/python tests/fuzz.py --minutes $(MINUTES) $(ARGS)
 
 resources: .venv/installed ## compile the kernels for GPUs that need not be there: registers, spills, occupancy
 	.venv/bin/python -m benchmarks.resources $(ARGS)
