@@ -59,7 +59,10 @@ NO_ROOM = ("tests/test_faults.py::test_without_memory_for_parts_no_sum_is_split"
 INTERRUPTED = (
     "tests/test_faults.py::test_interrupted_launch_leaves_nothing_for_the_next_to_trip_over",
 )
-
+READS, READS_BACKWARD, READS_GATED = (
+    (f"tests/test_numbers.py::test_{what}_nothing_beside_its_operands",)
+    for what in ("forward_reads", "backward_reads", "a_gated_pair_reads")
+)
 
 FORKS = multiprocessing.get_context("forkserver")
 OUTPUT = "output.txt"
@@ -1040,6 +1043,34 @@ MUTANTS = [
         "gate, up = total_of(gate, INPUT_PRECISION), total_of(up, INPUT_PRECISION)",
         "gate, up = total_of(gate, INPUT_PRECISION), total_of(gate, INPUT_PRECISION)",
         PIECES,
+    ),
+    Mutant(
+        "rows past the last are read, and not stored, gemv",
+        "kernels/gemv.py",
+        "mask_row = mask_k & (first_row + row < M)",
+        "mask_row = mask_k & (first_row + row >= 0)",
+        READS,
+    ),
+    Mutant(
+        "outputs past the last are read, and not stored, split_k",
+        "kernels/split_k.py",
+        "weight_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0",
+        "weight_ptrs, mask=(offs_n >= 0)[:, None] & mask_k[None, :], other=0.0",
+        READS,
+    ),
+    Mutant(
+        "features past the last are read, and not stored, gated",
+        "kernels/gated.py",
+        "up_tile = tl.load(up_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)",
+        "up_tile = tl.load(up_ptrs, mask=mask_k[:, None] & (offs_n >= 0)[None, :], other=0.0)",
+        READS_GATED,
+    ),
+    Mutant(
+        "inputs past the last are read, and not stored, grad_weight",
+        "kernels/weight_tile.py",
+        "mask=mask_m[:, None] & mask_k[None, :], other=0.0",
+        "mask=mask_m[:, None] & (offs_k >= 0)[None, :], other=0.0",
+        READS_BACKWARD,
     ),
     Mutant(
         "pieces: taken by default",
