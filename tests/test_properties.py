@@ -8,7 +8,7 @@ from properties import check
 # max_examples of each function. All is said here, since torch's test helpers load a profile of
 # hypothesis of their own, and CI has another.
 fresh = settings(
-    max_examples=25,
+    max_examples=20,
     derandomize=False,
     database=None,
     deadline=None,
