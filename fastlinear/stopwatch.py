@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlinear import backend
-
 Call = Callable[[], object]
 # Microseconds of each call, by its name, one for each round in which all took turns. The second
 # argument is "device" or "wall".
@@ -79,13 +77,14 @@ class Stopwatch:
 
     def _captured(self, call: Call, pool: Any) -> Call:
         """A CUDA graph's replay of `call`, or `call` itself where it cannot be captured."""
+        from fastlinear.kernels.shared_sums import replayed_in_order  # which needs Triton
+
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        # An eager call sets no counters to 0, and so its graph does not either.
-        in_order = backend.launchers().forward.launch.replayed_in_order
         try:
             with (
-                in_order(self.device, self.stream.cuda_stream) as counters,
+                # An eager call sets no counters to 0, and so its graph does not either.
+                replayed_in_order(self.device, self.stream.cuda_stream) as counters,
                 torch.cuda.graph(graph, pool=pool, stream=self.stream),
             ):
                 call()

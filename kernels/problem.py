@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import launch
+from . import launch, shared_sums
 from .configs import Config, Target
 
 
@@ -59,7 +59,7 @@ class ForwardLaunch(NamedTuple):
     kernel: takes pointers to input, weight, bias, output and the pre-activation, then those to
         `partial` and its counters if there is one, then `launch`'s scalars.
     partial: a workspace for parts of sums.
-    counters: how many `launch.counters` it takes with that.
+    counters: how many `shared_sums.counters` it takes with that.
     unsplit: what takes neither, for where there is no memory for them.
     """
 
@@ -74,5 +74,5 @@ class ForwardLaunch(NamedTuple):
         kernel, launched, partial, counters, unsplit = self
         if unsplit is None:
             launch.run(kernel, launched, pointers)
-        elif not launch.run_split(kernel, launched, pointers, (partial,), counters):
+        elif not shared_sums.run_split(kernel, launched, pointers, (partial,), counters):
             unsplit.run(pointers)

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import launch
+from . import launch, shared_sums
 from .choose import choose_splits
 from .configs import Config, Target, resolved_precision
 
@@ -87,7 +87,7 @@ class WeightShares(NamedTuple):
     def run(
         self, kernel: Any, launched: launch.Launch, pointers: tuple[Tensor | None, ...]
     ) -> bool:
-        """`launch.run_split` with partial_weight, partial_bias and the counters.
+        """`shared_sums.run_split` with partial_weight, partial_bias and the counters.
 
         With one split there is none of them, and it is always launched.
         """
@@ -95,7 +95,7 @@ class WeightShares(NamedTuple):
             launch.run(kernel, launched, (*pointers, None, None, None))
             return True
         partials = (self.partial_weight, self.partial_bias if self.constants["HAS_BIAS"] else None)
-        return launch.run_split(kernel, launched, pointers, partials, self.counters)
+        return shared_sums.run_split(kernel, launched, pointers, partials, self.counters)
 
 
 def share_weight(

@@ -23,7 +23,7 @@ from oracle import (
 )
 from torch import Tensor
 
-from fastlinear.kernels import launch
+from fastlinear.kernels import launch, shared_sums
 from fastlinear.kernels.backward import linear_backward, linear_backward_input
 from fastlinear.kernels.backward_weight import linear_backward_weight
 from fastlinear.kernels.configs import BackwardConfig, Config, Traits
@@ -202,7 +202,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def counters() -> Iterator[None]:
     """Counters are zero when a launch is over, as the next one needs them."""
     yield
-    assert all(not counters.any() for counters in launch._counters.values())
+    assert all(not counters.any() for counters in shared_sums._counters.values())
 
 
 def check_together(

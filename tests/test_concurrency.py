@@ -19,7 +19,7 @@ from torch import Tensor
 import fastlinear
 from fastlinear import backend, shortcut
 from fastlinear.by_table import rule
-from fastlinear.kernels import backward, forward, launch
+from fastlinear.kernels import backward, forward, launch, shared_sums
 
 THREADS = 4
 ALLOCATE = launch.allocate  # as users have it: memory of what is gone is used again
@@ -72,7 +72,7 @@ def test_threads_get_what_each_would_alone(
     layers = [fastlinear.Linear(20 + index % 2, 12, device=device) for index in range(THREADS)]
     inputs = [torch.randn(40, 20 + index % 2, device=device) for index in range(THREADS)]
     rows = torch.randn(20, 300, device=device)
-    monkeypatch.setattr(launch, "_counters", {})
+    monkeypatch.setattr(shared_sums, "_counters", {})
     alone = [step(layer, input) for layer, input in zip(layers, inputs, strict=True)]
     of_shared = step(shared, rows)
     forward.plan_forward.cache_clear()
@@ -85,7 +85,7 @@ def test_threads_get_what_each_would_alone(
             assert_same_bits([step(shared, rows)], of_shared)
 
     in_threads(work)
-    (counted,) = launch._counters.values()
+    (counted,) = shared_sums._counters.values()
     assert not counted.any()
 
 
@@ -256,7 +256,7 @@ def test_forked_processes_and_data_loaders_compute_as_their_parent() -> None:
 def split(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Tensor]]:
     """Layers and inputs whose sums are split, forward, backward or both."""
     monkeypatch.setattr(launch, "allocate", ALLOCATE)
-    monkeypatch.setattr(launch, "_counters", {})
+    monkeypatch.setattr(shared_sums, "_counters", {})
     sizes = [(16, 4096, 512), (64, 8192, 256), (4096, 64, 48), (333, 1000, 77)]
     cases = []
     for rows, features, outputs in sizes:
@@ -283,16 +283,16 @@ def test_threads_on_streams_of_their_own_get_the_same_bits(split: list[tuple[Any
         for offset in range(len(split)):
             case = (index + offset) % len(split)
             assert_same_bits(results[offset :: len(split)], expected[case])
-    assert all(not counted.any() for counted in launch._counters.values())
+    assert all(not counted.any() for counted in shared_sums._counters.values())
 
 
 @on_a_gpu
 @pytest.mark.usefixtures("triton_backend")
-@pytest.mark.parametrize("most", [launch.MOST_STREAMS, 2], ids=["kept", "forgotten"])
+@pytest.mark.parametrize("most", [shared_sums.MOST_STREAMS, 2], ids=["kept", "forgotten"])
 def test_streams_that_come_and_go_get_the_same_bits(
     most: int, split: list[tuple[Any, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "MOST_STREAMS", most)
+    monkeypatch.setattr(shared_sums, "MOST_STREAMS", most)
     expected = [step(*case) for case in split]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in range(5)]
@@ -301,7 +301,7 @@ def test_streams_that_come_and_go_get_the_same_bits(
         with torch.cuda.stream(streams[turn % len(streams)]):
             case = turn % len(split)
             found[case].append(step(*split[case]))
-        assert len(launch._counters) <= most
+        assert len(shared_sums._counters) <= most
     torch.cuda.synchronize()
     for results, one in zip(found, expected, strict=True):
         assert_same_bits(results, one)

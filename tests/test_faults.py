@@ -35,7 +35,14 @@ from triton.runtime.errors import PTXASError
 import fastlinear
 from fastlinear import backend, lookup, shortcut, tune, tuned
 from fastlinear.by_table import rule
-from fastlinear.kernels import backward_weight, compiled_launch, forward, launch, tables
+from fastlinear.kernels import (
+    backward_weight,
+    compiled_launch,
+    forward,
+    launch,
+    shared_sums,
+    tables,
+)
 from fastlinear.kernels.backward import linear_backward
 from fastlinear.kernels.configs import Config
 from fastlinear.kernels.indexing import locate_tile
@@ -134,7 +141,7 @@ def check(compute: Callable[..., tuple[Tensor, ...]], given: dict[str, Tensor]) 
 def room(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """How much memory there is: with `parts` False none for parts of sums, and so on."""
     room = SimpleNamespace(parts=True, counters=True, outputs=True, kernels=[])
-    allocate, counters, run = launch.allocate, launch.counters, launch.run
+    allocate, counters, run = launch.allocate, shared_sums.counters, launch.run
 
     def exhausted(like: Tensor, one: launch.Operand) -> Tensor:
         is_part = math.prod(one.shape) > M * max(N, K) or len(one.shape) > 2
@@ -152,7 +159,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         run(kernel, planned, pointers)
 
     monkeypatch.setattr(launch, "allocate", exhausted)
-    monkeypatch.setattr(launch, "counters", no_counters)
+    monkeypatch.setattr(shared_sums, "counters", no_counters)
     monkeypatch.setattr(launch, "run", noted)
     return room
 
@@ -181,7 +188,7 @@ def test_without_memory_for_parts_no_sum_is_split(
     check(compute, operands)  # a warning would be an error
     (kernel,) = {kernel for kernel, _ in room.kernels}
     assert [split for _, split in room.kernels] == [False, False, True], kernel
-    assert all(not counted.any() for counted in launch._counters.values())
+    assert all(not counted.any() for counted in shared_sums._counters.values())
 
 
 @split

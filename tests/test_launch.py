@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton.language as tl
 
-from fastlinear.kernels import launch
+from fastlinear.kernels import launch, shared_sums
 
 
 def on_no_memory(*shape: int) -> torch.Tensor:
@@ -89,7 +89,7 @@ class OnStream:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.stream, self.capturing = 1, False
-        monkeypatch.setattr(launch, "_counters", {})
+        monkeypatch.setattr(shared_sums, "_counters", {})
         monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         monkeypatch.setattr(
@@ -100,7 +100,7 @@ class OnStream:
         return torch.zeros(count, dtype=dtype)
 
     def counters(self, count: int) -> torch.Tensor:
-        return launch.counters(self, count)  # type: ignore[arg-type]
+        return shared_sums.counters(self, count)  # type: ignore[arg-type]
 
 
 def test_counters_are_each_stream_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,13 +115,13 @@ def test_counters_are_each_stream_s_own(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_counters_of_few_streams_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     like = OnStream(monkeypatch)
-    monkeypatch.setattr(launch, "MOST_STREAMS", 3)
+    monkeypatch.setattr(shared_sums, "MOST_STREAMS", 3)
     given = []
     for stream in range(20):
         like.stream = stream
         given.append(like.counters(5))
         assert like.counters(5) is given[-1]
-        assert len(launch._counters) <= 3
+        assert len(shared_sums._counters) <= 3
     assert len({one.data_ptr() for one in given}) == 20, "no two have the same"
 
 
@@ -141,7 +141,7 @@ def test_counters_of_graphs_that_run_in_order_are_their_stream_s(
 ) -> None:
     like = OnStream(monkeypatch)
     kept = like.counters(5)
-    with launch.replayed_in_order(like.device, 1) as counters:
+    with shared_sums.replayed_in_order(like.device, 1) as counters:
         assert counters is kept
         like.capturing = True
         assert like.counters(5) is kept
@@ -153,7 +153,7 @@ def test_counters_of_graphs_that_run_in_order_are_their_stream_s(
     assert like.counters(5) is not kept, "a user's graph"
     like.capturing = False
     assert like.counters(5) is kept
-    assert list(launch._counters) == [(like.device, 1)]
+    assert list(shared_sums._counters) == [(like.device, 1)]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fastlinear
 from fastlinear.activations import ACTIVATIONS
-from fastlinear.kernels import forward, launch
+from fastlinear.kernels import forward, launch, shared_sums
 from fastlinear.kernels.backward import linear_backward
 from fastlinear.kernels.backward_weight import linear_backward_weight
 from fastlinear.kernels.configs import Config, Kind
@@ -392,7 +392,7 @@ def test_workspaces_and_counters_hand_nothing_on(
 
     def copies(m: int, n: int) -> list[Tensor]:
         results = call(inputs[:m], weights[:n])
-        assert not any(counters.any() for counters in launch._counters.values())
+        assert not any(counters.any() for counters in shared_sums._counters.values())
         return [one.clone() for one in results]
 
     allocate = launch.allocate

@@ -15,7 +15,7 @@ from oracle import (
 )
 from torch import Tensor
 
-from fastlinear.kernels import launch
+from fastlinear.kernels import launch, shared_sums
 from fastlinear.kernels.configs import Config, Traits
 from fastlinear.kernels.forward import linear_activation_forward, linear_forward, plan_forward
 from fastlinear.kernels.tiles import legal_configs
@@ -122,13 +122,13 @@ def test_split_k_repeats_bit_for_bit(device: torch.device) -> None:
 def test_counters_are_left_at_zero_and_used_again(device: torch.device) -> None:
     given = operands(20, 70, 100, torch.float32, device)
     like = given[0]
-    before = launch.counters(like, 6)
+    before = shared_sums.counters(like, 6)
     linear_forward(*given, config=CONFIG)
-    after = launch.counters(like, 6)
+    after = shared_sums.counters(like, 6)
     assert after.data_ptr() == before.data_ptr()
     assert after.dtype == torch.int32
     assert not after.any()
-    more = launch.counters(like, after.numel() + 1)
+    more = shared_sums.counters(like, after.numel() + 1)
     assert more.numel() > after.numel()
     assert not more.any()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastlinear import stopwatch
-from fastlinear.kernels import launch
+from fastlinear.kernels import shared_sums
 from fastlinear.stopwatch import FLUSHES, ROUNDS, WARM_UPS, Stopwatch
 
 STREAM = 77
@@ -118,16 +118,16 @@ def test_captured_launches_take_the_counters_that_eager_ones_take(
 ) -> None:
     device, eager, captured = torch.device("cuda", 0), [], []
     counters = torch.zeros(4)
-    monkeypatch.setattr(launch, "_counters", {(device, STREAM): counters})
+    monkeypatch.setattr(shared_sums, "_counters", {(device, STREAM): counters})
 
     def call() -> None:
-        (eager if gpu.capturing is None else captured).append(set(launch._in_order))
+        (eager if gpu.capturing is None else captured).append(set(shared_sums._in_order))
         gpu.launch("kernel", 3, 5)
 
     stopwatch = Stopwatch(device)
     replay = stopwatch._captured(call, 0)
     assert captured == [{(device, STREAM)}]
-    assert not launch._in_order
+    assert not shared_sums._in_order
     assert replay.args[1] is counters, "kept for as long as the graph"  # type: ignore[attr-defined]
     stopwatch({"call": call}, "device")
     assert eager == [set()] * WARM_UPS
