@@ -91,13 +91,13 @@ def write_table(table: Table, path: Path) -> None:
 def residents(table: Table, known: list[Case]) -> dict[str, dict[str, int]]:
     """Programs a multiprocessor by target and `resident_key` or `pair_key`.
 
-    The least of the cases that have that key, but for those of 64-bit offsets and of odd numbers of
-    outputs, which are rare.
+    The least of the cases that have that key, but for those that are rare: of 64-bit offsets, of odd
+    numbers of outputs, and of a grad_weight that is added to what is there.
     """
     found: dict[str, dict[str, int]] = {}
     for case in known:
         row = table.get(case.name)
-        rare = case.wide or case.odd
+        rare = case.wide or case.odd or case.accumulates
         if row is None or row.get("error") or rare:
             continue
         kind = arithmetic(getattr(torch, case.dtype), case.precision)
