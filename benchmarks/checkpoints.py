@@ -26,10 +26,13 @@ def save(
     """Puts the state after `step` steps in the place of the checkpoint before.
 
     It has its name once all is written, and only then the one before goes: a process killed at any
-    moment leaves the one or the other.
+    moment leaves the one or the other. What else lies in the folder stays.
     """
     whole = folder / f"step-{step:08}"
     unfinished = whole.with_suffix(".part")
+    if dist.get_rank() == 0 and unfinished.exists():  # of a process that was killed
+        shutil.rmtree(unfinished)
+    dist.barrier()
     dcp.save(_state(network, optimizer), checkpoint_id=unfinished)
     if dist.get_rank() == 0:  # it has heard from every other that its shards are written
         write_json(unfinished / PROGRESS, progress)
@@ -40,8 +43,8 @@ def save(
 def last(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint in `folder`, if there is one, and how far its training was."""
     found: list[Any] = [None]
-    if dist.get_rank() == 0 and (checkpoint := _keep_the_last(folder)):
-        found[0] = checkpoint, read_json(checkpoint / PROGRESS)
+    if dist.get_rank() == 0 and (whole := _whole(folder)):
+        found[0] = whole[-1], read_json(whole[-1] / PROGRESS)
     dist.broadcast_object_list(found)
     return found[0]
 
@@ -63,10 +66,13 @@ def _state(network: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     return {"network": of_network, "optimizer": of_optimizer}
 
 
-def _keep_the_last(folder: Path) -> Path | None:
-    """Removes what was not finished, and what is older than the checkpoint that it returns."""
-    whole = sorted(folder.glob("step-????????"))
-    for path in folder.glob("step-*"):
-        if path not in whole[-1:]:
-            shutil.rmtree(path)
-    return whole[-1] if whole else None
+def _whole(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, the last one last; what others keep there is none."""
+    return sorted(progress.parent for progress in folder.glob(f"step-{8 * '[0-9]'}/{PROGRESS}"))
+
+
+def _keep_the_last(folder: Path) -> None:
+    """Removes older checkpoints, and those that were not finished."""
+    unfinished = (path for path in folder.glob(f"step-{8 * '[0-9]'}.part") if path.is_dir())
+    for path in (*_whole(folder)[:-1], *unfinished):
+        shutil.rmtree(path)

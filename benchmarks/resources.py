@@ -91,8 +91,8 @@ def write_table(table: Table, path: Path) -> None:
 def residents(table: Table, known: list[Case]) -> dict[str, dict[str, int]]:
     """Programs a multiprocessor by target and `resident_key` or `pair_key`.
 
-    The least of the cases that have that key, but for those that are rare: of 64-bit offsets, of odd
-    numbers of outputs, and of a grad_weight that is added to what is there.
+    The least of the cases that have that key, but for those that are rare: of 64-bit offsets, of
+    odd numbers of outputs, and of a grad_weight that is added to what is there.
     """
     found: dict[str, dict[str, int]] = {}
     for case in known:

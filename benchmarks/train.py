@@ -355,6 +355,8 @@ def parse() -> argparse.Namespace:
         parser.error("--compare-step is of one process: leave out --distributed")
     if arguments.distributed and len(arguments.batch_sizes or [1]) > 1:
         parser.error("--distributed takes one batch size")
+    if arguments.checkpoint and arguments.checkpoint.exists() and not arguments.checkpoint.is_dir():
+        parser.error(f"--checkpoint takes a folder, but {arguments.checkpoint} is a file")
     if arguments.checkpoint and not arguments.distributed:
         parser.error("--checkpoint is of several processes: it takes --distributed")
     return arguments

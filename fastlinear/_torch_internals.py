@@ -77,6 +77,11 @@ def hide_from_dynamo(function: Callable[..., Any]) -> None:
     _eval_frame.set_code_exec_strategy(function.__code__, skip)
 
 
+def will_run(node: Any) -> bool:
+    """Within a backward: whether a node of its graph, not a leaf's, is to run in it too."""
+    return torch._C._will_engine_execute_node(node)
+
+
 def default_store() -> Any:
     """That of the default process group, by which its ranks have found each other."""
     return torch.distributed.distributed_c10d._get_default_store()

@@ -254,8 +254,10 @@ def use_tables(rows: dict[torch.device, tuple[Row, ...]] | None = None) -> None:
 
 def expect_ranks() -> None:
     """Looks for the tables of other ranks, where there have come to be any."""
-    if not (tuned.available or tuned.settled) and ranks.expected():
-        use_tables()
+    if not tuned.available and ranks.expected():
+        settled = tuned.settled is not None and tuned.settled == ranks.group()
+        if not settled:
+            use_tables()
 
 
 def use_no_tables() -> None:

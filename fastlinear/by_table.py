@@ -39,6 +39,7 @@ def _ranges(
 ) -> tuple[tuple[int, int], ...]:
     """`lookup.ranges`, for a function that is being compiled: a constant there."""
     precision = backend.table_precision(dtype)  # which Dynamo guards itself
+    lookup.follow_group()
     return lookup.ranges(
         tuned.generation, device, product, dtype, precision, activation, bias, n, k
     )

@@ -65,14 +65,20 @@ def why_outdated(table: Table) -> str | None:
     return None
 
 
-_before_group: set[torch.device] = set()  # whose tables were read when there was no group yet
+_group: int | None = None  # whose ranks the tables that were read are those of
+
+
+def follow_group() -> None:
+    """Reads tables anew where there has come to be another process group, or the first."""
+    global _group
+    group = ranks.group()
+    if group != _group:
+        _group = group
+        backend.use_tables(tuned.given)
 
 
 def _found(device: torch.device) -> dict[Key, Found]:
     """All rows for a device that can be used here."""
-    if _before_group and ranks.in_group():
-        _before_group.clear()
-        backend.use_tables()
     return _read(device, tuned.generation)
 
 
@@ -83,8 +89,6 @@ def _read(device: torch.device, generation: int) -> dict[Key, Found]:
     name = device_name(device)
     if name is None:
         return {}
-    if not ranks.in_group():
-        _before_group.add(device)
     files = ranks.agreed(name, _readable(name))
     found: dict[Key, Found] = {}
     for path, text in files:
@@ -136,6 +140,7 @@ def _usable(table: Table, device: torch.device) -> list[Row]:
 
 def find(device: torch.device, key: Key) -> Found | None:
     """The row for a product, if there is one; `key.m` is any number of rows."""
+    follow_group()
     return _found(device).get(key._replace(m=tables.bucket(key.m)))
 
 
@@ -150,6 +155,7 @@ def _sizes(device: torch.device, generation: int) -> frozenset[tuple[int, int, i
 
 def sizes(device: torch.device) -> frozenset[tuple[int, int, int]]:
     """The n, k and m of all rows by which "auto" can take a kernel, whatever else they are for."""
+    follow_group()
     return _sizes(device, tuned.generation)
 
 

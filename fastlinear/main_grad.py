@@ -6,6 +6,7 @@ gradient is rounded to 16 bits, written, read again and added. The grad_weight k
 float32 sums to main_grad instead of writing them.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend
+from fastlinear import backend, tuned
 from fastlinear.activations import ACTIVATIONS, GRADIENTS
 from fastlinear.activations import forward_op as activation_forward_op
 from fastlinear.functional import linear, tables_say_so, why_not
@@ -31,9 +32,11 @@ def linear_into_main_grad(
     that the layer computes in, autocast's where it is on. Backend "triton" computes all gradients
     with the kernels, and "auto" this one on a GPU that they run on: they add the product to
     main_grad before anything is rounded. Elsewhere PyTorch forms the product, rounded to that
-    dtype, and then adds it.
+    dtype, and then adds it. Backwards of several threads take turns; on several CUDA streams they
+    have to wait for each other, as nothing here has them.
 
-    Autograd gets no gradient of weight. Where weight has an attribute `grad_added_to_main_grad`, as
+    It is added where autograd wants weight's gradient: not in `torch.autograd.grad(output, input)`.
+    Autograd gets none. Where weight has an attribute `grad_added_to_main_grad`, as
     Megatron-LM's has, that becomes True and autograd gets zeros, for the hooks that wait for it. A
     function that is compiled calls this as it is (a graph break). Not differentiable twice.
 
@@ -57,7 +60,9 @@ def linear_into_main_grad(
     if bias is not None:
         bias = bias.to(dtype).expand(weight.shape[:1])
     with torch.autocast(device, enabled=False):
-        return _apply(input.to(dtype), weight, bias, activation)
+        # By way of a view, autograd's node of which says whether weight's gradient is wanted; it
+        # would not say so of a parameter.
+        return _apply(input.to(dtype), weight.view_as(weight), bias, activation, (weight,))
 
 
 # What it does to a tensor that no graph knows is not for a compiler to reorder.
@@ -99,12 +104,19 @@ class IntoMainGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str | None,
+        owner: tuple[Tensor],
     ) -> Tensor:
         used = weight.to(input.dtype)
         saved = None
         if activation is None:
             output = linear(input, used, bias)
+            if output._is_view():  # F.linear's may be one, and no Function's could change in place
+                output = torch.ops.aten._unsafe_view(output, output.shape)
         elif backend.current == "triton" or tables_say_so(input, used, bias, activation):
             output, saved = activation_forward_op(input, used, bias, activation)
         else:
@@ -113,7 +125,7 @@ class IntoMainGrad(torch.autograd.Function):
         if activation in FROM_OUTPUT:
             saved = output
         ctx.save_for_backward(input, used if ctx.needs_input_grad[0] else None, saved)
-        ctx.weight, ctx.activation = weight, activation
+        (ctx.weight,), ctx.activation = owner, activation
         ctx.kernels, ctx.auto = by_the_kernels(input), backend.current == "auto"
         return output
 
@@ -121,27 +133,36 @@ class IntoMainGrad(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, used, saved = ctx.saved_tensors
-        main_grad = _main_grad_of(ctx.weight)
+        wanted = internals.will_run(ctx.next_functions[1][0])
+        main_grad = _main_grad_of(ctx.weight) if wanted else None
         bias = ctx.needs_input_grad[2]
         with torch.autocast(input.device.type, enabled=False):
             if ctx.kernels and not ctx.auto:
-                grad_input, grad_bias = _together(
-                    grad_output, saved, input, used, bias, main_grad, ctx.activation
-                )
+                with _adding:
+                    grad_input, grad_bias = _together(
+                        grad_output, saved, input, used, bias, main_grad, ctx.activation
+                    )
             else:
                 if saved is not None:
                     grad_output = GRADIENTS[ctx.activation](grad_output, saved)
                 grad_input = None if used is None else _grad_input(grad_output, used, ctx.auto)
                 add = _add_by_the_kernel if ctx.kernels else _add_by_pytorch
-                grad_bias = add(grad_output, input, bias, main_grad)
-        torch.autograd.graph.increment_version(main_grad)
+                if main_grad is not None:
+                    with _adding:
+                        grad_bias = add(grad_output, input, bias, main_grad)
+                else:
+                    grad_bias = backend.sum_rows(grad_output, batched=False) if bias else None
         grad_weight = None
-        if hasattr(ctx.weight, "grad_added_to_main_grad"):
-            ctx.weight.grad_added_to_main_grad = True
-            grad_weight = torch.zeros_like(ctx.weight)
-        return grad_input, grad_weight, grad_bias, None
+        if main_grad is not None:
+            torch.autograd.graph.increment_version(main_grad)
+            if hasattr(ctx.weight, "grad_added_to_main_grad"):
+                ctx.weight.grad_added_to_main_grad = True
+                grad_weight = torch.zeros_like(ctx.weight)
+        return grad_input, grad_weight, grad_bias, None, None
 
 
+internals.hide_from_dynamo(IntoMainGrad.backward)
+_adding = threading.Lock()  # two that read one sum would lose what the first of them adds
 _apply: Callable[..., Tensor] = IntoMainGrad.apply
 
 
@@ -151,10 +172,10 @@ def _together(
     input: Tensor,
     weight: Tensor | None,
     bias: bool,
-    main_grad: Tensor,
+    main_grad: Tensor | None,
     activation: str | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """All gradients by the kernels."""
+    """All gradients by the kernels; without main_grad none of weight."""
     kernels = backend.launchers()
     if saved is not None:
         grad_output = kernels.activation.activation_backward(
@@ -162,19 +183,21 @@ def _together(
         )
     grad_input, _, grad_bias = kernels.backward.linear_backward(
         grad_output,
-        input,
+        None if main_grad is None else input,
         weight,
         bias,
         main_grad=main_grad,
         precision=backend.float32_precision(),
         batch_invariant=backend.invariant,
     )
+    if bias and grad_bias is None:
+        grad_bias = backend.sum_rows(grad_output, batched=False)
     return grad_input, grad_bias
 
 
 def _grad_input(grad_output: Tensor, weight: Tensor, auto: bool) -> Tensor:
     """By PyTorch, or by a kernel where "auto" goes by a table that says so."""
-    if not auto:
+    if not (auto and tuned.available):
         return torch.matmul(grad_output, weight)
     from fastlinear import by_table
 

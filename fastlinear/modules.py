@@ -25,6 +25,7 @@ from fastlinear.main_grad import linear_into_main_grad
 torch.fx.wrap("linear")
 torch.fx.wrap("batched_linear")
 torch.fx.wrap("gated_linear")
+torch.fx.wrap("linear_into_main_grad")
 
 
 def _scripted(output: Tensor, activation: str | None) -> Tensor:
@@ -62,8 +63,8 @@ class Linear(nn.Linear):
         accumulate_into_main_grad: whether backward adds weight's gradient to `weight.main_grad`
             instead of giving it to autograd, as Megatron-LM's and Transformer Engine's
             `fuse_wgrad_accumulation` does (main_grad.py). main_grad is a contiguous float32 tensor
-            of weight's shape (float64 for a float64 weight), which is whoever trains's to attach,
-            zero and read; `weight.grad` stays as it is.
+            of weight's shape (float64 for a float64 weight). To make it, zero it, sum it over ranks
+            and take it to the optimizer is left to the training; `weight.grad` stays as it is.
 
     Raises:
         ValueError: activation is none of these.
@@ -99,6 +100,15 @@ class Linear(nn.Linear):
         if name == "activation":  # a module of that name would be registered, and never called
             check_activation(value)
         super().__setattr__(name, value)
+
+    def __prepare_scriptable__(self) -> "Linear":
+        """What torch.jit.script takes in the place of this layer."""
+        if self.accumulate_into_main_grad:
+            raise RuntimeError(
+                "torch.jit.script takes layers that leave gradients to autograd, but this one has "
+                "accumulate_into_main_grad=True"
+            )
+        return self
 
     def forward(self, input: Tensor) -> Tensor:
         if internals.is_scripting():  # TorchScript compiles this branch alone
@@ -198,7 +208,8 @@ class BatchedLinear(nn.Module):
 
         Raises:
             TypeError: one of them is not an `nn.Linear`.
-            ValueError: there are none, or two are not alike; the message says in what.
+            ValueError: there are none, or two are not alike, the message says in what; or one
+                accumulates into main_grad.
         """
         layers = list(linears)
         if not layers:
@@ -216,6 +227,11 @@ class BatchedLinear(nn.Module):
                         f"from_linears() takes layers that are alike, but {what} of layer 0 is "
                         f"{first[what]} and of layer {position} {own[what]}"
                     )
+            if getattr(layer, "accumulate_into_main_grad", False):
+                raise ValueError(
+                    "from_linears() takes layers that leave gradients to autograd, "
+                    f"but layer {position} accumulates into main_grad"
+                )
         weights: list[Tensor] = [layer.weight for layer in layers]
         biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         out_features, in_features = weights[0].shape

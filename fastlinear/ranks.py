@@ -24,8 +24,18 @@ def in_group() -> bool:
     return AVAILABLE and torch.distributed.is_initialized()
 
 
+def group() -> int | None:
+    """What tells the default group from one before it or after; None where there is none."""
+    return id(torch.distributed.group.WORLD) if in_group() else None
+
+
 def expected() -> bool:
-    """Whether this process is one of several, or will be, by what torchrun tells it."""
+    """Whether this process is one of several, or will be, by what torchrun tells it.
+
+    Not where no kernel can run, and so none is to be chosen.
+    """
+    if not (torch.backends.cuda.is_built() or os.environ.get("TRITON_INTERPRET") == "1"):
+        return False
     if in_group():
         return torch.distributed.get_world_size() > 1
     return AVAILABLE and os.environ.get("WORLD_SIZE", "1") not in ("", "1")
@@ -52,7 +62,7 @@ def agreed(device: str, mine: Files) -> Files:
         )
         return mine
     theirs: Files = [(path, table) for path, table in json.loads(found)]
-    if theirs != mine:
+    if [table for _, table in theirs] != [table for _, table in mine]:
         warnings.warn(
             f"fastlinear goes by another rank's tables for {device}, {_names(theirs)}, and not by "
             f"this rank's, {_names(mine)}, for all ranks to choose the same kernels",

@@ -51,7 +51,7 @@ def _names(folder: Path) -> list[str]:
 
 # Whether there is a table at all, which every call asks first. Another rank may have one.
 available: bool = any_files() or ranks.expected()
-settled = False  # the ranks have agreed that there is none
+settled: int | None = None  # the group whose ranks have agreed that there is none
 generation = 0  # counts the times that tables were read anew
 given: dict[torch.device, tuple[Row, ...]] | None = None  # in the place of all tables
 
@@ -61,11 +61,11 @@ def reload(rows: dict[torch.device, tuple[Row, ...]] | None = None) -> None:
     global available, settled, generation, given
     given = rows
     available = rows is not None or any_files() or ranks.expected()
-    settled = False
+    settled = None
     generation += 1
 
 
 def settle() -> None:
-    """Asks for tables no more: no rank has one."""
+    """Asks for tables no more: no rank of this group has one."""
     global available, settled
-    available, settled = False, True
+    available, settled = False, ranks.group()

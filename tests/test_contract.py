@@ -37,13 +37,16 @@ Deed = Callable[[Any], Any]
 # The layer before its first input.
 
 
-def test_signature_is_nn_linear_s_and_activation() -> None:
+def test_signature_is_nn_linear_s_and_more_by_keyword() -> None:
     def parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
         found = inspect.signature(function).parameters.values()
         return [(parameter.name, parameter.kind, parameter.default) for parameter in found]
 
-    activation = ("activation", inspect.Parameter.KEYWORD_ONLY, None)
-    assert parameters(fastlinear.Linear) == [*parameters(nn.Linear), activation]
+    more = [
+        ("activation", inspect.Parameter.KEYWORD_ONLY, None),
+        ("accumulate_into_main_grad", inspect.Parameter.KEYWORD_ONLY, False),
+    ]
+    assert parameters(fastlinear.Linear) == [*parameters(nn.Linear), *more]
     assert parameters(fastlinear.Linear.forward) == parameters(nn.Linear.forward)
     assert issubclass(fastlinear.Linear, nn.Linear)
     assert fastlinear.Linear.__name__ == nn.Linear.__name__

@@ -349,6 +349,12 @@ CASES = {
         r"\(4, 3\) on cpu, but it is torch.float16 on cpu",
         lambda patch: check_main_grad(W(4, 3, dtype=torch.float16), (4, 3), W(2, 3)),
     ),
+    "main_grad, scripted": Case(
+        RuntimeError,
+        "torch.jit.script takes layers that leave gradients to autograd, but this one has "
+        "accumulate_into_main_grad=True",
+        lambda patch: torch.jit.script(fastlinear.Linear(3, 4, accumulate_into_main_grad=True)),
+    ),
     # Models and layers.
     "convert": Case(
         TypeError,
@@ -387,6 +393,14 @@ CASES = {
         r"from_linears\(\) takes layers that are alike, but the shape of weight of layer 0 is "
         r"\(4, 3\) and of layer 1 \(5, 3\)",
         lambda patch: fastlinear.BatchedLinear.from_linears([nn.Linear(3, 4), nn.Linear(3, 5)]),
+    ),
+    "from_linears, main_grad": Case(
+        ValueError,
+        r"from_linears\(\) takes layers that leave gradients to autograd, but layer 0 accumulates "
+        "into main_grad",
+        lambda patch: fastlinear.BatchedLinear.from_linears(
+            [fastlinear.Linear(3, 4, accumulate_into_main_grad=True)]
+        ),
     ),
     # Why `convert` leaves modules apart: caught there, and told in its report.
     "fold, a forward of its own": Case(

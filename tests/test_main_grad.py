@@ -1,5 +1,6 @@
 """Gradients of weights that are added to `weight.main_grad`."""
 
+import threading
 from typing import Any
 
 import pytest
@@ -308,3 +309,127 @@ def test_repr_and_explain_say_so(path: str, device: torch.device) -> None:
     said = str(fastlinear.explain(layer, torch.randn(2, 3, device=device)))
     by = "the kernel" if "kernels" in path or path == "triton" else "PyTorch"
     assert f"grad_weight is added to weight.main_grad by {by}" in said
+
+
+@pytest.mark.parametrize("later", ["torch", "auto", "triton"])
+def test_backward_takes_the_path_of_its_forward(
+    path: str, later: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    from fastlinear.kernels import launch
+
+    layer = accumulating(3, 4, device, activation="relu")
+    twin, start = beside(layer), layer.weight.main_grad.clone()
+    input = torch.randn(2, 3, device=device, requires_grad=True)
+    output, expected = layer(input).sum(), twin(input).sum()
+    launched, run = [], launch.run
+    monkeypatch.setattr(
+        launch, "run", lambda *given: (launched.append(given[0].__name__), run(*given))
+    )
+    with fastlinear.use_backend(later):
+        output.backward()
+    kernels = {
+        "triton": ["activation_backward_kernel", "linear_backward_kernel"],
+        "auto with kernels": ["linear_backward_weight_kernel"],
+    }
+    assert launched == kernels.get(path, [])
+    expected.backward()
+    torch.testing.assert_close(layer.weight.main_grad - start, twin.weight.grad)
+
+
+def test_adds_where_autograd_wants_the_gradient_alone(path: str, device: torch.device) -> None:
+    layer = accumulating(3, 4, device)
+    start = layer.weight.main_grad.clone()
+    input = torch.randn(2, 3, device=device, requires_grad=True)
+    loss = layer(input).sum()
+    (grad_input,) = torch.autograd.grad(loss, input, retain_graph=True)
+    torch.testing.assert_close(grad_input, layer.weight.detach().sum(0).expand(2, 3))
+    loss.backward(inputs=[layer.bias], retain_graph=True)
+    torch.testing.assert_close(layer.bias.grad, torch.full((4,), 2.0, device=device))
+    assert torch.equal(layer.weight.main_grad, start)
+    loss.backward(inputs=[layer.weight])
+    expected = input.detach().sum(0).expand(4, 3)
+    torch.testing.assert_close(layer.weight.main_grad - start, expected)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 5, 3)], ids=str)
+def test_output_may_change_in_place(
+    shape: tuple[int, ...], path: str, device: torch.device
+) -> None:
+    layer = accumulating(3, 4, device)
+    start = layer.weight.main_grad.clone()
+    input = torch.randn(*shape, device=device)
+    nn.Sequential(layer, nn.ReLU(inplace=True))(input).sum().backward()
+    twin = beside(layer)
+    twin(input).relu().sum().backward()
+    torch.testing.assert_close(layer.weight.main_grad - start, twin.weight.grad)
+
+
+def test_backward_within_autocast(path: str, device: torch.device) -> None:
+    layer = accumulating(48, 40, device)
+    twin, start = beside(layer), layer.weight.main_grad.clone()
+    input = torch.randn(70, 48, device=device, requires_grad=True)
+    output, expected = layer(input), twin(input)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        output.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(
+        layer.weight.main_grad - start, twin.weight.grad, rtol=1e-5, atol=1e-4
+    )
+
+
+def test_autocast_lets_float64_be(path: str, device: torch.device) -> None:
+    layer = accumulating(3, 4, device, dtype=torch.float64)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        output = layer(torch.randn(2, 3, dtype=torch.float64, device=device))
+    assert output.dtype == torch.float64
+
+
+def test_batch_invariant_rows(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    from fastlinear.kernels import backward
+
+    asked, compute = [], backward.linear_backward
+    monkeypatch.setattr(
+        backward,
+        "linear_backward",
+        lambda *given, **named: asked.append(named["batch_invariant"]) or compute(*given, **named),
+    )
+    layer = accumulating(3, 4, device)
+    with fastlinear.batch_invariant():
+        layer(torch.randn(2, 3, device=device)).sum().backward()
+    assert asked == [True]
+
+
+def test_threads_lose_nothing(device: torch.device) -> None:
+    layer = accumulating(400, 300, device, dtype=torch.bfloat16)
+    layer.weight.main_grad.zero_()
+    input = torch.ones(4, 400, dtype=torch.bfloat16, device=device)
+
+    def work() -> None:
+        for _ in range(10):
+            layer(input).sum().backward()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(layer.weight.main_grad, torch.full((300, 400), 160.0, device=device))
+
+
+def test_torch_fx_and_torchscript(path: str, device: torch.device) -> None:
+    layer = accumulating(3, 4, device)
+    start = layer.weight.main_grad.clone()
+    input = torch.randn(2, 3, device=device)
+    traced = torch.fx.symbolic_trace(nn.Sequential(layer))
+    traced(input).sum().backward()
+    expected = input.sum(0).expand(4, 3)
+    torch.testing.assert_close(layer.weight.main_grad - start, expected)
+    with pytest.raises(RuntimeError, match=r"torch.jit.script takes layers that leave"):
+        torch.jit.script(nn.Sequential(layer))
+
+
+def test_layers_put_together_are_refused(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="but layer 1 accumulates into main_grad"):
+        fastlinear.BatchedLinear.from_linears(
+            [fastlinear.Linear(3, 4, device=device), accumulating(3, 4, device)]
+        )

@@ -59,6 +59,7 @@ def join(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dist.Store]:
         monkeypatch.setattr(ranks, "in_group", lambda: True)
         monkeypatch.setattr(dist, "get_world_size", lambda: 2)
         monkeypatch.setattr(internals, "default_store", lambda: store)
+        monkeypatch.setattr(ranks, "group", lambda: id(store))
         return store
 
     return join
@@ -133,6 +134,32 @@ def test_tables_that_were_read_before_there_was_a_group(
     join().set(KEY, as_another_wrote(table(64)))
     with pytest.warns(RuntimeWarning, match="another rank's"):
         assert chosen() == 64
+
+
+def test_another_group_agrees_anew(own: Path, join: Callable[..., dist.Store]) -> None:
+    join()
+    assert chosen() == 32
+    join().set(KEY, as_another_wrote(table(64)))
+    with pytest.warns(RuntimeWarning, match="another rank's"):
+        assert chosen() == 64
+
+
+def test_another_group_may_have_tables(folder: Path, join: Callable[..., dist.Store]) -> None:
+    join()
+    fastlinear.Linear(K, N)
+    assert chosen() is None
+    assert not tuned.available
+    join().set(KEY, as_another_wrote(table(64)))
+    fastlinear.convert(torch.nn.Linear(K, N))
+    with pytest.warns(RuntimeWarning, match="another rank's"):
+        assert chosen() == 64
+
+
+def test_the_same_table_from_another_place_is_the_same(
+    own: Path, join: Callable[..., dist.Store]
+) -> None:
+    join().set(KEY, as_another_wrote(table(32)))
+    assert chosen() == 32  # a warning would be an error
 
 
 def test_a_store_that_cannot_agree(own: Path, join: Callable[..., dist.Store]) -> None:

@@ -192,11 +192,19 @@ def test_unfinished_checkpoint_is_not_taken(one_process: None, tmp_path: Path) -
     layer = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(layer.parameters())
     assert checkpoints.last(tmp_path / "not there") is None
-    (tmp_path / "step-00000003").mkdir()
-    checkpoints.save(tmp_path, 9, layer, optimizer, {"step": 9})
+    others = ["step-00000099", "step-2000", "step-by-step", "step-notes.txt"]
+    for name in others[:3]:
+        (tmp_path / name).mkdir()
+    (tmp_path / others[3]).touch()
+    checkpoints.save(tmp_path, 8, layer, optimizer, {"step": 8})
+    (tmp_path / "step-00000009.part").mkdir()
+    (tmp_path / "step-00000009.part" / "half").touch()
+    assert checkpoints.last(tmp_path) == (tmp_path / "step-00000008", {"step": 8})
     (tmp_path / "step-00000010.part").mkdir()
+    checkpoints.save(tmp_path, 9, layer, optimizer, {"step": 9})
     assert checkpoints.last(tmp_path) == (tmp_path / "step-00000009", {"step": 9})
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000009"]
+    assert not (tmp_path / "step-00000009" / "half").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000009", *others]
 
     expected = layer.weight.detach().clone()
     nn.init.zeros_(layer.weight)
