@@ -25,7 +25,7 @@ from benchmarks.digits import Training, epoch_orders, read_digits
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = "benchmarks/train.py"
-PATIENCE = 300  # seconds; a run takes 5 on two cores that do nothing else
+PATIENCE = 120  # seconds; a run takes 5 on two cores that do nothing else
 
 # How far two orders of adding up a batch may part the losses, as a share of the first. That is 1e-7
 # in the median of 480 trainings with seeds at random, and 6e-5 at most: rounding may decide a ReLU.
@@ -61,8 +61,14 @@ class Run:
             time.sleep(0.01)
 
     def output(self) -> str:
-        """Once it has ended: what all have printed."""
-        return self.torchrun.communicate(timeout=PATIENCE)[0]
+        """Once it has ended: what all have printed. One that does not end says where it is."""
+        try:
+            return self.torchrun.communicate(timeout=PATIENCE)[0]
+        except subprocess.TimeoutExpired:
+            for pid in self.pids():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGABRT)  # on which faulthandler prints every stack
+            pytest.fail(f"no end within {PATIENCE} s: {self.torchrun.communicate()[0]}")
 
 
 @pytest.fixture
@@ -80,7 +86,8 @@ def start() -> Iterator[Callable[..., Run]]:
             text=True,
             cwd=ROOT,
             start_new_session=True,
-            env=os.environ | {"TEST_RUN": token, "CUDA_VISIBLE_DEVICES": ""},
+            env=os.environ
+            | {"TEST_RUN": token, "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"},
         )
         runs.append(Run(process, token))
         return runs[-1]
