@@ -756,7 +756,7 @@ MUTANTS = [
     ),
     Mutant(
         "streams share their counters",
-        "kernels/launch.py",
+        "kernels/shared_sums.py",
         "stream = torch.cuda.current_stream(device).cuda_stream",
         "stream = 0",
         ("tests/test_launch.py",),
@@ -1144,7 +1144,7 @@ MUTANTS = [
     ),
     Mutant(
         "counters of an interrupted launch are used again",
-        "kernels/launch.py",
+        "kernels/shared_sums.py",
         "    except BaseException:\n",
         "    except ZeroDivisionError:\n",
         INTERRUPTED,
@@ -1216,8 +1216,7 @@ def run_tests(folder: str, tests: tuple[str, ...]) -> None:
     sys.path[:] = [folder, *(entry for entry in sys.path if Path(entry or ".") != ROOT / "tests")]
     os.environ["PYTHONPATH"] = folder
     status = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests])
-    sys.stdout.flush()
-    os._exit(status)
+    sys.exit(status)
 
 
 def main() -> None:
