@@ -414,7 +414,10 @@ def main() -> None:
     if arguments.distributed:
         batch_size = batch_sizes[0] if arguments.batch_sizes else min(64, size)
         with fastlinear.use_backend(arguments.backend):
-            row = distributed.train(arguments, fastlinear.Linear, digits, batch_size, epochs)
+            try:
+                row = distributed.train(arguments, fastlinear.Linear, digits, batch_size, epochs)
+            except SystemExit:  # why has been said
+                distributed.leave(1)
         if row:
             folder.mkdir(parents=True, exist_ok=True)
             results = what_it_is(arguments, digits, interpreted) | {"rows": [row]}
