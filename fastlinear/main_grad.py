@@ -32,16 +32,20 @@ def linear_into_main_grad(
     that the layer computes in, autocast's where it is on. Backend "triton" computes all gradients
     with the kernels, and "auto" this one on a GPU that they run on: they add the product to
     main_grad before anything is rounded. Elsewhere PyTorch forms the product, rounded to that
-    dtype, and then adds it. Backwards of several threads take turns; on several CUDA streams they
-    have to wait for each other, as nothing here has them.
+    dtype, and then adds it. Backwards of several threads take turns; whoever runs them on several
+    CUDA streams has each wait for the one before.
 
     It is added where autograd wants weight's gradient: not in `torch.autograd.grad(output, input)`.
-    Autograd gets none. Where weight has an attribute `grad_added_to_main_grad`, as
-    Megatron-LM's has, that becomes True and autograd gets zeros, for the hooks that wait for it. A
-    function that is compiled calls this as it is (a graph break). Not differentiable twice.
+    Autograd gets none. Where weight has an attribute `grad_added_to_main_grad`, as Megatron-LM's
+    has, that becomes True and autograd gets zeros, for the hooks that wait for it. A function that
+    is compiled calls this as it is (a graph break). Not differentiable twice.
 
     Args:
-        input, weight, bias, activation: as in `fastlinear.linear`.
+        input, weight, bias, activation: as in `fastlinear.linear`; weight.main_grad is contiguous,
+            (out_features, in_features), float32, or float64 for a float64 weight.
+
+    Returns:
+        As `fastlinear.linear`.
 
     Raises:
         RuntimeError: weight needs a gradient, and its `main_grad` is not there or does not fit it.
@@ -145,7 +149,8 @@ class IntoMainGrad(torch.autograd.Function):
             else:
                 if saved is not None:
                     grad_output = GRADIENTS[ctx.activation](grad_output, saved)
-                grad_input = None if used is None else _grad_input(grad_output, used, ctx.auto)
+                by_table = ctx.auto and tuned.available
+                grad_input = None if used is None else _grad_input(grad_output, used, by_table)
                 add = _add_by_the_kernel if ctx.kernels else _add_by_pytorch
                 if main_grad is not None:
                     with _adding:
@@ -195,17 +200,12 @@ def _together(
     return grad_input, grad_bias
 
 
-def _grad_input(grad_output: Tensor, weight: Tensor, auto: bool) -> Tensor:
-    """By PyTorch, or by a kernel where "auto" goes by a table that says so."""
-    if not (auto and tuned.available):
+def _grad_input(grad_output: Tensor, weight: Tensor, by_table: bool) -> Tensor:
+    """By PyTorch, or, where "auto" goes by a table, as the op that the table decides about."""
+    if not by_table:
         return torch.matmul(grad_output, weight)
-    from fastlinear import by_table
-
-    with backend.as_its_forward(auto):
-        gradients = by_table.gradients(grad_output, None, weight, False)
-    assert gradients is not None
-    assert gradients[0] is not None
-    return gradients[0]
+    with backend.as_its_forward(True):
+        return backend.backward(grad_output, None, weight, False, False)[0]
 
 
 def _add_by_the_kernel(

@@ -61,9 +61,10 @@ class Linear(nn.Linear):
         in_features, out_features, bias, device, dtype: as `nn.Linear` takes them.
         activation: None, or the name of what is applied to the output, as in `fastlinear.linear`.
         accumulate_into_main_grad: whether backward adds weight's gradient to `weight.main_grad`
-            instead of giving it to autograd, as Megatron-LM's and Transformer Engine's
-            `fuse_wgrad_accumulation` does (main_grad.py). main_grad is a contiguous float32 tensor
-            of weight's shape (float64 for a float64 weight). To make it, zero it, sum it over ranks
+            instead of giving it to autograd (main_grad.py), as Megatron-LM's layers do with
+            `gradient_accumulation_fusion` and Transformer Engine's with `fuse_wgrad_accumulation`.
+            main_grad is a contiguous tensor of weight's shape, in the dtype of sums: float32, or
+            float64 for a float64 weight. To make it, zero it, sum it over ranks
             and take it to the optimizer is left to the training; `weight.grad` stays as it is.
 
     Raises:

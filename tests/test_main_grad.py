@@ -14,6 +14,8 @@ from fastlinear.kernels.backward import linear_backward
 from fastlinear.kernels.backward_weight import linear_backward_weight
 
 PATHS = ["torch", "auto", "auto with kernels", "triton"]
+# Float32 sums of 70 products of normal numbers are some 40, and are rounded a few times.
+SUMS = 1e-5
 ACTIVATIONS = [None, "relu", "gelu"]  # the derivative from the output, or from the pre-activation
 
 
@@ -78,7 +80,7 @@ def test_gradients_are_those_of_the_layer(
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("m", "n", "k"), [(70, 50, 77), (517, 10, 20), (1, 40, 1), (0, 5, 7), (5, 7, 0)], ids=str
+    ("m", "n", "k"), [(70, 50, 77), (517, 10, 20), (0, 5, 7), (5, 7, 0)], ids=str
 )
 def test_the_kernels_add_unrounded_sums(
     m: int, n: int, k: int, dtype: torch.dtype, together: bool, splits: int, device: torch.device
@@ -95,9 +97,14 @@ def test_the_kernels_add_unrounded_sums(
     else:
         grad_weight, grad_bias = linear_backward_weight(grad_output, input, True, **given)
     assert grad_weight is None
-    _, exact, exact_bias = exact_backward(grad_output, input, weight)
-    rough = {"rtol": 2e-2, "atol": 1e-2 * (m + 1) ** 0.5}  # test_backward.py has its error
-    torch.testing.assert_close(grad_bias.double(), exact_bias, **rough)
+    _, exact, _ = exact_backward(grad_output, input, weight)
+    given["main_grad"] = None
+    *_, alone = (
+        linear_backward(grad_output, input, weight, True, **given)
+        if together
+        else linear_backward_weight(grad_output, input, True, **given)
+    )
+    assert torch.equal(grad_bias, alone)
     if exact.numel() == 0:
         return
     # One rounding of the total, and as many of the sum as it has terms, at its size on the way.
@@ -136,7 +143,7 @@ def test_under_autocast(path: str, device: torch.device) -> None:
     exact = grad_output.bfloat16().double().mT @ input.bfloat16().double()
     added = layer.weight.main_grad.double() - start
     rounded = 0.0 if "kernels" in path or path == "triton" else 2.0**-8
-    torch.testing.assert_close(added, exact, rtol=rounded, atol=1e-4)
+    torch.testing.assert_close(added, exact, rtol=rounded, atol=SUMS)
     assert layer.bias.grad.dtype == torch.float32
 
 
@@ -147,9 +154,9 @@ def test_weights_of_16_bits(path: str, dtype: torch.dtype, device: torch.device)
     input, grad_output = (torch.randn(70, size, dtype=dtype, device=device) for size in (48, 40))
     layer(input).backward(grad_output)
     exact = grad_output.double().mT @ input.double()
-    rounded = 0.0 if "kernels" in path or path == "triton" else torch.finfo(dtype).eps
+    rounded = 0.0 if "kernels" in path or path == "triton" else torch.finfo(dtype).eps / 2
     added = layer.weight.main_grad.double() - start
-    torch.testing.assert_close(added, exact, rtol=rounded, atol=1e-4)
+    torch.testing.assert_close(added, exact, rtol=rounded, atol=SUMS)
 
 
 def test_one_launch_and_no_tensor_for_the_gradient(

@@ -165,7 +165,7 @@ def test_the_same_table_from_another_place_is_the_same(
 def test_a_store_that_cannot_agree(own: Path, join: Callable[..., dist.Store]) -> None:
     class Fake:
         def compare_set(self, *given: str) -> bytes:
-            raise NotImplementedError("this store cannot")
+            raise RuntimeError("this store cannot")
 
     join(Fake())
     with pytest.warns(RuntimeWarning, match="this store cannot; each goes by its own"):
