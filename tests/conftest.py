@@ -5,6 +5,7 @@ Kernels run on the GPU where there is one, else in Triton's interpreter on CPU t
 
 import os
 import random
+import signal
 import warnings
 from collections.abc import Iterator
 
@@ -31,6 +32,10 @@ def pytest_report_header() -> str:
 
 
 def pytest_configure() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As a shell starts what runs in its background. What tests start would inherit it, and
+        # Ctrl-C be nothing to them.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # workers share the cores
     if launch.INTERPRETING:

@@ -240,11 +240,15 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
         text=True,
         cwd=ROOT,
     )
-    deadline = time.monotonic() + 90
-    while not written.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 90
+        while not written.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail(f"Ctrl-C was nothing to it: {process.communicate()}")
     assert process.returncode == 130, errors
     assert "interrupted: what follows was measured before" in errors
     assert "fastlinear auto: " in output
