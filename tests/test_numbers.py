@@ -324,6 +324,28 @@ def test_addresses_outside_of_tensors_are_found(
             launch.run(copy_kernel, plan, tensors)
 
 
+@triton.jit
+def multiply_kernel(output_ptr, left, right):
+    tl.store(output_ptr, left * right)
+
+
+@pytest.mark.skipif(not launch.INTERPRETING, reason="a GPU does not look")
+@pytest.mark.parametrize(
+    ("left", "right"), [(2**15, -(2**16)), (2**15, 2**16), (-(2**15), 2**16 + 1)]
+)
+def test_integers_that_leave_their_type_are_found(
+    left: int, right: int, device: torch.device
+) -> None:
+    output = torch.zeros(1, dtype=torch.int32, device=device)
+    plan = launch.Launch((1,), (left, right), {})
+    if -(2**31) <= left * right < 2**31:
+        launch.run(multiply_kernel, plan, (output,))
+        assert output.item() == left * right
+    else:
+        with pytest.raises(Exception, match="mul overflows int32"):
+            launch.run(multiply_kernel, plan, (output,))
+
+
 @pytest.mark.usefixtures("watched")
 def test_forward_reads_nothing_beside_its_operands(
     linear: Linear, dtype: torch.dtype, device: torch.device
