@@ -30,10 +30,9 @@ def linear_into_main_grad(
 
     `main_grad += grad_preactivation.mT @ input`, with grad_preactivation and input in the dtype
     that the layer computes in, autocast's where it is on. Backend "triton" computes all gradients
-    with the kernels, and "auto" this one on a GPU that they run on: they add the product to
-    main_grad before anything is rounded. Elsewhere PyTorch forms the product, rounded to that
-    dtype, and then adds it. Backwards of several threads take turns; whoever runs them on several
-    CUDA streams has each wait for the one before.
+    with the kernels, and "auto" this one on a GPU that they run on; elsewhere PyTorch forms the
+    product. Either way it is summed, and added, in main_grad's dtype. Backwards of several threads
+    take turns; whoever runs them on several CUDA streams has each wait for the one before.
 
     It is added where autograd wants weight's gradient: not in `torch.autograd.grad(output, input)`.
     Autograd gets none. Where weight has an attribute `grad_added_to_main_grad`, as Megatron-LM's
@@ -224,9 +223,10 @@ def _add_by_pytorch(
     """As `_add_by_the_kernel`."""
     m = input.shape[:-1].numel()
     rows = input.reshape(m, input.shape[-1])
-    grad_rows = grad_output.reshape(m, grad_output.shape[-1])
-    if main_grad.dtype == input.dtype:
-        main_grad.addmm_(grad_rows.mT, rows)
+    grad_columns = grad_output.reshape(m, grad_output.shape[-1]).mT
+    if input.is_cuda and torch.version.hip is None and input.dtype.itemsize == 2:
+        # cuBLAS alone gives the float32 sums of 16-bit operands.
+        main_grad.add_(torch.mm(grad_columns, rows, out_dtype=torch.float32))
     else:
-        main_grad.add_(grad_rows.mT @ rows)
+        main_grad.addmm_(grad_columns.to(main_grad.dtype), rows.to(main_grad.dtype))
     return backend.sum_rows(grad_output, batched=False) if bias else None
