@@ -35,6 +35,7 @@ class Case(NamedTuple):
         both biases.
     input, weight, up_weight, grad_output: one of LAYOUTS, and "+" how many elements its first lies
         from an aligned address.
+    main_grad: "none", or "contiguous" and as much, for what weight's gradient is added to.
     precision: how float32 products are formed.
     kind: "chosen" calls the public function; a kind of kernel calls the launchers, with tiles of
         `blocks` for M, N and K where nothing forbids them, and sums in `splits` parts.
@@ -53,6 +54,7 @@ class Case(NamedTuple):
     weight: str = "contiguous+0"
     up_weight: str = "contiguous+0"
     grad_output: str = "contiguous+0"
+    main_grad: str = "none"
     scale: float = 1.0
     precision: str = "ieee"
     autocast: str = "none"
@@ -166,6 +168,9 @@ def cases(draw: st.DrawFn, function: str) -> Case:
     # Float16 has no room for more.
     scales = (1.0, 1e-2) if "float16" in (dtype, autocast) else (1.0, 1e-3, 1e3)
     block = st.sampled_from(("16", "32", "64"))
+    # The public function for it is one of a single layer.
+    accumulates = function == "linear" or (function == "batched_linear" and not chosen)
+    main_grads = st.just("none") | st.builds("contiguous+{}".format, st.integers(0, 3))
     return Case(
         function=function,
         leading="x".join(map(str, leading)),
@@ -180,6 +185,7 @@ def cases(draw: st.DrawFn, function: str) -> Case:
         weight=draw(layout),
         up_weight=draw(layout) if gated else Case().up_weight,
         grad_output=draw(layout),
+        main_grad=draw(main_grads) if accumulates else "none",
         scale=draw(st.sampled_from(scales)),
         precision=(
             draw(st.sampled_from(("ieee", "tf32", *OF_PIECES))) if dtype == "float32" else "ieee"

@@ -24,12 +24,16 @@ from fastlinear.kernels.gated import gated_linear_backward, gated_linear_forward
 from fastlinear.kernels.legality import why_illegal
 from fastlinear.kernels.operands import FROM_OUTPUT
 from fastlinear.kernels.tiles import legal_configs
+from fastlinear.main_grad import linear_into_main_grad
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 class Operands(NamedTuple):
-    """The tensors of a call; of one layer there are no `up`s."""
+    """The tensors of a call; of one layer there are no `up`s.
+
+    main_grad: what weight's gradient is added to, as it is before, or None.
+    """
 
     input: Tensor
     weight: Tensor
@@ -37,6 +41,7 @@ class Operands(NamedTuple):
     bias: Tensor | None
     up_bias: Tensor | None
     grad_output: Tensor
+    main_grad: Tensor | None
 
     def differentiable(self, case: Case) -> dict[str, Tensor | None]:
         """By name, what may need a gradient, in the order of `Case.needed`."""
@@ -77,7 +82,22 @@ def operands_of(case: Case) -> Operands:
         bias(case.bias),
         bias(case.up_bias),
         laid_out(case.grad_output, *output_shape, scale=1.0, dtype=case.computed_in),
+        None
+        if case.main_grad == "none"
+        else laid_out(case.main_grad, *weight_shape, scale=1.0, dtype=summed_in(case)),
     )
+
+
+def summed_in(case: Case) -> torch.dtype:
+    """The dtype of main_grad."""
+    return torch.float64 if case.dtype == "float64" else torch.float32
+
+
+def main_grad_of(case: Case, operands: Operands) -> Tensor | None:
+    """One that lies as the operand does, for a call to add to."""
+    if operands.main_grad is None:
+        return None
+    return fenced(operands.main_grad, offset=64 + int(case.main_grad[-1]))
 
 
 def called(case: Case, operands: Operands) -> dict[str, Tensor]:
@@ -88,6 +108,10 @@ def called(case: Case, operands: Operands) -> dict[str, Tensor]:
         if tensor is not None:
             tensor.requires_grad_(needed == "1")
     function = getattr(fastlinear, case.function)
+    main_grad = main_grad_of(case, operands)
+    if main_grad is not None:
+        function = linear_into_main_grad
+        operands.weight.main_grad = main_grad  # type: ignore[attr-defined]
     autocast = getattr(torch, "bfloat16" if case.autocast == "none" else case.autocast)
     with torch.autocast(DEVICE.type, autocast, enabled=case.autocast != "none"):
         output = function(*given.values(), activation)
@@ -99,14 +123,23 @@ def called(case: Case, operands: Operands) -> dict[str, Tensor]:
     assert output.requires_grad == bool(wanted), "the output does not say who needs a gradient"
     results = {"output": output.detach()}
     if wanted:
-        gradients = torch.autograd.grad(output, tuple(wanted.values()), operands.grad_output)
+        gradients = torch.autograd.grad(
+            output,
+            tuple(wanted.values()),
+            operands.grad_output,
+            allow_unused=main_grad is not None,
+        )
         results |= dict(zip(wanted, gradients, strict=True))
+    if main_grad is not None and "grad_weight" in results:
+        assert results.pop("grad_weight") is None, "weight's gradient is given to autograd too"
+        results["main_grad"] = main_grad
     return results
 
 
 def launched(case: Case, operands: Operands) -> dict[str, Tensor]:
     """The output and the gradients that are needed, by the launchers and in the case's tiles."""
-    input, weight, up_weight, bias, up_bias, grad_output = operands
+    input, weight, up_weight, bias, up_bias, grad_output, _ = operands
+    main_grad = main_grad_of(case, operands)
     needed = dict(zip(operands.differentiable(case), case.needed, strict=True))
     some_weight = "1" in (needed["weight"], needed.get("up_weight"))
     some_bias = (needed["bias"] == "1" and bias is not None) or (
@@ -147,14 +180,19 @@ def launched(case: Case, operands: Operands) -> dict[str, Tensor]:
             linear_backward(
                 *(grad, *asked, some_bias),
                 batched=case.batched,
+                main_grad=main_grad if some_weight else None,
                 **given,
                 config=pair_of_tiles(case),
                 splits=case.splits,
             )
         )
+    names = ("grad_input", "grad_weight", "grad_bias")
+    if main_grad is not None and some_weight:
+        assert gradients[1] is None, "weight's gradient is given besides"
+        gradients[1] = main_grad
+        names = ("grad_input", "main_grad", "grad_bias")
     wanted = (needed["input"] == "1", some_weight, some_weight and some_bias)
     assert [one is not None for one in gradients] == list(wanted), "what is given is not wanted"
-    names = ("grad_input", "grad_weight", "grad_bias")
     if case.gated:
         names = ("grad_input", "grad_weights", "grad_biases")
     found = zip(names, gradients, strict=True)
@@ -212,7 +250,11 @@ def truth_of(case: Case, operands: Operands) -> dict[str, Bounded]:
         if bias == "one" and case.kind == "chosen":
             expanded = grad_bias.shaped((*grad_bias.value.shape, 1))
             grad_bias = Arithmetic(dtype).rounded(Arithmetic(dtype).total(expanded))
-        return {f"grad_{prefix}weight": given_back(product), f"grad_{prefix}bias": grad_bias}
+        gradients = {f"grad_{prefix}weight": given_back(product), f"grad_{prefix}bias": grad_bias}
+        if operands.main_grad is not None:
+            start = Arithmetic(summed_in(case)).exactly(operands.main_grad)
+            gradients["main_grad"] = arithmetic.plus(product, start)
+        return gradients
 
     sums = layer(weight, operands.bias)
     if not case.gated:
@@ -252,7 +294,7 @@ def truth_of(case: Case, operands: Operands) -> dict[str, Bounded]:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
+    return tensor.reshape(-1).view(torch.uint8)  # of no elements any strides are contiguous
 
 
 def memory(operands: Operands) -> list[Tensor]:
@@ -290,7 +332,8 @@ def check(case: Case) -> None:
     truth = truth_of(case, operands)
     for name, result in results.items():
         value, error = truth[name]
-        dtype = case.computed_in if name == "output" else getattr(torch, case.dtype)
+        dtypes = {"output": case.computed_in, "main_grad": summed_in(case)}
+        dtype = dtypes.get(name, getattr(torch, case.dtype))
         assert result.shape == value.shape, f"{name} has shape {tuple(result.shape)}"
         assert result.dtype == dtype, f"{name} is {result.dtype}"
         assert result.is_contiguous(), f"{name} has strides {result.stride()}"
