@@ -35,7 +35,7 @@ class Case(NamedTuple):
         both biases.
     input, weight, up_weight, grad_output: one of LAYOUTS, and "+" how many elements its first lies
         from an aligned address.
-    main_grad: "none", or "contiguous" and as much, for what weight's gradient is added to.
+    main_grad: "none", or "contiguous+" and such a number, for what weight's gradient is added to.
     precision: how float32 products are formed.
     kind: "chosen" calls the public function; a kind of kernel calls the launchers, with tiles of
         `blocks` for M, N and K where nothing forbids them, and sums in `splits` parts.

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
+import guards
 import pytest
 import torch
 import torch._dynamo
@@ -51,6 +52,9 @@ from fastlinear.kernels import compiled_launch, launch
 
 BATCH, SEQUENCE = 4, 8
 FEATURES, HIDDEN = 6, 12
+
+if launch.INTERPRETING:
+    guards.make_interpreter_strict()
 
 
 @functools.cache

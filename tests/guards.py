@@ -87,10 +87,11 @@ def _round_to_bfloat16() -> None:
 
 
 def _refuse_overflow() -> None:
-    """Fails where integers that a kernel adds, subtracts or multiplies leave their type.
+    """Fails where signed integers of up to 32 bits leave their type, in a sum or a product.
 
-    A GPU goes on with a wrong address, silently. The interpreter computes everything again in 64
-    bits, in its own slow operations, and then drops what it found: a third of the suite's time.
+    A GPU goes on with a wrong address, silently. Loop variables are Python's here and reach
+    further; lanes that no load or store uses count all the same. The interpreter looks too, with
+    many times the work, and then drops what it found.
     """
     from triton.language.semantic import TritonSemantic
 
@@ -98,7 +99,7 @@ def _refuse_overflow() -> None:
 
     def check(self, lhs, rhs, binary_op):  # type: ignore[no-untyped-def]
         dtype = lhs.type.scalar
-        if dtype.int_bitwidth >= 64:
+        if dtype.int_bitwidth >= 64 or dtype.is_int_unsigned():  # unsigned: bits, not addresses
             return
         operation = operations[binary_op.__name__]
         exact = operation(lhs.handle.data.astype(np.int64), rhs.handle.data.astype(np.int64))
@@ -111,8 +112,7 @@ def _refuse_overflow() -> None:
 def _remember_patches() -> None:
     """Has the interpreter look for what it replaces in Triton's language once.
 
-    It does so at every launch and in every function that a kernel calls: a quarter of the suite's
-    time.
+    It does so at every launch, and in every function that a kernel calls.
     """
     from triton.runtime import interpreter
 
@@ -127,9 +127,8 @@ def _remember_patches() -> None:
             patches[package] = [(name, getattr(package, name)) for name in names]
             return
         for name, member in patches[package]:
-            if getattr(package, name) is member:
-                return  # by the kernel that calls this function
-            scope.set_attr(package, name, member)
+            if getattr(package, name) is not member:  # it is, in what a kernel calls
+                scope.set_attr(package, name, member)
 
     interpreter._patch_builtin = patch_again
 

@@ -342,7 +342,9 @@ SPECIAL = [0.0, -0.0, 1.0, -1.5, 1e-30, -1e20, INFINITY, -INFINITY, NAN]
 @pytest.mark.parametrize("precision", PIECES)
 def test_pieces_pass_nan_and_infinity_on(precision: str, device: torch.device) -> None:
     numbers = torch.tensor(SPECIAL, device=device)
-    numbers = torch.cat([numbers, torch.tensor([0x7FFFFFFF, 0x7F800001]).int().view(torch.float32)])
+    numbers = torch.cat(
+        [numbers, torch.tensor([0x7FFFFFFF, 0x7F800001, -1]).int().view(torch.float32)]
+    )
     product = linear_forward(numbers[:, None], numbers[:, None], precision=precision)
     torch.testing.assert_close(product, numbers[:, None] * numbers, equal_nan=True)
     # In sums of several steps, infinity stays, and only infinities of both signs are NaN.

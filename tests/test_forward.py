@@ -166,9 +166,10 @@ def test_forward_passes_nan_and_infinity_on(
     assert output[4:].isfinite().all()
 
 
-def test_forward_passes_a_nan_of_full_mantissa_on_in_tf32(device: torch.device) -> None:
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1], ids=["CUDA's own", "negative"])
+def test_forward_passes_a_nan_of_full_mantissa_on_in_tf32(bits: int, device: torch.device) -> None:
     input = normal((4, 16), torch.float32, device)
-    input.view(torch.int32)[1, 2] = 0x7FFFFFFF  # the NaN that CUDA's arithmetic makes
+    input.view(torch.int32)[1, 2] = bits
     assert linear_forward(input, input, precision="tf32")[1].isnan().all()
 
 
