@@ -18,6 +18,7 @@ from fastlinear.kernels import activation as activation_pass
 from fastlinear.kernels import (
     backward_weight,
     gated,
+    gated_backward,
     gemv,
     grouped,
     launch,
@@ -348,7 +349,7 @@ def compile_case(case: Case) -> Any:
         kernel = (
             activation_pass.activation_backward_kernel
             if case.product == "grad_preactivation"
-            else gated.gate_backward_kernel
+            else gated_backward.gate_backward_kernel
         )
         constants |= {
             "ACC_DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,

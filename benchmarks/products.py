@@ -29,7 +29,15 @@ from oracle import (
 )
 
 from fastlinear.activations import ACTIVATIONS, GRADIENTS
-from fastlinear.kernels import activation, backward, backward_weight, forward, gated, launch
+from fastlinear.kernels import (
+    activation,
+    backward,
+    backward_weight,
+    forward,
+    gated,
+    gated_backward,
+    launch,
+)
 from fastlinear.kernels.configs import Kernel
 from fastlinear.kernels.operands import FROM_OUTPUT
 
@@ -297,7 +305,7 @@ def gated_pair(
 
     yield Product(
         f"gated_linear_backward, {name}",
-        lambda config: gated.gated_linear_backward(
+        lambda config: gated_backward.gated_linear_backward(
             g, gate, up, x, wg, wu, True, name, precision=precision, config=config
         ),
         native,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend, tuned
+from fastlinear import backend, implementations, tuned
 from fastlinear.autograd import (
     LIBRARY,
     TAGS,
@@ -86,9 +86,9 @@ forward_op = torch.ops.fastlinear.linear_activation_forward.default
 backward_op = torch.ops.fastlinear.linear_activation_backward.default
 
 for _device in ("CPU", "CUDA"):
-    LIBRARY.impl("linear_activation", backend.activation_output, _device)
-    LIBRARY.impl("linear_activation_forward", backend.activation_forward, _device)
-    LIBRARY.impl("linear_activation_backward", backend.activation_backward, _device)
+    LIBRARY.impl("linear_activation", implementations.activation_output, _device)
+    LIBRARY.impl("linear_activation_forward", implementations.activation_forward, _device)
+    LIBRARY.impl("linear_activation_backward", implementations.activation_backward, _device)
 
 
 @torch.library.register_fake(linear_activation_op, lib=LIBRARY)
@@ -134,7 +134,9 @@ class LinearActivationFunction(internals.SingleLevelFunction):
         plain: bool,
     ) -> tuple[Tensor, Tensor]:
         if plain:
-            output, preactivation = backend.activation_forward(input, weight, bias, activation)
+            output, preactivation = implementations.activation_forward(
+                input, weight, bias, activation
+            )
         else:
             with internals.below_autograd():
                 if internals.transforming():
@@ -222,7 +224,7 @@ def _autograd(
     if _differentiated(input, weight, bias):
         return internals.apply(LinearActivationFunction, input, weight, bias, activation, plain)[0]
     if plain:
-        return backend.activation_output(input, weight, bias, activation)
+        return implementations.activation_output(input, weight, bias, activation)
     with internals.below_autograd():
         return linear_activation_op(input, weight, bias, activation)
 
@@ -252,7 +254,7 @@ def _backward_autograd(
         grad = GRADIENTS[activation](grad_output, saved)
         return gradients_of(grad, input, weight, bias, batched)
     if not keys.raw_repr() & internals.BEYOND_PLAIN:
-        return backend.activation_backward(
+        return implementations.activation_backward(
             grad_output, saved, input, weight, bias, batched, activation
         )
     with internals.below_autograd():
@@ -316,9 +318,9 @@ torch.library.register_vmap(backward_op, _backward_vmap, lib=LIBRARY)
 register_autocast(linear_activation_op)
 
 for _entry in (
-    backend.activation_output,
-    backend.activation_forward,
-    backend.activation_backward,
+    implementations.activation_output,
+    implementations.activation_forward,
+    implementations.activation_backward,
     LinearActivationFunction.backward,
     _autograd,
     _forward_autograd,

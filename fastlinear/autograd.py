@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend, tuned
+from fastlinear import backend, implementations, tuned
 from fastlinear.kernels.operands import (
     DTYPES,
     check_backward_shapes,
@@ -42,8 +42,8 @@ linear_op = torch.ops.fastlinear.linear.default
 linear_backward_op = torch.ops.fastlinear.linear_backward.default
 
 for _device in ("CPU", "CUDA"):
-    LIBRARY.impl("linear", backend.forward, _device)
-    LIBRARY.impl("linear_backward", backend.backward, _device)
+    LIBRARY.impl("linear", implementations.forward, _device)
+    LIBRARY.impl("linear_backward", implementations.backward, _device)
 
 
 @torch.library.register_fake(linear_op, lib=LIBRARY)
@@ -178,7 +178,7 @@ def gradients_of(
             grad_rows = grad_output.reshape(rows, grad_output.shape[-1])
         grad_weight = linear_op(grad_rows.mT, input.mT, None)
     if bias:
-        grad_bias = backend.sum_rows(grad_output, batched)
+        grad_bias = implementations.sum_rows(grad_output, batched)
     return grad_input, grad_weight, grad_bias
 
 
@@ -195,10 +195,10 @@ def _linear_autograd(keys: Any, input: Tensor, weight: Tensor, bias: Tensor | No
     )
     plain = not keys.raw_repr() & internals.BEYOND_PLAIN
     if differentiated:
-        compute = backend.forward if plain else _below_autograd
+        compute = implementations.forward if plain else _below_autograd
         return internals.apply(LinearFunction, input, weight, bias, compute)
     if plain:
-        return backend.forward(input, weight, bias)
+        return implementations.forward(input, weight, bias)
     with internals.below_autograd():
         return linear_op(input, weight, bias)
 
@@ -215,7 +215,7 @@ def _linear_backward_autograd(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
         return gradients_of(grad_output, input, weight, bias, batched)
     if not keys.raw_repr() & internals.BEYOND_PLAIN:
-        return backend.backward(grad_output, input, weight, bias, batched)
+        return implementations.backward(grad_output, input, weight, bias, batched)
     with internals.below_autograd():
         return linear_backward_op(grad_output, input, weight, bias, batched)
 
@@ -340,8 +340,8 @@ register_autocast(linear_op)
 
 
 for _entry in (
-    backend.forward,
-    backend.backward,
+    implementations.forward,
+    implementations.backward,
     LinearFunction.backward,
     _linear_autograd,
     _linear_backward_autograd,

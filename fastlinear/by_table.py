@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend, lookup, tuned
+from fastlinear import backend, implementations, lookup, tuned
 from fastlinear.kernels import tables
 from fastlinear.kernels.configs import PYTORCH, BackwardConfig, Config
 from fastlinear.kernels.tables import Key
@@ -208,7 +208,7 @@ def gradients(
         if of_weight == PYTORCH and input is not None:
             m = input.shape[:-1].numel()
             grad_weight = grad_output.reshape(m, n).mT @ input.reshape(m, k)
-            grad_bias = backend.sum_rows(grad_output, batched=False) if bias else None
+            grad_bias = implementations.sum_rows(grad_output, batched=False) if bias else None
     if of_input != PYTORCH and weight is not None:
         grad_input = kernels.backward.linear_backward_input(
             grad_output, weight, precision=precision, config=of_input

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend
+from fastlinear import implementations
 from fastlinear.activations import ACTIVATIONS, GRADIENTS
 from fastlinear.autograd import (
     LIBRARY,
@@ -57,9 +57,9 @@ forward_op = torch.ops.fastlinear.gated_linear_forward.default
 backward_op = torch.ops.fastlinear.gated_linear_backward.default
 
 for _device in ("CPU", "CUDA"):
-    LIBRARY.impl("gated_linear", backend.gated_output, _device)
-    LIBRARY.impl("gated_linear_forward", backend.gated_forward, _device)
-    LIBRARY.impl("gated_linear_backward", backend.gated_backward, _device)
+    LIBRARY.impl("gated_linear", implementations.gated_output, _device)
+    LIBRARY.impl("gated_linear_forward", implementations.gated_forward, _device)
+    LIBRARY.impl("gated_linear_backward", implementations.gated_backward, _device)
 
 
 @torch.library.register_fake(gated_linear_op, lib=LIBRARY)
@@ -167,7 +167,7 @@ class GatedLinearFunction(internals.SingleLevelFunction):
     ) -> Products:
         operands = (input, gate_weight, up_weight, gate_bias, up_bias)
         if plain:
-            output, gate, up = backend.gated_forward(*operands, activation)
+            output, gate, up = implementations.gated_forward(*operands, activation)
         else:
             with internals.below_autograd():
                 if internals.transforming():
@@ -277,7 +277,7 @@ def _autograd(keys: Any, *arguments: Any) -> Tensor:
     if _differentiated(*arguments[:5]):
         return internals.apply(GatedLinearFunction, *arguments, plain)[0]
     if plain:
-        return backend.gated_output(*arguments)
+        return implementations.gated_output(*arguments)
     with internals.below_autograd():
         return gated_linear_op(*arguments)
 
@@ -311,7 +311,7 @@ def _backward_autograd(
         )
         return grad_input, torch.cat(pairs[:2]), torch.cat(pairs[2:])
     if not keys.raw_repr() & internals.BEYOND_PLAIN:
-        return backend.gated_backward(*operands, bias, activation)
+        return implementations.gated_backward(*operands, bias, activation)
     with internals.below_autograd():
         return backward_op(*operands, bias, activation)
 
@@ -389,9 +389,9 @@ torch.library.register_vmap(backward_op, _backward_vmap, lib=LIBRARY)
 register_autocast(gated_linear_op, operands=5)
 
 for _entry in (
-    backend.gated_output,
-    backend.gated_forward,
-    backend.gated_backward,
+    implementations.gated_output,
+    implementations.gated_forward,
+    implementations.gated_backward,
     GatedLinearFunction.backward,
     _autograd,
     _forward_autograd,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend, tuned
+from fastlinear import backend, implementations, tuned
 from fastlinear.activations import ACTIVATIONS, GRADIENTS
 from fastlinear.activations import forward_op as activation_forward_op
 from fastlinear.functional import linear, tables_say_so, why_not
@@ -155,7 +155,9 @@ class IntoMainGrad(torch.autograd.Function):
                     with _adding:
                         grad_bias = add(grad_output, input, bias, main_grad)
                 else:
-                    grad_bias = backend.sum_rows(grad_output, batched=False) if bias else None
+                    grad_bias = (
+                        implementations.sum_rows(grad_output, batched=False) if bias else None
+                    )
         grad_weight = None
         if main_grad is not None:
             torch.autograd.graph.increment_version(main_grad)
@@ -195,7 +197,7 @@ def _together(
         batch_invariant=backend.invariant,
     )
     if bias and grad_bias is None:
-        grad_bias = backend.sum_rows(grad_output, batched=False)
+        grad_bias = implementations.sum_rows(grad_output, batched=False)
     return grad_input, grad_bias
 
 
@@ -204,7 +206,7 @@ def _grad_input(grad_output: Tensor, weight: Tensor, by_table: bool) -> Tensor:
     if not by_table:
         return torch.matmul(grad_output, weight)
     with backend.as_its_forward(True):
-        return backend.backward(grad_output, None, weight, False, False)[0]
+        return implementations.backward(grad_output, None, weight, False, False)[0]
 
 
 def _add_by_the_kernel(
@@ -225,8 +227,8 @@ def _add_by_pytorch(
     rows = input.reshape(m, input.shape[-1])
     grad_columns = grad_output.reshape(m, grad_output.shape[-1]).mT
     if input.is_cuda and torch.version.hip is None and input.dtype.itemsize == 2:
-        # cuBLAS alone gives the float32 sums of 16-bit operands.
+        # PyTorch gives the float32 sums of 16-bit operands by cuBLAS alone.
         main_grad.add_(torch.mm(grad_columns, rows, out_dtype=torch.float32))
     else:
         main_grad.addmm_(grad_columns.to(main_grad.dtype), rows.to(main_grad.dtype))
-    return backend.sum_rows(grad_output, batched=False) if bias else None
+    return implementations.sum_rows(grad_output, batched=False) if bias else None

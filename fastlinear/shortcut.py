@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend
+from fastlinear import backend, implementations
 
 LARGEST_CACHE = 4096  # shapes
 SHORTCUTS_A_SHAPE = 8  # operands of the same shapes may differ in strides, dtype and requires_grad
@@ -62,7 +62,7 @@ def remember(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         return
     # Asked before the plan is made, so that a table that comes between makes it one of the past.
     settings = backend.settings()
-    plan = backend.plan(input, weight, bias)
+    plan = implementations.plan(input, weight, bias)
     # Another thread may have changed them in the middle: then nobody knows which the plan is for.
     if plan is None or settings != backend.settings():
         return
@@ -77,6 +77,6 @@ def remember(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         Shortcut(
             internals.alike(*operands),
             internals.above_autograd() and any(one.requires_grad for one in operands),
-            backend.launchers().forward.as_planned(plan) if straight else backend.forward,
+            backend.launchers().forward.as_planned(plan) if straight else implementations.forward,
         )
     )

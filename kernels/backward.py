@@ -18,7 +18,7 @@ from .configs import IN_LONG_SUMS, BackwardConfig, Config, Target, Traits, resol
 from .forward import linear_forward
 from .grouped import linear_backward_kernel
 from .operands import check_backward_shapes, check_main_grad, check_same_kind
-from .weight_problem import WeightShares, share_weight, weight_problem
+from .weight_problem import WeightProblem, WeightShares, share_weight, weight_problem
 
 
 def linear_backward_input(
@@ -70,6 +70,102 @@ class BackwardPlan(NamedTuple):
     copy_input: bool
 
 
+class BackwardProblem(NamedTuple):
+    """The products of a launch of both gradients, without the tensors.
+
+    of_weight: grad_weight's, of both layers where there are two; without input nobody asks for it,
+        and its rows are grad_input's all the same.
+    weight, second: the operands.
+    grad_input: the result.
+    alone: whether grad_input is all that is wanted.
+    agreed: whether all products are formed in the way that was asked for; if not, as "ieee".
+    traits: of both products.
+    """
+
+    of_weight: WeightProblem
+    weight: launch.Operand
+    second: launch.Operand | None
+    grad_input: launch.Operand
+    alone: bool
+    agreed: bool
+    traits: Traits
+
+    @property
+    def products(self) -> int:
+        """Layers side by side in grad_output."""
+        return 1 if self.second is None else 2
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Layers of a batch, rows, out_features of both layers, in_features."""
+        of_weight = self.of_weight
+        return of_weight.batch, of_weight.input.size, of_weight.n, of_weight.k
+
+
+def backward_problem(
+    operands: tuple[launch.Fields, launch.Fields, launch.Fields | None],
+    second_weight: launch.Fields | None,
+    main_grad: launch.Fields | None,
+    bias: bool,
+    batched: bool,
+    precision: str,
+    batch_invariant: bool,
+) -> BackwardProblem:
+    """The problem for operands like these; arguments as in `plan_backward`.
+
+    Raises RuntimeError unless they belong together.
+    """
+    grad_output, weight = launch.Operand(*operands[0]), launch.Operand(*operands[1])
+    second = None if second_weight is None else launch.Operand(*second_weight)
+    main = None if main_grad is None else launch.Operand(*main_grad)
+    products = 1 if second is None else 2
+    out_features, in_features = weight.shape[-2:]
+    leading = grad_output.shape[:-1]
+    grad_input = grad_output.contiguous(*leading, in_features)
+    input = grad_input if operands[2] is None else launch.Operand(*operands[2])
+    check_same_kind(grad_output=grad_output, input=input, weight=weight, second_weight=second)
+    both = (*weight.shape[:-2], products * out_features, in_features)
+    check_backward_shapes(grad_output.shape, input.shape, both, batched)
+
+    of_weight = weight_problem(grad_output, input, main, bias, batched, precision)
+    alone = operands[2] is None
+    # A launch forms all its products in one way; if batch_invariant, other rows have no say in it.
+    resolved = resolved_precision(
+        precision, input.dtype, of_weight.input.size, of_weight.n, of_weight.target
+    )
+    agreed = alone or resolved == of_weight.precision
+    if batch_invariant and precision in IN_LONG_SUMS:
+        agreed = False
+    precision = resolved if agreed else "ieee"
+    rows, input_rows = of_weight.grad_output.operand, of_weight.input.operand
+    read = [rows._replace(shape=(*leading, out_features)), input_rows, weight]
+    read += [] if second is None else [second]
+    every = (rows, input_rows, weight, second, grad_input, of_weight.result)
+    wide = launch.offset_dtype(*every) == tl.int64
+    aligned = launch.aligned_product(*read, features=(out_features, in_features), whole=wide)
+    traits = Traits(
+        input.dtype,
+        precision,
+        aligned=aligned and (main is None or main.aligned),
+        target=of_weight.target,
+        wide=wide,
+        second_product=second is not None,
+    )
+    of_weight = of_weight._replace(precision=precision)
+    return BackwardProblem(of_weight, weight, second, grad_input, alone, agreed, traits)
+
+
+def _together_or_apart(problem: BackwardProblem) -> BackwardConfig | None:
+    """`choose_backward`: None where each product is better off in a launch of its own."""
+    weight = problem.weight
+    transposed = weight._replace(
+        shape=weight.shape[:-2] + weight.shape[:-3:-1],
+        strides=weight.strides[:-2] + weight.strides[:-3:-1],
+    )
+    described = launch.describable(problem.of_weight.grad_output, transposed)
+    return choose_backward(*problem.sizes, problem.traits._replace(descriptors=described))
+
+
 @functools.lru_cache(maxsize=4096)
 def plan_backward(
     operands: tuple[launch.Fields, launch.Fields, launch.Fields | None],
@@ -90,83 +186,46 @@ def plan_backward(
         second_weight, main_grad: their fields, or None.
         bias, batched, precision, config, splits, batch_invariant: as in `linear_backward`.
     """
-    grad_output, weight = launch.Operand(*operands[0]), launch.Operand(*operands[1])
-    second = None if second_weight is None else launch.Operand(*second_weight)
-    products = 1 if second is None else 2
-    out_features, in_features = weight.shape[-2:]
-    leading = grad_output.shape[:-1]
-    input = grad_output.contiguous(*leading, in_features)
-    if operands[2] is not None:
-        input = launch.Operand(*operands[2])
-    check_same_kind(grad_output=grad_output, input=input, weight=weight, second_weight=second)
-    both = (*weight.shape[:-2], products * out_features, in_features)
-    check_backward_shapes(grad_output.shape, input.shape, both, batched)
-
-    main = None if main_grad is None else launch.Operand(*main_grad)
-    problem = weight_problem(grad_output, input, main, bias, batched, precision)
-    alone = operands[2] is None  # grad_input
-    # A launch forms all its products in one way; if batch_invariant, other rows have no say in it.
-    resolved = resolved_precision(
-        precision, input.dtype, problem.input.size, products * out_features, problem.target
-    )
-    agreed = alone or resolved == problem.precision
-    if batch_invariant and precision in IN_LONG_SUMS:
-        agreed = False
-    precision = resolved if agreed else "ieee"
-    problem = problem._replace(precision=precision)
-    rows, input_rows = problem.grad_output.operand, problem.input.operand
-    read = [rows._replace(shape=(*leading, out_features)), input_rows, weight]
-    read += [] if second is None else [second]
-    sizes = (problem.batch, problem.input.size, problem.n, problem.k)
-    grad_input = grad_output.contiguous(*leading, in_features)
-    far = (rows, input_rows, weight, second, grad_input)
-    wide = launch.offset_dtype(*far, problem.result) == tl.int64
-    traits = Traits(
-        input.dtype,
-        precision,
-        aligned=launch.aligned_product(*read, features=(out_features, in_features), whole=wide)
-        and (main is None or main.aligned),
-        target=problem.target,
-        wide=wide,
-        second_product=second is not None,
-    )
+    settings = (bias, batched, precision, batch_invariant)
+    problem = backward_problem(operands, second_weight, main_grad, *settings)
+    of_weight, sizes, traits = problem.of_weight, problem.sizes, problem.traits
     chosen = config
-    if chosen is None and second is None and agreed and not batch_invariant:
-        transposed = weight._replace(shape=weight.shape[:-2] + weight.shape[:-3:-1])
-        transposed = transposed._replace(strides=weight.strides[:-2] + weight.strides[:-3:-1])
-        described = launch.describable(problem.grad_output, transposed)
-        chosen = choose_backward(*sizes, traits._replace(descriptors=described))
+    if chosen is None and problem.second is None and problem.agreed and not batch_invariant:
+        chosen = _together_or_apart(problem)
     pair = chosen or choose_pair(*sizes, traits, batch_invariant)
-    splits = 1 if alone or batch_invariant else splits
-    shares = share_weight(problem, pair.weight, splits, products)
-    row_tiles = triton.cdiv(problem.input.size, pair.input.block_m)
-    column_tiles = triton.cdiv(in_features, pair.input.block_n)
-    input_programs = problem.batch * row_tiles * column_tiles
-    weight_programs = 0 if alone else shares.programs
+    splits = 1 if problem.alone or batch_invariant else splits
+    shares = share_weight(of_weight, pair.weight, splits, problem.products)
+    row_tiles = triton.cdiv(of_weight.input.size, pair.input.block_m)
+    column_tiles = triton.cdiv(of_weight.k, pair.input.block_n)
+    input_programs = of_weight.batch * row_tiles * column_tiles
+    weight_programs = 0 if problem.alone else shares.programs
     first_program = 0
     if input_programs and starts_with_input(pair, shares.splits, *sizes[1:], traits):
         first_program = weight_programs
-    offsets = launch.offset_dtype(*far, shares.partial_weight)
+    rows, input_rows = of_weight.grad_output.operand, of_weight.input.operand
+    read = (rows, input_rows, problem.weight, problem.second)
+    offsets = launch.offset_dtype(*read, problem.grad_input, shares.partial_weight)
+    constants = _product_constants(traits.dtype, traits.precision, pair, traits.target)
     return BackwardPlan(
-        chosen if second is None else pair,
+        chosen if problem.second is None else pair,
         launch.Launch(
             grid=(weight_programs + input_programs,),
             scalars=(
                 *shares.scalars,
-                *launch.batch_strides(weight, dims=3),
+                *launch.batch_strides(problem.weight, dims=3),
                 weight_programs,
                 first_program,
             ),
             constants=shares.constants
-            | {"SECOND_PRODUCT": second is not None, "OFFSET_DTYPE": offsets}
-            | _product_constants(input.dtype, precision, pair, problem.target),
+            | {"SECOND_PRODUCT": problem.second is not None, "OFFSET_DTYPE": offsets}
+            | constants,
         ),
         shares,
-        grad_input=grad_input,
-        grad_weight=problem.result,
-        grad_bias=input.contiguous(*problem.layers, problem.n),
-        copy_grad_output=problem.grad_output.copied,
-        copy_input=problem.input.copied,
+        grad_input=problem.grad_input,
+        grad_weight=of_weight.result,
+        grad_bias=input_rows.contiguous(*of_weight.layers, of_weight.n),
+        copy_grad_output=of_weight.grad_output.copied,
+        copy_input=of_weight.input.copied,
     )
 
 

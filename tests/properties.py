@@ -20,7 +20,8 @@ from fastlinear.kernels.activation import activation_backward
 from fastlinear.kernels.backward import linear_backward
 from fastlinear.kernels.configs import OF_PIECES, BackwardConfig, Config
 from fastlinear.kernels.forward import linear_activation_forward
-from fastlinear.kernels.gated import gated_linear_backward, gated_linear_forward
+from fastlinear.kernels.gated import gated_linear_forward
+from fastlinear.kernels.gated_backward import gated_linear_backward
 from fastlinear.kernels.legality import why_illegal
 from fastlinear.kernels.operands import FROM_OUTPUT
 from fastlinear.kernels.tiles import legal_configs
@@ -133,6 +134,8 @@ def called(case: Case, operands: Operands) -> dict[str, Tensor]:
     if main_grad is not None and "grad_weight" in results:
         assert results.pop("grad_weight") is None, "weight's gradient is given to autograd too"
         results["main_grad"] = main_grad
+    elif main_grad is not None:
+        assert torch.equal(main_grad, operands.main_grad), "what nobody asked for is added"
     return results
 
 
@@ -180,7 +183,7 @@ def launched(case: Case, operands: Operands) -> dict[str, Tensor]:
             linear_backward(
                 *(grad, *asked, some_bias),
                 batched=case.batched,
-                main_grad=main_grad if some_weight else None,
+                main_grad=main_grad,
                 **given,
                 config=pair_of_tiles(case),
                 splits=case.splits,
@@ -191,6 +194,8 @@ def launched(case: Case, operands: Operands) -> dict[str, Tensor]:
         assert gradients[1] is None, "weight's gradient is given besides"
         gradients[1] = main_grad
         names = ("grad_input", "main_grad", "grad_bias")
+    elif main_grad is not None:
+        assert torch.equal(main_grad, operands.main_grad), "what nobody asked for is added"
     wanted = (needed["input"] == "1", some_weight, some_weight and some_bias)
     assert [one is not None for one in gradients] == list(wanted), "what is given is not wanted"
     if case.gated:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import fastlinear
-from fastlinear import backend, shortcut
+from fastlinear import implementations, shortcut
 from fastlinear.by_table import rule
 from fastlinear.kernels import backward, forward, launch, shared_sums
 
@@ -139,7 +139,7 @@ def test_settings_that_change_while_a_call_is_remembered_are_not_remembered(
 ) -> None:
     monkeypatch.setattr(shortcut, "_shortcuts", {})
     monkeypatch.setattr(launch, "run", lambda *given: None)
-    plan, planned = backend.plan, []
+    plan, planned = implementations.plan, []
 
     def changed(*operands: Any) -> Any:
         """Another thread has "high" in force while the plan is made."""
@@ -147,7 +147,7 @@ def test_settings_that_change_while_a_call_is_remembered_are_not_remembered(
         planned.append(plan(*operands))
         return planned[-1]
 
-    monkeypatch.setattr(backend, "plan", changed)
+    monkeypatch.setattr(implementations, "plan", changed)
     input, weight = torch.randn(40, 600, device=device), torch.randn(9, 600, device=device)
     with fastlinear.use_backend("triton"):
         fastlinear.linear(input, weight)

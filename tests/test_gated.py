@@ -32,11 +32,8 @@ from fastlinear.activations import ACTIVATIONS
 from fastlinear.gated import backward_op, forward_op, gated_linear_op
 from fastlinear.kernels import launch
 from fastlinear.kernels.configs import Config
-from fastlinear.kernels.gated import (
-    gated_linear_forward,
-    plan_gate_backward,
-    plan_gated_forward,
-)
+from fastlinear.kernels.gated import gated_linear_forward, plan_gated_forward
+from fastlinear.kernels.gated_backward import plan_gate_backward
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 

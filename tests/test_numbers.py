@@ -24,7 +24,8 @@ from fastlinear.kernels.backward import linear_backward
 from fastlinear.kernels.backward_weight import linear_backward_weight
 from fastlinear.kernels.configs import Config, Kind
 from fastlinear.kernels.forward import linear_forward
-from fastlinear.kernels.gated import gated_linear_backward, gated_linear_forward
+from fastlinear.kernels.gated import gated_linear_forward
+from fastlinear.kernels.gated_backward import gated_linear_backward
 
 INFINITY, NAN = float("inf"), float("nan")
 

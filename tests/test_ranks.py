@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import fastlinear
 from fastlinear import _torch_internals as internals
-from fastlinear import backend, lookup, ranks, tuned
+from fastlinear import backend, implementations, lookup, ranks, tuned
 from fastlinear.kernels import launch, tables
 from fastlinear.kernels.configs import Config
 from fastlinear.kernels.tables import Row, Table
@@ -68,7 +68,7 @@ def join(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dist.Store]:
 def chosen() -> int | None:
     """Rows of a block in the kernel that computes 4 rows, or None where PyTorch does."""
     layer, input = fastlinear.Linear(K, N), torch.randn(4, K)
-    config = backend._of_output(input, layer.weight, layer.bias)
+    config = implementations._of_output(input, layer.weight, layer.bias)
     return config.block_m if isinstance(config, Config) else None
 
 
