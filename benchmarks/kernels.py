@@ -30,6 +30,7 @@ from fastlinear.kernels.choose import candidates
 from fastlinear.kernels.configs import BackwardConfig, Config, Traits
 from fastlinear.kernels.forward import linear_forward, plan_forward
 from fastlinear.kernels.pairs import legal_pairs
+from fastlinear.stopwatch import Flush
 
 ARITHMETICS = [
     (torch.bfloat16, "ieee"),
@@ -124,11 +125,11 @@ def set_tf32(precision: str) -> None:
 
 
 class Timer:
-    """Median device time of a call in microseconds, with the L2 cache overwritten before each."""
+    """Median device time of a call in microseconds, with the L2 cache flushed before each."""
 
     def __init__(self) -> None:
-        # Overwriting this takes a third of a millisecond, in which the host launches what is timed.
-        self.flush = torch.empty(2**30, dtype=torch.int8, device="cuda")
+        # That takes a third of a millisecond, in which the host launches what is timed.
+        self.flush = Flush(torch.device("cuda"), 2**30)
 
     def __call__(self, call: Callable[[], Any]) -> float:
         call()
@@ -141,7 +142,7 @@ class Timer:
         pairs = []
         for _ in range(repeats):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self.flush.zero_()
+            self.flush()
             start.record()
             call()
             end.record()

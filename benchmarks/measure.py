@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlinear.stopwatch import Flush
+
 Step = Callable[[], object]
 
 
@@ -22,14 +24,13 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.gpu = device.type == "cuda"
-        self.flushed: Tensor | None = None
+        self.flush: Flush | None = None
         self.stream: torch.cuda.Stream | None = None
         if self.gpu:
             # Backward runs on the stream of its forward, and only what is on the captured stream
             # is captured: so all is on one.
             self.stream = torch.cuda.Stream(device)
-            # More than any L2, and long enough a fill to hide the launch that follows.
-            self.flushed = torch.empty(2**28, dtype=torch.int8, device=device)
+            self.flush = Flush(device)  # which takes long enough to hide the launch that follows
             # Graphs share their memory: they run one after another, and nobody reads their outputs.
             self.pool = torch.cuda.graph_pool_handle()
 
@@ -55,9 +56,9 @@ class Clock:
         """One call's time on the device."""
         if not self.gpu:
             return None
-        assert self.flushed is not None
+        assert self.flush is not None
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flushed.zero_()
+        self.flush()
         start.record()
         prepared()
         end.record()

@@ -17,9 +17,25 @@ ROUNDS = 11
 WARM_UPS = 3  # calls, of which the first may compile
 LEAST_SECONDS = 0.002  # that a row of calls takes whose wall time is measured
 FLUSHED_BYTES = 2**28  # more than any L2 holds
-# Times that so much is overwritten before a call: in all about half a millisecond on an H100, in
-# which the host gets ahead of the device, for a call's many launches too.
+# Times that so much is read before a call: in all about half a millisecond on an H100, in which the
+# host gets ahead of the device, for a call's many launches too.
 FLUSHES = 4
+
+
+class Flush:
+    """Empties a GPU's L2 cache of what the next call reads, by reading other memory.
+
+    Had that been written, it would go back to memory while the call runs, and take as much of the
+    memory's time as the call's own reads.
+    """
+
+    def __init__(self, device: torch.device, size: int = FLUSHED_BYTES) -> None:
+        """size: bytes that each flush reads."""
+        self.read = torch.zeros(size // 4, device=device)
+        self.total = torch.empty((), device=device)
+
+    def __call__(self) -> None:
+        torch.sum(self.read, 0, out=self.total)
 
 
 class Stopwatch:
@@ -30,7 +46,7 @@ class Stopwatch:
         # Backward runs on the stream of its forward, and only what is on the captured stream is
         # captured: so all is on one.
         self.stream = torch.cuda.Stream(device)
-        self.flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
+        self.flush = Flush(device)
 
     def __call__(self, calls: dict[str, Call], clock: str) -> dict[str, list[float]]:
         """Each call's times, in microseconds.
@@ -66,7 +82,7 @@ class Stopwatch:
         def measure() -> float:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             for _ in range(FLUSHES):
-                self.flushed.zero_()
+                self.flush()
             start.record()
             replay()
             end.record()

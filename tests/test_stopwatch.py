@@ -14,7 +14,7 @@ from fastlinear.kernels import shared_sums
 from fastlinear.stopwatch import FLUSHES, ROUNDS, WARM_UPS, Stopwatch
 
 STREAM = 77
-FLUSH = 100.0  # microseconds of overwriting L2 once
+FLUSH = 100.0  # microseconds of flushing L2 once
 
 
 class Gpu:
@@ -79,10 +79,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
         finally:
             gpu.capturing = None
 
-    class Flushed:
-        def zero_(self) -> None:
-            gpu.launch("flush", 3, FLUSH)
-
     handles = iter(range(100))
     stand_ins = {
         "Event": Event,
@@ -97,8 +93,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(time, "perf_counter", lambda: gpu.host / 1e6)
-    monkeypatch.setattr(stopwatch.torch, "empty", lambda *size, **how: Flushed())
+    monkeypatch.setattr(stopwatch, "Flush", lambda device: gpu.call("flush", 3, FLUSH))
     return gpu
+
+
+def test_flush_reads_all_of_its_bytes(device: torch.device) -> None:
+    flush = stopwatch.Flush(device, 4096)
+    flush.read.fill_(1)
+    flush()
+    assert flush.total.item() == 1024
 
 
 def test_device_time_is_the_kernel_s_alone(gpu: Gpu) -> None:
@@ -134,7 +137,7 @@ def test_captured_launches_take_the_counters_that_eager_ones_take(
     assert len(captured) == 2
 
 
-def test_what_cannot_be_captured_is_launched_while_l2_is_overwritten(gpu: Gpu) -> None:
+def test_what_cannot_be_captured_is_launched_while_l2_is_flushed(gpu: Gpu) -> None:
     def synchronizing() -> None:
         if gpu.capturing is not None:
             raise RuntimeError("operation not permitted when stream is capturing")
