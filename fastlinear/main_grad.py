@@ -30,9 +30,10 @@ def linear_into_main_grad(
 
     `main_grad += grad_preactivation.mT @ input`, with grad_preactivation and input in the dtype
     that the layer computes in, autocast's where it is on. Backend "triton" computes all gradients
-    with the kernels, and "auto" this one on a GPU that they run on; elsewhere PyTorch forms the
-    product. Either way it is summed, and added, in main_grad's dtype. Backwards of several threads
-    take turns; whoever runs them on several CUDA streams has each wait for the one before.
+    with the kernels, and "auto" this one on a GPU that Triton can launch them on; elsewhere PyTorch
+    forms the product. Either way it is summed, and added, in main_grad's dtype. Backwards of
+    several threads take turns; whoever runs them on several CUDA streams has each wait for the one
+    before.
 
     It is added where autograd wants weight's gradient: not in `torch.autograd.grad(output, input)`.
     Autograd gets none. Where weight has an attribute `grad_added_to_main_grad`, as Megatron-LM's
@@ -91,9 +92,12 @@ def _main_grad_of(weight: Tensor) -> Tensor:
     return main_grad
 
 
+_without_kernels: set[torch.device] = set()  # where "auto" has found that Triton cannot launch
+
+
 def by_the_kernels(input: Tensor) -> bool:
     """Whether the kernels compute grad_weight."""
-    if backend.current == "auto" and input.is_cuda:
+    if backend.current == "auto" and input.is_cuda and input.device not in _without_kernels:
         try:
             backend.launchers().forward.launch.target_of(input.device)
         except RuntimeError:  # no Triton, or a GPU that it does not know
@@ -150,10 +154,9 @@ class IntoMainGrad(torch.autograd.Function):
                     grad_output = GRADIENTS[ctx.activation](grad_output, saved)
                 by_table = ctx.auto and tuned.available
                 grad_input = None if used is None else _grad_input(grad_output, used, by_table)
-                add = _add_by_the_kernel if ctx.kernels else _add_by_pytorch
                 if main_grad is not None:
                     with _adding:
-                        grad_bias = add(grad_output, input, bias, main_grad)
+                        grad_bias = _add(grad_output, input, bias, main_grad, ctx.kernels)
                 else:
                     grad_bias = (
                         implementations.sum_rows(grad_output, batched=False) if bias else None
@@ -209,20 +212,30 @@ def _grad_input(grad_output: Tensor, weight: Tensor, by_table: bool) -> Tensor:
         return implementations.backward(grad_output, None, weight, False, False)[0]
 
 
-def _add_by_the_kernel(
-    grad_output: Tensor, input: Tensor, bias: bool, main_grad: Tensor
+def _add(
+    grad_output: Tensor, input: Tensor, bias: bool, main_grad: Tensor, kernels: bool
 ) -> Tensor | None:
-    """Adds to main_grad; returns grad_bias, if that is wanted."""
-    _, grad_bias = backend.launchers().backward_weight.linear_backward_weight(
-        grad_output, input, bias, main_grad=main_grad, precision=backend.float32_precision()
-    )
+    """Adds to main_grad; returns grad_bias, if that is wanted.
+
+    By the kernel if `kernels`, unless Triton cannot launch it.
+    """
+    if not kernels:
+        return _add_by_pytorch(grad_output, input, bias, main_grad)
+    launchers = backend.launchers()
+    try:
+        _, grad_bias = launchers.backward_weight.linear_backward_weight(
+            grad_output, input, bias, main_grad=main_grad, precision=backend.float32_precision()
+        )
+    except launchers.forward.launch.CannotLaunch:
+        _without_kernels.add(input.device)
+        return _add_by_pytorch(grad_output, input, bias, main_grad)
     return grad_bias
 
 
 def _add_by_pytorch(
     grad_output: Tensor, input: Tensor, bias: bool, main_grad: Tensor
 ) -> Tensor | None:
-    """As `_add_by_the_kernel`."""
+    """As `_add`."""
     m = input.shape[:-1].numel()
     rows = input.reshape(m, input.shape[-1])
     grad_columns = grad_output.reshape(m, grad_output.shape[-1]).mT

@@ -55,6 +55,10 @@ if known(triton.__version__):  # another may have none of these
     WATCHED_FROM_OUTSIDE: bool = bool(RUNTIME.debug or COMPILATION.instrumentation_mode)
 
 
+class CannotLaunch(RuntimeError):
+    """Triton cannot compile a kernel, or cannot launch it; it has not run."""
+
+
 class Compiled(NamedTuple):
     """A kernel as Triton has compiled it, and what its launcher takes.
 
@@ -173,8 +177,8 @@ def _run_by_triton(kernel: Any, launch: Launch, pointers: tuple[Tensor | None, .
     """Triton's object of the compiled kernel; None where it has none to give.
 
     Raises:
-        RuntimeError: Triton cannot: it does not know the GPU, finds no C compiler, has no place
-            for its cache, or the like; the message has its words.
+        CannotLaunch: Triton does not know the GPU, finds no C compiler, has no place for its cache,
+            or the like; the message has its words.
     """
     first: Any = pointers[0]
     start = _with_memory(kernel[launch.grid], launch)
@@ -191,7 +195,7 @@ def _run_by_triton(kernel: Any, launch: Launch, pointers: tuple[Tensor | None, .
         if isinstance(error, torch.OutOfMemoryError) or DEVICE_ERROR in str(error):
             raise
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RuntimeError(
+        raise CannotLaunch(
             f"backend 'triton' needs Triton to compile and launch {kernel.__name__} on "
             f"{first.device}, but Triton {triton.__version__} cannot ({said:.300}); "
             "use backend 'torch'"

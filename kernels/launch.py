@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .compiled_launch import INTERPRETING as INTERPRETING
+from .compiled_launch import CannotLaunch as CannotLaunch
 from .compiled_launch import Launch as Launch
 from .compiled_launch import run as run
 from .configs import INTERPRETER, TARGETS, Config, Target

@@ -208,7 +208,7 @@ CASES = {
         on_an_old_gpu,
     ),
     "unknown GPU": Case(
-        RuntimeError,
+        compiled_launch.CannotLaunch,
         "backend 'triton' needs Triton to compile and launch locate_tile on cpu, but Triton "
         r"[0-9.]+\S* cannot \(ValueError: gpu-name is not defined\); use backend 'torch'",
         on_an_unknown_gpu,

@@ -364,6 +364,30 @@ def test_backward_takes_the_path_of_its_forward(
     torch.testing.assert_close(layer.weight.main_grad - start, twin.weight.grad)
 
 
+def test_auto_takes_pytorch_where_triton_cannot_launch(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """As where there is no C compiler. Once it has been tried."""
+    from fastlinear.kernels import launch
+
+    def refuse(*given: Any) -> None:
+        tried.append(given)
+        raise launch.CannotLaunch("backend 'triton' needs Triton to compile and launch ...")
+
+    tried: list[Any] = []
+    without: set[torch.device] = set()
+    monkeypatch.setattr(module, "_without_kernels", without)
+    monkeypatch.setattr(module, "by_the_kernels", lambda input: input.device not in without)
+    monkeypatch.setattr(launch, "run", refuse)
+    layer = accumulating(3, 4, device)
+    start, input = layer.weight.main_grad.clone(), torch.randn(2, 3, device=device)
+    for _ in range(2):
+        layer(input).sum().backward()
+    assert len(tried) == 1
+    torch.testing.assert_close(layer.weight.main_grad - start, 2 * input.sum(0).expand(4, 3))
+    torch.testing.assert_close(layer.bias.grad, torch.full((4,), 4.0, device=device))
+
+
 def test_adds_where_autograd_wants_the_gradient_alone(path: str, device: torch.device) -> None:
     layer = accumulating(3, 4, device)
     start = layer.weight.main_grad.clone()
