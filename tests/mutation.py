@@ -260,6 +260,13 @@ MUTANTS = [
         ("tests/test_main_grad.py::test_the_kernels_add_unrounded_sums",),
     ),
     Mutant(
+        "main_grad: PyTorch's product is rounded before it is added",
+        "fastlinear/main_grad.py",
+        "main_grad.addmm_(grad_columns.to(main_grad.dtype), rows.to(main_grad.dtype))",
+        "main_grad.add_(grad_columns @ rows)",
+        ("tests/test_main_grad.py::test_weights_of_16_bits",),
+    ),
+    Mutant(
         "main_grad: a gradient for autograd too",
         "fastlinear/main_grad.py",
         "        grad_weight = None\n",
