@@ -10,11 +10,10 @@ import torch._functorch.config
 from torch import Tensor, nn
 
 import fastlinear
+from benchmarks.names import NATIVE
 from fastlinear.activations import ACTIVATIONS
 
 Call = Callable[[Tensor], Tensor]
-
-NATIVE = "nn.Linear"
 
 
 @dataclass(frozen=True)

@@ -77,14 +77,19 @@ def module(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", name, *arguments]
 
 
+WITHOUT_A_GPU = (
+    "benchmarks", "compile", "distributed", "gpu", "ranks", "sweep", "train_distributed"
+)  # fmt: skip
+
+
 def tests(run: Run) -> list[str]:
-    """The test suite, without what needs no GPU and takes long."""
+    """The test suite, without what needs no GPU and takes long, or runs on the CPU in any case."""
     command = module("pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider")
     if importlib.util.find_spec("xdist"):
         command += ["-n", "8", "-p", "no:benchmark"]
     return [
         *command,
-        *(f"--ignore=tests/test_{it}.py" for it in ("compile", "benchmarks", "gpu", "sweep")),
+        *(f"--ignore=tests/test_{it}.py" for it in WITHOUT_A_GPU),
     ]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.files import read_json
-from benchmarks.linear import not_a_peer
+from benchmarks.names import not_a_peer
 
 LIMIT = 12_000  # characters of the page
 FAILURES, PARTS, RATIOS = 3_200, 1_300, 5_300  # of these sections

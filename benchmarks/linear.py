@@ -30,9 +30,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.arms import NATIVE, Arm, Call, arms
+from benchmarks.arms import Arm, Call, arms
 from benchmarks.environment import environment
 from benchmarks.measure import Clock, ceilings, peak_bytes
+from benchmarks.names import NATIVE, not_a_peer
 from benchmarks.problem import Problem, errors, step, why_wrong
 from benchmarks.shapes import BATCH_SIZES, LAYERS, Layer, least_bytes, memory, operations
 from fastlinear import use_backend
@@ -364,10 +365,6 @@ def main() -> int:
     # A peer that is wrong is left out; an arm of fastlinear's that is wrong is a failure.
     ours = any(not_a_peer(drop["arm"]) for drop in results["dropped"])
     return 130 if results["interrupted"] else int(ours)
-
-
-def not_a_peer(arm: str) -> bool:
-    return arm.startswith("fastlinear") or arm in (NATIVE, "every arm")
 
 
 def sweep(

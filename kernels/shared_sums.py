@@ -5,6 +5,7 @@ reduction.py has what the programs do with them.
 
 import contextlib
 import math
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ def counters(like: Tensor, count: int) -> Tensor:
 
     Every stream has its own, so that launches that share them run one after the other. A graph that
     is being captured gets some of its own, zeroed when it is replayed, unless it is to be
-    `replayed_in_order`.
+    `replayed_in_order`; and so does what Inductor runs before it captures it.
     """
     device, stream, capturing = like.device, 0, False
     if device.type == "cuda":
@@ -37,12 +38,29 @@ def counters(like: Tensor, count: int) -> Tensor:
     if capturing and not (enough and (device, stream) in _in_order):
         return like.new_zeros(count, dtype=torch.int32)
     if found is None or not enough:
+        if _in_the_pool_of_a_graph(device, stream):
+            return like.new_zeros(count, dtype=torch.int32)
         size = max(1024, 1 << (count - 1).bit_length())
         if len(_counters) >= MOST_STREAMS:
             # Memory of a stream's own is not used again before what is queued there has run.
             _counters.clear()
         found = _counters[device, stream] = like.new_zeros(size, dtype=torch.int32)
     return found
+
+
+def _in_the_pool_of_a_graph(device: torch.device, stream: int) -> bool:
+    """Whether memory comes from the pool of a CUDA graph of Inductor's, which nobody may keep.
+
+    It does on the stream where compiled functions of mode "reduce-overhead" run, captured or not.
+    """
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is None:
+        return False
+    try:
+        manager = trees.get_manager(device.index, create_if_none_exists=False)
+    except AssertionError:  # in a thread that such a function cannot run in
+        return False
+    return manager is not None and manager.stream.cuda_stream == stream
 
 
 @contextlib.contextmanager

@@ -116,6 +116,14 @@ def test_gpu_without_one_says_so_and_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_gpu_starts_where_the_package_is_not_installed_yet() -> None:
+    """As in `make gpu`, which looks for a GPU before it installs anything."""
+    program = "import sys; sys.modules['fastlinear'] = None; import benchmarks.gpu"
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0, found.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_gpu_interrupted_ends_the_part_and_writes_the_page(
     number: signal.Signals, tmp_path: Path

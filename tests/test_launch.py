@@ -1,6 +1,7 @@
 """Launchers: how rows lie in memory, how wide offsets are, what counts as aligned."""
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -153,6 +154,26 @@ def test_counters_of_graphs_that_run_in_order_are_their_stream_s(
     assert like.counters(5) is not kept, "a user's graph"
     like.capturing = False
     assert like.counters(5) is kept
+    assert list(shared_sums._counters) == [(like.device, 1)]
+
+
+def test_counters_from_the_pool_of_a_graph_of_inductor_s_are_not_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It runs a function on a stream of its own before it captures it there."""
+    from torch._inductor import cudagraph_trees
+
+    like = OnStream(monkeypatch)
+    with ThreadPoolExecutor() as pool:  # of threads that Inductor has nothing for
+        assert pool.submit(like.counters, 5).result() is like.counters(5)
+    manager = SimpleNamespace(stream=SimpleNamespace(cuda_stream=2))
+    monkeypatch.setattr(
+        cudagraph_trees, "get_manager", lambda index, create_if_none_exists: manager
+    )
+    like.stream = 2
+    assert like.counters(5) is not like.counters(5)
+    like.stream = 1
+    assert like.counters(5) is like.counters(5)
     assert list(shared_sums._counters) == [(like.device, 1)]
 
 

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from oracle import DTYPES, assert_as_exact
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+
+import fastlinear
+
+pytest.importorskip("expecttest")  # the next three import it
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 from torch.testing._internal.common_utils import noncontiguous_like
-
-import fastlinear
 
 (OP,) = [op for op in op_db if op.name == "nn.functional.linear"]
 (MODULE,) = [module for module in module_db if module.module_cls is nn.Linear]

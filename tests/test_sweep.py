@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks import linear, measure, naive, report
 from benchmarks.arms import NATIVE, Arm, Call, arms
+from benchmarks.names import not_a_peer
 from benchmarks.shapes import BATCH_SIZES, LAYERS, least_bytes, operations
 
 ROOT = Path(__file__).parent.parent
@@ -114,7 +115,7 @@ def test_a_point_that_runs_out_of_memory_ends_no_sweep(arm: str) -> None:
     said = [drop["reason"] for drop in results["dropped"]]
     assert said == ["OutOfMemoryError: out of memory"] * 2
     assert {drop["batch_size"] for drop in results["dropped"]} == {2, 3}
-    assert all(linear.not_a_peer(drop["arm"]) for drop in results["dropped"])
+    assert all(not_a_peer(drop["arm"]) for drop in results["dropped"])
 
 
 def test_without_nn_linear_nothing_is_compared() -> None:

@@ -983,6 +983,27 @@ def test_cuda_graph_of_a_training_step_replays(rows: int, device: torch.device) 
 
 @needs_gpu
 @pytest.mark.usefixtures("plain_outputs")
+def test_compiled_with_cuda_graphs_trains_as_eager(device: torch.device) -> None:
+    """With split sums, the counters of which outlive a call."""
+    model = network(fastlinear.Linear, device, torch.float32)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, mode="reduce-overhead")
+    for _ in range(4):  # run, captured and replayed
+        input = torch.randn(5000, 3, device=device)
+        torch.compiler.cudagraph_mark_step_begin()
+        for one in (compiled, eager):
+            one.zero_grad(set_to_none=True)
+            one(input).square().mean().backward()
+        torch.testing.assert_close(
+            [parameter.grad for parameter in model.parameters()],
+            [parameter.grad for parameter in eager.parameters()],
+        )
+
+
+@needs_gpu
+# torch's own warm-up and capture are on two streams.
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
+@pytest.mark.usefixtures("plain_outputs")
 def test_cuda_graphed_callable_trains_as_eager(device: torch.device) -> None:
     model = network(fastlinear.Linear, device, torch.float32)
     eager = copy.deepcopy(model)
