@@ -10,7 +10,7 @@ With `--check` it also compares with benchmarks/results/resources.json, and name
 kernels/resources.json: of that table what the choice of a configuration goes by, the programs that
 share a multiprocessor.
 
-The table says of which sources it is. `--check --sample 3` compiles a third of the cases, drawn
+The table says of which sources it is. `--check --sample 6` compiles a sixth of the cases, drawn
 anew each time, where it is of those at hand and of this Triton: the compiler would say the same of
 the others again. Else it compiles all.
 """
