@@ -77,6 +77,7 @@ def module(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", name, *arguments]
 
 
+# Test files, less test_ and .py, that a GPU changes nothing about.
 WITHOUT_A_GPU = (
     "benchmarks", "compile", "distributed", "gpu", "ranks", "sweep", "train_distributed"
 )  # fmt: skip

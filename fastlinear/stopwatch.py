@@ -17,16 +17,15 @@ ROUNDS = 11
 WARM_UPS = 3  # calls, of which the first may compile
 LEAST_SECONDS = 0.002  # that a row of calls takes whose wall time is measured
 FLUSHED_BYTES = 2**28  # more than any L2 holds
-# Times that so much is read before a call: in all about half a millisecond on an H100, in which the
-# host gets ahead of the device, for a call's many launches too.
+# Times that so much is read before a call: in all a third of a millisecond at the bandwidth of an
+# H100's data sheet, in which the host gets ahead of the device, for a call's many launches too.
 FLUSHES = 4
 
 
 class Flush:
     """Empties a GPU's L2 cache of what the next call reads, by reading other memory.
 
-    Had that been written, it would go back to memory while the call runs, and take as much of the
-    memory's time as the call's own reads.
+    Had that been written, it would go back to memory while the call runs, in the call's time.
     """
 
     def __init__(self, device: torch.device, size: int = FLUSHED_BYTES) -> None:

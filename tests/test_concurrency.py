@@ -231,7 +231,7 @@ print(multiprocessing.active_children())
 """
 
 
-@pytest.mark.skipif(not launch.INTERPRETING, reason="a GPU's context does not survive a fork")
+@pytest.mark.skipif(not launch.INTERPRETING, reason="it is interpreted, GPU or not")
 def test_forked_processes_and_data_loaders_compute_as_their_parent() -> None:
     run = subprocess.run(
         # From Python 3.12 on a fork of a process that has threads is warned of.

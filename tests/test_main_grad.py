@@ -93,7 +93,7 @@ def test_gradients_are_those_of_the_layer(
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("m", "n", "k"), [(70, 50, 77), (517, 10, 20), (0, 5, 7), (5, 7, 0)], ids=str
+    ("m", "n", "k"), [(70, 50, 77), (517, 10, 20), (1, 40, 1), (0, 5, 7), (5, 7, 0)], ids=str
 )
 def test_the_kernels_add_unrounded_sums(
     m: int, n: int, k: int, dtype: torch.dtype, together: bool, splits: int, device: torch.device
