@@ -258,6 +258,27 @@ def test_compile_once_for_a_batch_marked_dynamic(dynamo: Any, device: torch.devi
             )
 
 
+COMPILED_BACKWARD: dict[str, Function] = {
+    "linear": fastlinear.Linear,
+    "gelu": lambda *sizes: fastlinear.Linear(*sizes, activation="gelu"),
+    "gated": fastlinear.GatedLinear,
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's
+@pytest.mark.parametrize("make", COMPILED_BACKWARD.values(), ids=COMPILED_BACKWARD)
+def test_compiled_autograd_has_one_graph(make: Function, dynamo: Any, device: torch.device) -> None:
+    from torch._dynamo import compiled_autograd
+
+    layer = make(4, 3).to(device)
+    input = torch.randn(5, 4, device=device, requires_grad=True)
+    leaves = [input, *layer.parameters()]
+    expected = torch.autograd.grad(layer(input).square().sum(), leaves)
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        layer(input).square().sum().backward()
+    torch.testing.assert_close(tuple(leaf.grad for leaf in leaves), expected)
+
+
 def test_compiled_autograd(dynamo: Any, device: torch.device) -> None:
     ours, theirs = twins(device)
     input = normal((4, 3), torch.float64, device)
