@@ -66,7 +66,7 @@ def fold(pairs: dict[nn.Linear, nn.Module]) -> None:
 def unfold(layer: nn.Linear) -> None:
     """Undoes `fold`; every layer that the activation was folded into needs it."""
     act, _ = vars(layer).pop(FOLD)
-    del layer.activation
+    delattr(layer, "_fastlinear_activation")  # where Linear keeps it
     if isinstance(act, Folded):
         act.__class__ = vars(act).pop(FOLD)[0]
 
