@@ -225,11 +225,7 @@ def autocast_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
             torch.matmul(_no_rows(tensor.shape[:-1], dtype, tensor.device), tensor)
     except RuntimeError:  # the copy there is of another dtype: of a region around this one
         return tensor.to(dtype)
-    copy = next((one for one in saved if one.numel()), None)
-    # One that was made under no_grad has no graph, and would take none of the gradient.
-    if copy is None or (torch.is_grad_enabled() and not copy.requires_grad):
-        return tensor.to(dtype)
-    return copy
+    return next(one for one in saved if one.numel())
 
 
 @functools.lru_cache
