@@ -368,6 +368,7 @@ def is_plain(layer: nn.Module) -> bool:
         and layer._fastlinear_activation is None
         and not layer.accumulate_into_main_grad
         and not internals.linear_is_patched()
+        and Linear.__call__ is nn.Module.__call__
         and "forward" not in vars(layer)
         and not internals.has_hooks(layer)
     )

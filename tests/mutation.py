@@ -1212,6 +1212,13 @@ MUTANTS = [
         in_use("autocast_makes_one_copy_of_a_weight"),
     ),
     Mutant(
+        "compiled autograd traces what its thread goes by",
+        "fastlinear/backend.py",
+        "    if not tuned.available or torch.compiler.is_dynamo_compiling():\n",
+        "    if not tuned.available:\n",
+        ("tests/test_transforms.py::test_compiled_autograd_has_one_graph",),
+    ),
+    Mutant(
         "a patched nn.Linear.forward is passed by",
         "fastlinear/modules.py",
         "        if internals.linear_is_patched():\n",

@@ -388,6 +388,19 @@ def test_patched_forward_runs(patched: list[type], device: torch.device) -> None
     torch.testing.assert_close(gated(input), F.silu(gate) * up)
 
 
+def test_patched_call_runs(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    call, seen = nn.Linear.__call__, []
+
+    def noted(self: nn.Linear, input: Tensor) -> Tensor:
+        seen.append(self)
+        return call(self, input)
+
+    gated = fastlinear.GatedLinear(4, 3).to(device)
+    monkeypatch.setattr(nn.Linear, "__call__", noted, raising=False)
+    gated(torch.randn(5, 4, device=device))
+    assert seen == [gated.gate_proj, gated.up_proj]
+
+
 def test_patched_forward_runs_no_more_once_it_is_undone(device: torch.device) -> None:
     layer, input = fastlinear.Linear(4, 3, device=device), torch.randn(5, 4, device=device)
     output = layer(input)
