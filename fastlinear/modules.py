@@ -69,6 +69,8 @@ class Linear(_NNLinear):
     Args:
         in_features, out_features, bias, device, dtype: as `nn.Linear` takes them.
         activation: None, or the name of what is applied to the output, as in `fastlinear.linear`.
+            A subclass gives it to this constructor; an attribute `activation` that it sets
+            otherwise is its own, and nothing is applied by it.
         accumulate_into_main_grad: whether backward adds weight's gradient to `weight.main_grad`
             instead of giving it to autograd (main_grad.py), as Megatron-LM's layers do with
             `gradient_accumulation_fusion` and Transformer Engine's with `fuse_wgrad_accumulation`.
@@ -79,7 +81,8 @@ class Linear(_NNLinear):
     Raises:
         ValueError: activation is none of these.
         RuntimeError: on a call that is to be differentiated, accumulate_into_main_grad is set and
-            `weight.main_grad` is not there, or not such a tensor.
+            `weight.main_grad` is not there, or not such a tensor; or `nn.Linear.forward` has been
+            replaced, by whose replacement a layer computes else.
     """
 
     __constants__ = [*_NNLinear.__constants__, "_fastlinear_activation"]  # noqa: RUF012  TorchScript wants a list
