@@ -4,6 +4,7 @@ BatchedLinear is many layers at once, GatedLinear the two layers of a gated pair
 """
 
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
+
+# PyTorch's own, which `nn.Linear` need not be at the time of a call: people replace that name.
+from torch.nn.modules.linear import Linear as TorchLinear
 
 from fastlinear import _torch_internals as internals
 from fastlinear import backend
@@ -51,7 +55,7 @@ def _scripted(output: Tensor, activation: str | None) -> Tensor:
     return output
 
 
-class Linear(nn.Linear):
+class Linear(TorchLinear):
     """`output = activation(input @ weight.T + bias)`.
 
     Constructor, parameters, initial values, state_dict and errors are those of `nn.Linear`. Shapes,
@@ -73,7 +77,7 @@ class Linear(nn.Linear):
             `weight.main_grad` is not there, or not such a tensor.
     """
 
-    __constants__ = [*nn.Linear.__constants__, "activation"]  # noqa: RUF012  TorchScript wants a list
+    __constants__ = [*TorchLinear.__constants__, "activation"]  # noqa: RUF012  TorchScript wants a list
     # On the class, so that a layer made as `nn.Linear` (fastlinear.convert) has it too.
     activation: str | None = None
     accumulate_into_main_grad: bool = False
@@ -158,6 +162,8 @@ class BatchedLinear(nn.Module):
         ValueError: activation is none of these.
     """
 
+    __constants__ = ["activation"]  # noqa: RUF012  as in Linear
+
     def __init__(
         self,
         num_linears: int,
@@ -216,7 +222,7 @@ class BatchedLinear(nn.Module):
         if not layers:
             raise ValueError("from_linears() takes one or more layers, but linears has none")
         for position, layer in enumerate(layers):
-            if not isinstance(layer, nn.Linear):
+            if not isinstance(layer, TorchLinear):
                 raise TypeError(
                     f"from_linears() takes nn.Linear, but layer {position} is "
                     f"{type(layer).__name__}"
@@ -274,6 +280,12 @@ class BatchedLinear(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
+        if internals.is_scripting():  # as in Linear
+            if self.bias is None:
+                output = torch.bmm(input, self.weight.mT)
+            else:
+                output = torch.baddbmm(self.bias.unsqueeze(1), input, self.weight.mT)
+            return _scripted(output, self.activation)
         return batched_linear(input, self.weight, self.bias, self.activation)
 
     def extra_repr(self) -> str:
@@ -293,7 +305,8 @@ class GatedLinear(nn.Module):
 
     The layers are two modules under the names that Llama and its kin give them, so that their
     checkpoints load. Where one of them is no plain layer any more (an adapter, a hook, a
-    parametrization), both are called as the modules that they are.
+    parametrization), or their weights are of two shapes, both are called as the modules that they
+    are.
 
     Args:
         in_features, out_features, bias, device, dtype: of each layer, as `nn.Linear` takes them.
@@ -305,6 +318,8 @@ class GatedLinear(nn.Module):
     Raises:
         ValueError: activation is none of these.
     """
+
+    __constants__ = ["activation"]  # noqa: RUF012  as in Linear
 
     def __init__(
         self,
@@ -328,13 +343,21 @@ class GatedLinear(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
+        if internals.is_scripting():  # as in Linear
+            return _scripted(self.gate_proj(input), self.activation) * self.up_proj(input)
         gate, up = self.gate_proj, self.up_proj
-        if is_plain(gate) and is_plain(up):
+        if is_pair(gate, up):
             return gated_linear(input, gate.weight, up.weight, gate.bias, up.bias, self.activation)
         return ACTIVATIONS[self.activation](gate(input)) * up(input)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
+
+
+def is_as_written(kind: type[nn.Module]) -> bool:
+    """Whether `kind` has the forward of its source file, and none that was set on it since."""
+    code = getattr(kind.forward, "__code__", None)
+    return code is not None and code.co_filename == sys.modules[kind.__module__].__file__
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -345,14 +368,27 @@ def is_plain(layer: nn.Module) -> bool:
         and not layer.accumulate_into_main_grad
         and "forward" not in vars(layer)
         and not internals.has_hooks(layer)
+        and Linear.__call__ is nn.Module.__call__
+        and is_as_written(Linear)
+        and is_as_written(TorchLinear)
     )
 
 
-def _activation(layer: nn.Linear) -> str | None:
+def is_pair(gate: nn.Module, up: nn.Module) -> bool:
+    """Whether `gated_linear` computes what the layers would, called one after the other."""
+    if not is_plain(gate) or not is_plain(up) or internals.tracing() is not None:
+        return False  # torch.jit.trace would write down, and warn, that shapes are compared
+    # torch.fx has a proxy for `gate.weight`, of a shape that it does not know.
+    one, other = (vars(of).get("weight", of._parameters.get("weight")) for of in (gate, up))
+    # Of other shapes, one feature may be multiplied with many.
+    return one is not None and other is not None and one.shape == other.shape
+
+
+def _activation(layer: TorchLinear) -> str | None:
     return layer.activation if isinstance(layer, Linear) else None
 
 
-def _traits(layer: nn.Linear) -> dict[str, Any]:
+def _traits(layer: TorchLinear) -> dict[str, Any]:
     """What layers have to have in common to become one BatchedLinear, by its name in the error."""
     traits: dict[str, Any] = {}
     for name, tensor in (("weight", layer.weight), ("bias", layer.bias)):
