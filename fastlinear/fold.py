@@ -14,18 +14,22 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.nn.modules import activation as torchs
+from torch.nn.modules.linear import Linear as TorchLinear
+
+from fastlinear.modules import is_as_written
 
 # Set by `fold`. On a layer: its activation's module, and what the layer's `activation` became. On
 # that module: the class that it had, and how many layers it was folded into.
 FOLD = "_fastlinear_folded"
 
 _NAMES: dict[type, str] = {
-    nn.ReLU: "relu",
-    nn.GELU: "gelu",
-    nn.SiLU: "silu",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
-    nn.LeakyReLU: "leaky_relu",
+    torchs.ReLU: "relu",
+    torchs.GELU: "gelu",
+    torchs.SiLU: "silu",
+    torchs.Sigmoid: "sigmoid",
+    torchs.Tanh: "tanh",
+    torchs.LeakyReLU: "leaky_relu",
 }
 _SEE_OUTPUT = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SEE_ANY = (*_SEE_OUTPUT, "_forward_pre_hooks")
@@ -48,14 +52,14 @@ class Folded(nn.Module):
         return f"{kind.__name__}({kind.extra_repr(self)})"
 
 
-_LEAVES = (nn.Linear, Folded, *_NAMES)
+_LEAVES = (TorchLinear, Folded, *_NAMES)
 
 
-def fold(pairs: dict[nn.Linear, nn.Module]) -> None:
+def fold(pairs: dict[TorchLinear, nn.Module]) -> None:
     """Makes the layers, which are fastlinear's by now, apply the activations."""
     for layer, act in pairs.items():
         kind, count = vars(act).get(FOLD, (type(act), 0))
-        is_tanh_gelu = kind is nn.GELU and act.approximate == "tanh"
+        is_tanh_gelu = kind is torchs.GELU and act.approximate == "tanh"
         activation = "gelu_tanh" if is_tanh_gelu else _NAMES[kind]
         setattr(layer, "activation", activation)  # noqa: B010  nn.Linear has none
         setattr(layer, FOLD, (act, activation))  # in a tuple, or act would be registered
@@ -63,15 +67,16 @@ def fold(pairs: dict[nn.Linear, nn.Module]) -> None:
         act.__class__ = Folded
 
 
-def unfold(layer: nn.Linear) -> None:
+def unfold(layer: TorchLinear) -> None:
     """Undoes `fold`; every layer that the activation was folded into needs it."""
     act, _ = vars(layer).pop(FOLD)
-    del layer.activation
+    layer.activation = None  # type: ignore[assignment]  # a setting of fastlinear's
+    vars(layer).pop("activation", None)
     if isinstance(act, Folded):
         act.__class__ = vars(act).pop(FOLD)[0]
 
 
-def stay_folded(model: nn.Module, layers: Collection[nn.Linear]) -> dict[nn.Module, str]:
+def stay_folded(model: nn.Module, layers: Collection[TorchLinear]) -> dict[nn.Module, str]:
     """The layers and activations of `model` that cannot be unfolded if only `layers` can, and why.
 
     An activation has to be for all its layers at once, or it would be applied twice or never.
@@ -87,15 +92,15 @@ def stay_folded(model: nn.Module, layers: Collection[nn.Linear]) -> dict[nn.Modu
 
 
 def find_pairs(
-    model: nn.Module, layers: Collection[nn.Linear]
-) -> tuple[dict[nn.Linear, nn.Module], dict[nn.Linear, str]]:
+    model: nn.Module, layers: Collection[TorchLinear]
+) -> tuple[dict[TorchLinear, nn.Module], dict[TorchLinear, str]]:
     """The activation that each of `layers` can apply, and why others that have one cannot.
 
     torch.fx traces `model` or, where it cannot, its children, and so on down; also what a trace
     took for one operation although there are modules within. Nothing is changed.
     """
-    pairs: dict[nn.Linear, nn.Module] = {}
-    reasons: dict[nn.Linear, str] = {}
+    pairs: dict[TorchLinear, nn.Module] = {}
+    reasons: dict[TorchLinear, str] = {}
     traced: list[_Calls] = []
     reached: Counter[nn.Module] = Counter()  # from how many of the parts
     parts = [model]
@@ -132,7 +137,7 @@ def find_pairs(
 
 
 def _activation_of(
-    layer: nn.Linear, calls: list[torch.fx.Node], called: dict[torch.fx.Node, nn.Module]
+    layer: TorchLinear, calls: list[torch.fx.Node], called: dict[torch.fx.Node, nn.Module]
 ) -> tuple[nn.Module | None, str | None]:
     """What follows `layer`, if that is an activation, and why the layer cannot apply it, if so."""
     readers = [reader for call in calls for reader in call.users]
@@ -144,10 +149,12 @@ def _activation_of(
             "it is a function call, which stays in the forward's code: use a module such as "
             "nn.ReLU, or Linear(activation=...)"
         )
-    if isinstance(act, nn.LeakyReLU) and act.negative_slope != 0.01:
+    if isinstance(act, torchs.LeakyReLU) and act.negative_slope != 0.01:
         return act, f"its slope is {act.negative_slope}, and leaky_relu's is 0.01"
     if _hooked(layer, _SEE_OUTPUT) or _hooked(act, _SEE_ANY) or "forward" in vars(act):
         return act, "it or the layer has hooks, or a forward of its own"
+    if not is_as_written(type(act)):
+        return act, f"{type(act).__name__}.forward is replaced on the class"
     for call in calls:
         if [called.get(reader) for reader in call.users] != [act]:
             return act, "the layer's output has another reader"

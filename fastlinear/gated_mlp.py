@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.activation import GELU
+from torch.nn.modules import activation as torchs
 from torch.nn.utils import parametrize
 
 from fastlinear import _torch_internals as internals
@@ -27,10 +27,10 @@ _GATED = (
     "self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x)))",
 )
 _MODULES: dict[type[nn.Module], str] = {
-    nn.SiLU: "silu",
-    nn.ReLU: "relu",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
+    torchs.SiLU: "silu",
+    torchs.ReLU: "relu",
+    torchs.Sigmoid: "sigmoid",
+    torchs.Tanh: "tanh",
 }
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
@@ -211,7 +211,7 @@ def _is_untouched(act_fn: nn.Module) -> bool:
 def _name_of(act_fn: Any) -> str | None:
     """The name in fastlinear of an activation of torch's or of transformers'."""
     kind = type(act_fn)
-    if kind is GELU:
+    if kind is torchs.GELU:
         return _GELUS.get(act_fn.approximate)
     if kind.__module__ != "transformers.activations":
         return _MODULES.get(kind)
