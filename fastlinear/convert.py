@@ -71,9 +71,10 @@ def convert(
     activation's module, the same object under the same name, passes its input on. Results and
     gradients are the same to rounding, and state_dict has the same keys. Which activations those
     are, torch.fx finds out by tracing the forward of the model, or of the modules within that it
-    can trace, in training and in evaluation. So it is assumed that these are used through their
-    forward, and as they are set up now: a trace does not see an attribute that later sends a
-    forward another way, nor code elsewhere that calls a layer or an activation within by itself.
+    can trace and that can go but one way: without a branch, but on whether an argument is None, and
+    without a loop, but over a container's modules. Around these, code may do what it likes, if it
+    calls them as wholes. So it is assumed that no module or function of the model is replaced
+    later, and that nothing outside of the model calls a layer or an activation within by itself.
     What takes a layer's output for `input @ weight.T + bias`, as LoRA and hooks do, has to be there
     before.
 

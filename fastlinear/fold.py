@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import activation as torchs
 from torch.nn.modules.linear import Linear as TorchLinear
 
+from fastlinear import one_way
 from fastlinear.modules import is_as_written
 
 # Set by `fold`. On a layer: its activation's module, and what the layer's `activation` became. On
@@ -96,21 +97,25 @@ def find_pairs(
 ) -> tuple[dict[TorchLinear, nn.Module], dict[TorchLinear, str]]:
     """The activation that each of `layers` can apply, and why others that have one cannot.
 
-    torch.fx traces `model` or, where it cannot, its children, and so on down; also what a trace
-    took for one operation although there are modules within. Nothing is changed.
+    torch.fx traces `model` or, where it cannot or other calls may go another way, its children, and
+    so on down; also what a trace took for one operation although there are modules within. Nothing
+    is changed.
     """
     pairs: dict[TorchLinear, nn.Module] = {}
     reasons: dict[TorchLinear, str] = {}
     traced: list[_Calls] = []
     reached: Counter[nn.Module] = Counter()  # from how many of the parts
+    exposed: set[nn.Module] = set()  # what code that is not traced may call
     parts = [model]
     for part in parts:
         try:
             calls = _trace_all_ways(part)
         except Exception as error:  # a forward may raise anything for what is no tensor
             calls = {child: [] for child in part.children()}
+            exposed |= one_way.looked_into(part)
             if any(type(child) in _NAMES for child in calls):
-                reason = f"torch.fx cannot trace {type(part).__name__} ({type(error).__name__})"
+                why = error if isinstance(error, one_way.Unproven) else type(error).__name__
+                reason = f"torch.fx cannot trace {type(part).__name__} ({why})"
                 reasons |= {layer: reason for layer in layers if layer in calls}
         traced.append(calls)
         reached.update(list(calls))
@@ -123,6 +128,8 @@ def find_pairs(
             act, why_not = _activation_of(layer, calls[layer], called)
             if act is not None and max(reached[layer], reached[act]) > 1:
                 why_not = "it or the layer is in several modules that are traced apart"
+            if act is not None and not exposed.isdisjoint((layer, act)):
+                why_not = "code that cannot be traced may call it or the layer by itself"
             if why_not is not None:
                 reasons[layer] = why_not
             elif act is not None:
@@ -175,27 +182,27 @@ def _hooked(module: nn.Module, kinds: tuple[str, ...]) -> bool:
 
 
 def _trace_all_ways(part: nn.Module) -> _Calls:
-    """The calls in the forward of `part`, in training or not, as it is now or with all folded.
+    """The calls in the forward of `part`.
 
     A trace gives every argument, and so does not see what an `argument is None` leads to: each
     that is None by default is also left out.
     """
     if "forward" in vars(part):
-        raise ValueError("torch.fx would trace the forward of its class")
+        raise one_way.Unproven("torch.fx would trace the forward of its class")
     parameters = inspect.signature(type(part).forward).parameters.values()
     optional = [parameter.name for parameter in parameters if parameter.default is None]
     if len(optional) > _MOST_OPTIONAL:
-        raise ValueError("too many optional arguments")
+        raise one_way.Unproven("too many optional arguments")
     calls: _Calls = defaultdict(list)
-    for training, folded, *given in product((True, False), repeat=2 + len(optional)):
+    for given in product((True, False), repeat=len(optional)):
         left_out = [name for name, here in zip(optional, given, strict=True) if not here]
-        for node in _trace(part, training, folded, left_out).nodes:
+        for node in _trace(part, optional, left_out).nodes:
             if node.op == "call_module":
                 calls[part.get_submodule(node.target)].append(node)
     return dict(calls)
 
 
-def _trace(part: nn.Module, training: bool, folded: bool, left_out: list[str]) -> torch.fx.Graph:
+def _trace(part: nn.Module, optional: list[str], left_out: list[str]) -> torch.fx.Graph:
     """Traces a twin of `part` without data, so that what a forward sets or keeps is the twin's."""
     memo: dict[int, Tensor] = {}
     for module in part.modules():
@@ -209,12 +216,10 @@ def _trace(part: nn.Module, training: bool, folded: bool, left_out: list[str]) -
     with _undisturbed():
         twin = copy.deepcopy(part, memo)
         for module in twin.modules():
-            module.training = training
             if isinstance(module, _LEAVES):
                 module.forward = _called_past_the_module
-            if folded and type(module) in _NAMES:
-                module.__class__ = Folded  # a forward may ask for the class
-        graph = _Tracer().trace(twin, dict.fromkeys(left_out))
+        with one_way.only(optional):
+            graph = _Tracer().trace(twin, dict.fromkeys(left_out))
         for node in graph.nodes:
             if "kept" in node.meta:
                 node.meta["kept"] = node.meta["kept"]() is not None
@@ -223,6 +228,14 @@ def _trace(part: nn.Module, training: bool, folded: bool, left_out: list[str]) -
 
 class _Tracer(torch.fx.Tracer):
     proxy_buffer_attributes = True  # so that one may be indexed by a size
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().create_args_for_root(*args, **kwargs)
+        # What is set on a module may be set to another value later: no way may depend on it.
+        for path, module in self.root.named_modules():
+            for name in one_way.settings(module):
+                vars(module)[name] = self.create_proxy("placeholder", f"{path}.{name}", (), {})
+        return found
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # What hooks see or replace is not in the graph: such a module is a part by itself.
