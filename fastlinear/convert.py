@@ -73,8 +73,8 @@ def convert(
     are, torch.fx finds out by tracing the forward of the model, or of the modules within that it
     can trace and that can go but one way: without a branch, but on whether an argument is None, and
     without a loop, but over a container's modules. Around these, code may do what it likes, if it
-    calls them as wholes. So it is assumed that no module or function of the model is replaced
-    later, and that nothing outside of the model calls a layer or an activation within by itself.
+    calls them as wholes. So it is assumed that the model is used through its forward, and that no
+    module or function of it is replaced later; else a layer or an activation could be called alone.
     What takes a layer's output for `input @ weight.T + bias`, as LoRA and hooks do, has to be there
     before.
 

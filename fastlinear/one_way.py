@@ -86,12 +86,12 @@ def only(optional: Collection[str]) -> Iterator[None]:
             if why is not None:
                 found.append(f"{frame.f_code.co_name} {why}")
 
-    before = sys.getprofile()
-    sys.setprofile(watch)
+    before = sys.gettrace()  # not the profiler's: cProfile's could not be set again
+    sys.settrace(watch)
     try:
         yield
     finally:
-        sys.setprofile(before)
+        sys.settrace(before)
     if found:
         raise Unproven(found[0])
 
@@ -218,7 +218,7 @@ def looked_into(part: nn.Module) -> set[nn.Module]:
                 of_list = before[0] == "LOAD_ATTR" and isinstance(
                     getattr(part, str(before[1]), None), _LISTS
                 )
-                items = items or not of_list
+                items |= not of_list and before[0] != "BUILD_TUPLE"  # which indexes tensors
     everything = not (names | {name for code in codes for name in code.co_names}).isdisjoint(
         _ATTRIBUTES | {"getattr", "vars"}
     )
@@ -230,7 +230,8 @@ def looked_into(part: nn.Module) -> set[nn.Module]:
             outer = outer.get_submodule(within.pop(0))
             if type(outer).forward is not nn.Module.forward:
                 break
-        if any(everything or name in names or (items and name.isdigit()) for name in within):
+        named = all(name in names or (items and name.isdigit()) for name in within)
+        if within and (everything or named):
             found.add(module)
     return found
 

@@ -446,6 +446,11 @@ class Children(Around):
         return self.run([*self.net.children()][:2], x)
 
 
+class Rows(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x[:, None])[:, 0] if random.random() < 2 else x
+
+
 class InBlocks(Around):
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -465,6 +470,7 @@ LOOKED_INTO = {
     Indexed: {"net.fc1"},
     Inside: {"mlp.0", "blocks.0.0", "blocks.1.0"},
     Children: set[str](),
+    Rows: {"mlp.0", "net.fc1", "blocks.0.0", "blocks.1.0"},
     InBlocks: {"net.fc1"},
     Whole: {"mlp.0", "net.fc1", "blocks.0.0", "blocks.1.0"},
 }
