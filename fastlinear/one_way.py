@@ -29,7 +29,8 @@ _STDLIB = (*(sysconfig.get_path(name) for name in ("stdlib", "platstdlib")), "<f
 _FUNCTIONS = {"eval", "exec", "filter", "getattr", "globals", "iter", "locals", "map", "max", "min"}
 _FUNCTIONS |= {"next", "reversed", "sorted", "vars"}
 _ATTRIBUTES = {"children", "get_submodule", "modules", "named_children", "named_modules"}
-_ATTRIBUTES |= {"__dict__", "_modules"}
+_ATTRIBUTES |= {"__dict__", "__getattr__", "__getitem__", "_modules"}
+_CHOOSERS = {"attrgetter", "choice", "get", "itemgetter", "permutation", "pop", "popleft"}
 # Loops but `for`, what catches an exception, and what brings in values from elsewhere.
 _UNSEEN = ("SEND", "GET_AITER", "MATCH_", "SETUP_FINALLY", "IMPORT_", "YIELD_")
 _CHOSEN = ("LOAD_CONST", "LOAD_SMALL_INT", "BUILD_SLICE", "BUILD_TUPLE")
@@ -132,7 +133,7 @@ def _why_not(frame: FrameType, optional: Collection[str]) -> str | None:
         known = values if inner else {**vars(builtins), **frame.f_globals}
         value = known.get(name)
         is_function = callable(value) and not isinstance(value, nn.Module)
-        if name in _FUNCTIONS or not (is_function or isinstance(value, ModuleType)):
+        if name in _FUNCTIONS | _CHOOSERS or not (is_function or isinstance(value, ModuleType)):
             return f"reads {name}"
     return None
 
@@ -176,7 +177,7 @@ def _way_of(code: CodeType) -> _Way | str:
         elif name in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF"):
             if value not in code.co_cellvars:
                 way.outer.add(value)
-        elif name in ("LOAD_ATTR", "LOAD_METHOD") and value in _ATTRIBUTES:
+        elif name in ("LOAD_ATTR", "LOAD_METHOD") and value in _ATTRIBUTES | _CHOOSERS:
             return f"asks for {value}"
     if not way.asked <= arguments:
         return "asks whether a variable is None"

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import operator
 import os
 import pickle
 import random
@@ -389,6 +390,8 @@ DECIDE: dict[str, Callable[..., Any]] = {
     "while": stopped,
     "index": lambda net, x, mask: (net.drop, net.act)[random.random() < 2](net.fc1(x)),
     "index of a global": lambda net, x, mask: {1: net.act, 2: net.drop}[ORDER[0]](net.fc1(x)),
+    "pop": lambda net, x, mask: [net.drop, net.act].pop(round(random.random()))(net.fc1(x)),
+    "itemgetter": lambda net, x, mask: operator.itemgetter(FLAG)((net.drop, net.act))(net.fc1(x)),
     "choice": lambda net, x, mask: random.choice((net.act, net.act))(net.fc1(x)),
     "getattr": lambda net, x, mask: getattr(net, os.environ.get("A B", "act"))(net.fc1(x)),
     "get_submodule": (
