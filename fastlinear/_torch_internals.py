@@ -64,6 +64,14 @@ def exporting() -> bool:
 constant_to_dynamo(exporting)
 
 
+def exporting_to_onnx() -> bool:
+    """Whether torch.onnx.export traces, by either of its exporters."""
+    return torch.onnx.is_in_onnx_export()
+
+
+constant_to_dynamo(exporting_to_onnx)
+
+
 def hide_from_dynamo(function: Callable[..., Any]) -> None:
     """Makes Dynamo run `function`, and what it calls, as it stands.
 
@@ -77,9 +85,24 @@ def hide_from_dynamo(function: Callable[..., Any]) -> None:
     _eval_frame.set_code_exec_strategy(function.__code__, skip)
 
 
-def will_run(node: Any) -> bool:
-    """Within a backward: whether a node of its graph, not a leaf's, is to run in it too."""
-    return torch._C._will_engine_execute_node(node)
+def wanted(ctx: Any) -> Sequence[bool]:
+    """Within a Function's backward: of which of its arguments the gradient is wanted now.
+
+    `ctx.needs_input_grad` says which may ever be: `torch.autograd.grad(loss, input)` wants no
+    weight's. While compiled autograd traces, all that may be are.
+    """
+    needed: Sequence[bool] = ctx.needs_input_grad
+    if torch.compiler.is_dynamo_compiling():
+        return needed
+    nodes = (node for node, _ in ctx.next_functions if node is not None)  # one for each needed
+    return [need and _will_run(next(nodes)) for need in needed]
+
+
+def _will_run(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # it refuses to say so of leaves that torch.autograd.grad was asked for
+        return True
 
 
 def default_store() -> Any:
@@ -156,6 +179,7 @@ def alike(*tensors: Tensor) -> Callable[..., bool]:
 _torch_functions_watched: Callable[[], bool] = torch._C._is_torch_function_mode_enabled
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _profiled: Callable[[], bool] = torch._C._autograd._profiler_enabled
+_hooks_allowed: Callable[[], bool] = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
 
 
 def watched() -> bool:
@@ -168,8 +192,66 @@ def watched() -> bool:
     )
 
 
+def autocast_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, as autocast makes it for its own ops: one copy of a parameter a region.
+
+    Autocast's cache has no function that reads it. But a product of no rows has it look there, or
+    put a copy there, and saves that copy for its backward.
+    """
+    if (
+        dtype == tensor.dtype
+        or tensor.dtype != torch.float32
+        or not (tensor.requires_grad and tensor.is_leaf)
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or tensor.dim() not in (2, 3)
+        or not tensor.numel()
+        or not torch.is_autocast_cache_enabled()
+        or not _hooks_allowed()
+        or transforming()
+        or tracing() is not None
+        or _torch_functions_watched()
+        or _dispatch_modes() > 0
+    ):
+        return tensor.to(dtype)
+    saved: list[Tensor] = []
+
+    def keep(one: Tensor) -> Tensor:
+        saved.append(one)
+        return one
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, keep)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), hooks:
+            torch.matmul(_no_rows(tensor.shape[:-1], dtype, tensor.device), tensor)
+    except RuntimeError:  # the copy there is of another dtype: of a region around this one
+        return tensor.to(dtype)
+    return next(one for one in saved if one.numel())
+
+
+@functools.lru_cache
+def _no_rows(columns: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    shape = (*columns[:-1], 0, columns[-1])
+    return torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
+
+
 # `torch.backends.cuda.matmul.fp32_precision`, in a fifth of the time.
 float32_matmul_precision = functools.partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
+
+
+Linear = torch.nn.modules.linear.Linear  # also where torch.nn.Linear has come to be another
+
+
+def _is_pytorchs(forward: Any) -> bool:
+    return getattr(forward, "__globals__", None) is vars(torch.nn.modules.linear)
+
+
+_forward = Linear.forward if _is_pytorchs(Linear.forward) else None
+
+
+def linear_is_patched() -> bool:
+    """Whether something has been put in the place of `nn.Linear.forward`, on the class."""
+    forward = Linear.forward
+    return forward is not _forward and not _is_pytorchs(forward)
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
@@ -227,6 +309,9 @@ def forward_ad_active() -> bool:
         return True
     interpreter = _innermost_transform()
     return interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Jvp
+
+
+constant_to_dynamo(forward_ad_active)  # compiled autograd traces the backward that asks
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from fastlinear.autograd import (
     register_autocast,
     tangent_of,
     to_front,
+    wanted_gradients,
 )
 from fastlinear.kernels.operands import (
     FROM_OUTPUT,
@@ -165,28 +166,21 @@ class LinearActivationFunction(internals.SingleLevelFunction):
         if grad_output is None and grad_preactivation is None:
             return None, None, None, None, None
         input, weight, saved = ctx.saved_tensors
-        needed, batched, activation = ctx.needs_input_grad, ctx.batched, ctx.activation
+        batched, activation = ctx.batched, ctx.activation
+        wanted = of_input, of_weight, of_bias = internals.wanted(ctx)[:3]
         differentiated = torch.is_grad_enabled() or internals.forward_ad_active()
-        gradients: Gradients
         with backend.as_its_forward(ctx.auto):
             if grad_output is not None and grad_preactivation is None and not differentiated:
-                gradients = backward_op(
-                    grad_output, saved, input, weight, needed[2], batched, activation
-                )
-            else:
-                grad = grad_preactivation
-                if grad_output is not None:
-                    through = GRADIENTS[activation](grad_output, saved)
-                    grad = through if grad is None else through + grad
-                assert grad is not None
-                gradients = gradients_of(grad, input, weight, needed[2], batched)
-        return (
-            gradients[0] if needed[0] else None,
-            gradients[1] if needed[1] else None,
-            gradients[2] if needed[2] else None,
-            None,
-            None,
-        )
+                operands = input if of_weight else None, weight if of_input else None
+                gradients = backward_op(grad_output, saved, *operands, of_bias, batched, activation)
+                given = (one if want else None for one, want in zip(gradients, wanted, strict=True))
+                return *given, None, None
+            grad = grad_preactivation
+            if grad_output is not None:
+                through = GRADIENTS[activation](grad_output, saved)
+                grad = through if grad is None else through + grad
+            assert grad is not None
+            return *wanted_gradients(grad, input, weight, wanted, batched), None, None
 
     @staticmethod
     def jvp(

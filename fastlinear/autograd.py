@@ -10,7 +10,7 @@ grad_bias if asked for, and an empty tensor in the place of each of the others.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -98,30 +98,19 @@ class LinearFunction(internals.SingleLevelFunction):
             ctx.save_for_forward(input, weight)
         if tuned.available:
             ctx.auto = backend.takes_pytorch()
+        ctx.set_materialize_grads(False)  # no gradient of the output is none of a parameter either
         return compute(input, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return None, None, None, None
         input, weight = ctx.saved_tensors
-        given = (
-            grad_output,
-            input,
-            weight,
-            ctx.needs_input_grad[2],
-            getattr(ctx, "batched", False),
-        )
-        if tuned.available:
-            with backend.as_its_forward(getattr(ctx, "auto", False)):
-                grad_input, grad_weight, grad_bias = gradients_of(*given)
-        else:
-            grad_input, grad_weight, grad_bias = gradients_of(*given)
-        needed = ctx.needs_input_grad
-        return (
-            grad_input if needed[0] else None,
-            grad_weight if needed[1] else None,
-            grad_bias if needed[2] else None,
-            None,
-        )
+        wanted, batched = internals.wanted(ctx), getattr(ctx, "batched", False)
+        if not tuned.available:
+            return *wanted_gradients(grad_output, input, weight, wanted, batched), None
+        with backend.as_its_forward(getattr(ctx, "auto", False)):
+            return *wanted_gradients(grad_output, input, weight, wanted, batched), None
 
     @staticmethod
     def jvp(
@@ -155,6 +144,25 @@ def tangent_of(
         rows = bias_tangent.unsqueeze(1) if batched else bias_tangent
         tangent = rows.expand(*input.shape[:-1], weight.shape[-2]).clone()
     return tangent
+
+
+def wanted_gradients(
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    wanted: Sequence[bool],
+    batched: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`gradients_of`, with None for those of input, weight and bias that are not wanted."""
+    of_input, of_weight, of_bias = wanted[:3]
+    grad_input, grad_weight, grad_bias = gradients_of(
+        grad_output, input if of_weight else None, weight if of_input else None, of_bias, batched
+    )
+    return (
+        grad_input if of_input else None,
+        grad_weight if of_weight else None,
+        grad_bias if of_bias else None,
+    )
 
 
 def gradients_of(
@@ -313,7 +321,8 @@ torch.library.register_vmap(linear_backward_op, linear_backward_vmap, lib=LIBRAR
 def _cast(tensor: Tensor | None, device_type: str) -> Tensor | None:
     if tensor is None or tensor.dtype not in DTYPES:
         return tensor
-    return tensor.to(backend.dtype_under(torch.get_autocast_dtype(device_type), tensor.dtype))
+    dtype = backend.dtype_under(torch.get_autocast_dtype(device_type), tensor.dtype)
+    return internals.autocast_copy(tensor, dtype)
 
 
 def register_autocast(op: torch._ops.OpOverload, operands: int = 3) -> None:
@@ -328,7 +337,7 @@ def register_autocast(op: torch._ops.OpOverload, operands: int = 3) -> None:
             device_type: str = device_type,
             key: internals.DispatchKey = key,
         ) -> Any:
-            cast = (_cast(operand, device_type) for operand in arguments[:operands])
+            cast = [_cast(operand, device_type) for operand in arguments[:operands]]
             with internals.excluding(key):
                 return op(*cast, *arguments[operands:])
 

@@ -276,8 +276,11 @@ def takes_pytorch() -> bool:
 
 
 def as_its_forward(auto: bool) -> AbstractContextManager[None]:
-    """Within it, a backward whose forward ran in "auto" or did not."""
-    if not tuned.available:
+    """Within it, a backward whose forward ran in "auto" or did not.
+
+    One that compiled autograd traces follows the backend in force when it runs.
+    """
+    if not tuned.available or torch.compiler.is_dynamo_compiling():
         return nullcontext()
     from fastlinear.by_table import backward_of
 

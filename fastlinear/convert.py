@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.modules.linear import LazyLinear
-from torch.nn.modules.linear import Linear as TorchLinear
 from torch.nn.utils import parametrize
 
+from fastlinear import _torch_internals as internals
 from fastlinear import backend
+from fastlinear._torch_internals import Linear as TorchLinear
 from fastlinear.fold import FOLD, find_pairs, fold, stay_folded, unfold
 from fastlinear.gated_mlp import gate, gated_layers, ungate
 from fastlinear.modules import Linear, is_as_written
@@ -162,9 +163,8 @@ def revert(model: nn.Module, *, made: bool = False) -> Report:
     for layer in folded:
         unfold(layer)
     for layer in converted:
-        layer.activation = None  # type: ignore[assignment]  # a setting of Linear's
         _rebase(layer, TorchLinear)
-        for name in (_MARK, "activation", "accumulate_into_main_grad"):
+        for name in (_MARK, "_fastlinear_activation", "accumulate_into_main_grad"):
             vars(layer).pop(name, None)
     return report
 
@@ -204,7 +204,7 @@ def _why_not(layer: TorchLinear) -> str | None:
         return f"is a {_name_of(kind)}, not exactly nn.Linear"
     if "forward" in vars(layer):
         return "its forward is replaced on the instance, and would not be fastlinear's"
-    if not is_as_written(TorchLinear):
+    if internals.linear_is_patched():
         return "nn.Linear.forward is replaced on the class, and fastlinear's would run instead"
     for name in ("activation", "accumulate_into_main_grad"):
         if hasattr(layer, name):
@@ -225,7 +225,7 @@ def _is_bare(layer: TorchLinear) -> bool:
         and layer.activation is None
         and "forward" not in vars(layer)
         and is_as_written(Linear)
-        and is_as_written(TorchLinear)
+        and not internals.linear_is_patched()
     )
 
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import Linear as TorchLinear
 
+from fastlinear import _torch_internals as internals
 from fastlinear import backend, main_grad, tuned
+from fastlinear._torch_internals import Linear as TorchLinear
 from fastlinear.functional import tables_say_so, why_not
 from fastlinear.kernels.configs import Config
 from fastlinear.kernels.operands import FROM_OUTPUT
@@ -180,9 +181,10 @@ def _path(
     """(path, reason, whether kernels are launched)."""
     if "forward" in vars(layer) or type(layer).forward not in (TorchLinear.forward, Linear.forward):
         return None, "the layer has a forward of its own, which is not known here", False
-    for name, kind in (("fastlinear.Linear", Linear), ("nn.Linear", TorchLinear)):
-        if isinstance(layer, kind) and not is_as_written(kind):
-            return None, f"{name}.forward is replaced, by what is not known here", False
+    if internals.linear_is_patched():
+        return None, "nn.Linear.forward is replaced, by what is not known here", False
+    if isinstance(layer, Linear) and not is_as_written(Linear):
+        return None, "fastlinear.Linear.forward is replaced, by what is not known here", False
     if not isinstance(layer, Linear):
         return PYTORCH, "the layer is no fastlinear.Linear (see fastlinear.convert)", False
     if backend.current == "torch":

@@ -15,9 +15,9 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules import activation as torchs
-from torch.nn.modules.linear import Linear as TorchLinear
 
 from fastlinear import one_way
+from fastlinear._torch_internals import Linear as TorchLinear
 from fastlinear.modules import is_as_written
 
 # Set by `fold`. On a layer: its activation's module, and what the layer's `activation` became. On
@@ -71,8 +71,7 @@ def fold(pairs: dict[TorchLinear, nn.Module]) -> None:
 def unfold(layer: TorchLinear) -> None:
     """Undoes `fold`; every layer that the activation was folded into needs it."""
     act, _ = vars(layer).pop(FOLD)
-    layer.activation = None  # type: ignore[assignment]  # a setting of fastlinear's
-    vars(layer).pop("activation", None)
+    delattr(layer, "_fastlinear_activation")  # where Linear keeps it
     if isinstance(act, Folded):
         act.__class__ = vars(act).pop(FOLD)[0]
 

@@ -4,12 +4,19 @@
 """
 
 import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
+from torch.overrides import (
+    handle_torch_function,
+    has_torch_function,
+    has_torch_function_variadic,
+)
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastlinear import _torch_internals as internals
@@ -60,6 +67,10 @@ def linear(
     """
     if activation is not None:
         check_activation(activation)
+    if has_torch_function_variadic(input, weight, bias):
+        output = of_operands(linear, (input, weight, bias), activation)
+        if output is not NotImplemented:
+            return output
     if backend.current != "triton" and not (
         tuned.available and tables_say_so(input, weight, bias, activation)
     ):
@@ -81,7 +92,11 @@ def linear(
                     if way.requires_grad and torch.is_grad_enabled():
                         return LinearFunction.apply(input, weight, bias, way.output)
                     return way.output(input, weight, bias)
-            if weight.dim() == 2 and not internals.transforming():
+            if (
+                weight.dim() == 2
+                and not internals.transforming()
+                and not internals.exporting_to_onnx()
+            ):
                 if activation is None:
                     output = _linear(input, weight, bias)
                     shortcut.remember(input, weight, bias)
@@ -130,6 +145,11 @@ def batched_linear(
     """
     if activation is not None:
         check_activation(activation)
+    operands = (input, weight, bias)
+    if has_torch_function(operands):
+        output = of_operands(batched_linear, operands, activation)
+        if output is not NotImplemented:
+            return output
     if backend.current != "triton":
         output = _batched_by_pytorch(input, weight, bias)
         return output if activation is None else ACTIVATIONS[activation](output)
@@ -176,12 +196,17 @@ def gated_linear(
     """
     check_activation(activation, optional=False)
     operands = (input, gate_weight, up_weight, gate_bias, up_bias)
+    if has_torch_function(operands):
+        output = of_operands(gated_linear, operands, activation)
+        if output is not NotImplemented:
+            return output
     if backend.current != "triton":
         return _gated_by_pytorch(*operands, activation)
     if (
         all(type(operand) in _PLAIN for operand in operands[:3])
         and all(bias is None or type(bias) in _PLAIN for bias in operands[3:])
         and not internals.transforming()
+        and not internals.exporting_to_onnx()
         and not is_dynamo_compiling()
     ):
         try:  # as `linear` does, and why
@@ -190,6 +215,7 @@ def gated_linear(
             expands = _broadcasts(gate_weight, gate_bias) or _broadcasts(up_weight, up_bias)
             if _why_no_gated(*operands) is None and not expands:
                 raise
+    _refuse_onnx()
     reason = _why_no_gated(*operands)
     if reason is not None:
         _gated_by_pytorch(*operands, activation)
@@ -201,6 +227,25 @@ def gated_linear(
     if up_bias is not None:
         up_bias = up_bias.expand(up_weight.shape[:1])
     return gated_linear_op(input, gate_weight, up_weight, gate_bias, up_bias, activation)
+
+
+def of_operands(
+    function: Callable[..., Tensor], operands: Sequence[Any], activation: str | None
+) -> Any:
+    """What an operand makes of the call that only stands for a tensor, as those of torch.fx do.
+
+    Its `__torch_function__` does. NotImplemented where there is none, and, but for backend
+    "triton", where it does not know the function: it may know PyTorch's, as subclasses of Tensor
+    do.
+    """
+    if all(operand is None or isinstance(operand, Tensor) for operand in operands):
+        return NotImplemented
+    try:
+        return handle_torch_function(function, operands, *operands, activation)
+    except TypeError:
+        if backend.current == "triton":
+            raise
+        return NotImplemented
 
 
 def _gated_by_pytorch(
@@ -238,6 +283,14 @@ def _why_no_gated(
     return reason
 
 
+def _refuse_onnx() -> None:
+    if internals.exporting_to_onnx():
+        raise RuntimeError(
+            "backend 'triton' has no kernels for ONNX; "
+            "export within `with fastlinear.use_backend('torch'):`"
+        )
+
+
 def _broadcasts(weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `bias` is to be expanded."""
     return bias is not None and bias.shape != weight.shape[:1]
@@ -247,10 +300,10 @@ def _batched_by_pytorch(input: Tensor, weight: Tensor, bias: Tensor | None) -> T
     """`batched_linear` by PyTorch, whose errors name neither these arguments nor all shapes."""
     try:
         if bias is None:
-            return torch.bmm(input, weight.mT)
+            return torch.bmm(input, weight.transpose(1, 2))
         # A bias (N,) would be added along the rows, were there N of them.
         if bias.dim() == 2:
-            return torch.baddbmm(bias.unsqueeze(1), input, weight.mT)
+            return torch.baddbmm(bias.unsqueeze(1), input, weight.transpose(1, 2))
     except Exception:
         for name, operand in _named(input, weight, bias).items():
             if not isinstance(operand, Tensor):
@@ -273,6 +326,7 @@ def _by_the_kernels(
     batched: bool = False,
 ) -> Tensor:
     """`linear`, or `batched_linear`, by the kernels, or an error that says why not."""
+    _refuse_onnx()
     reason = why_not(input, weight, bias, batched=batched)
     if reason is not None:
         # Raises PyTorch's own error where PyTorch cannot take the arguments either.

@@ -9,6 +9,7 @@ graph of them is wanted: those of both weights as one matrix, and of both biases
 gate's before up's.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from fastlinear.autograd import (
     register_autocast,
     tangent_of,
     to_front,
+    wanted_gradients,
 )
 from fastlinear.kernels.operands import (
     FROM_OUTPUT,
@@ -137,18 +139,31 @@ def gate_gradients(
     return GRADIENTS[activation](grad_output * up, saved), grad_output * activated
 
 
-def differentiable_gradients(
-    grad_gate: Tensor,
-    grad_up: Tensor,
+def gradients_by_parts(
+    grad_gate: Tensor | None,
+    grad_up: Tensor | None,
     input: Tensor | None,
     gate_weight: Tensor | None,
     up_weight: Tensor | None,
-    bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of all operands from those of gate and up, as differentiable ops."""
-    grad_input, *of_gate = gradients_of(grad_gate, input, gate_weight, bias, False)
-    second_grad_input, *of_up = gradients_of(grad_up, input, up_weight, bias, False)
-    return grad_input + second_grad_input, of_gate[0], of_up[0], of_gate[1], of_up[1]
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of all operands from those of gate and up, which are those of two layers.
+
+    None for what is not wanted, or does not come from a gradient that is there.
+    """
+    of_input, of_gate_weight, of_up_weight, of_gate_bias, of_up_bias = wanted[:5]
+    of_gate: tuple[Tensor | None, ...] = (None, None, None)
+    of_up: tuple[Tensor | None, ...] = (None, None, None)
+    if grad_gate is not None:
+        wants = of_input, of_gate_weight, of_gate_bias
+        of_gate = wanted_gradients(grad_gate, input, gate_weight, wants, False)
+    if grad_up is not None:
+        wants = of_input, of_up_weight, of_up_bias
+        of_up = wanted_gradients(grad_up, input, up_weight, wants, False)
+    grad_input = of_gate[0] if of_up[0] is None else of_up[0]
+    if of_gate[0] is not None and of_up[0] is not None:
+        grad_input = of_gate[0] + of_up[0]
+    return grad_input, of_gate[1], of_up[1], of_gate[2], of_up[2]
 
 
 class GatedLinearFunction(internals.SingleLevelFunction):
@@ -197,18 +212,24 @@ class GatedLinearFunction(internals.SingleLevelFunction):
         if grad_output is None and grad_gate is None and grad_up is None:
             return (None,) * 7
         input, gate_weight, up_weight, gate, up = ctx.saved_tensors
-        needed, activation = ctx.needs_input_grad, ctx.activation
-        bias = needed[3] or needed[4]
+        wanted, activation = internals.wanted(ctx)[:5], ctx.activation
         by_parts = (
             torch.is_grad_enabled()
             or internals.forward_ad_active()
+            or wanted[1] != wanted[2]  # the op computes both weights' gradients or neither
             # A shard of each gradient is no shard of both as one matrix.
             or type(gate) in internals.DISTRIBUTED
         )
-        gradients: tuple[Tensor, ...]
         if grad_output is not None and grad_gate is None and grad_up is None and not by_parts:
             grad_input, grad_weight, grad_bias = backward_op(
-                grad_output, gate, up, input, gate_weight, up_weight, bias, activation
+                grad_output,
+                gate,
+                up,
+                input if wanted[1] else None,
+                gate_weight if wanted[0] else None,
+                up_weight if wanted[0] else None,
+                wanted[3] or wanted[4],
+                activation,
             )
             features = gate.shape[-1]
             gradients = (
@@ -218,21 +239,14 @@ class GatedLinearFunction(internals.SingleLevelFunction):
                 grad_bias[:features],
                 grad_bias[features:],
             )
-        else:
-            if grad_output is not None:
-                through = gate_gradients(grad_output, gate, up, activation)
-                grad_gate = through[0] if grad_gate is None else through[0] + grad_gate
-                grad_up = through[1] if grad_up is None else through[1] + grad_up
-            # One of them alone is what a second derivative may ask for.
-            grad_gate = torch.zeros_like(gate) if grad_gate is None else grad_gate
-            grad_up = torch.zeros_like(up) if grad_up is None else grad_up
-            gradients = differentiable_gradients(
-                grad_gate, grad_up, input, gate_weight, up_weight, bias
-            )
-        wanted = (
-            gradient if need else None for gradient, need in zip(gradients, needed[:5], strict=True)
-        )
-        return *wanted, None, None
+            given = (one if want else None for one, want in zip(gradients, wanted, strict=True))
+            return *given, None, None
+        if grad_output is not None:
+            through = gate_gradients(grad_output, gate, up, activation)
+            grad_gate = through[0] if grad_gate is None else through[0] + grad_gate
+            grad_up = through[1] if grad_up is None else through[1] + grad_up
+        operands = (grad_gate, grad_up, input, gate_weight, up_weight)
+        return *gradients_by_parts(*operands, wanted), None, None
 
     @staticmethod
     def jvp(
@@ -305,11 +319,17 @@ def _backward_autograd(
     if torch.is_grad_enabled() and any(
         operand is not None and operand.requires_grad for operand in operands
     ):
-        grad_gate, grad_up = gate_gradients(grad_output, gate, up, activation)
-        grad_input, *pairs = differentiable_gradients(
-            grad_gate, grad_up, input, gate_weight, up_weight, bias
-        )
-        return grad_input, torch.cat(pairs[:2]), torch.cat(pairs[2:])
+        halves = [
+            gradients_of(grad, input, weight, bias, False)
+            for grad, weight in zip(
+                gate_gradients(grad_output, gate, up, activation),
+                (gate_weight, up_weight),
+                strict=True,
+            )
+        ]
+        (grad_input, *of_gate), (second_grad_input, *of_up) = halves
+        grad_weight, grad_bias = map(torch.cat, zip(of_gate, of_up, strict=True))
+        return grad_input + second_grad_input, grad_weight, grad_bias
     if not keys.raw_repr() & internals.BEYOND_PLAIN:
         return implementations.gated_backward(*operands, bias, activation)
     with internals.below_autograd():

@@ -8,7 +8,6 @@ import textwrap
 from types import FunctionType
 from typing import Any, ClassVar
 
-import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import activation as torchs
@@ -17,8 +16,6 @@ from torch.nn.utils import parametrize
 from fastlinear import _torch_internals as internals
 from fastlinear.functional import gated_linear
 from fastlinear.modules import GatedLinear, Linear, is_as_written, is_pair
-
-torch.fx.wrap("gated_linear")  # as in modules.py
 
 # What the forward of a gated MLP says: the product, with its factors in either order, returned at
 # once or by a name.

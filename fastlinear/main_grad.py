@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.overrides import has_torch_function
 
 from fastlinear import _torch_internals as internals
 from fastlinear import backend, implementations, tuned
 from fastlinear.activations import ACTIVATIONS, GRADIENTS
 from fastlinear.activations import forward_op as activation_forward_op
-from fastlinear.functional import linear, tables_say_so, why_not
+from fastlinear.functional import linear, of_operands, tables_say_so, why_not
 from fastlinear.kernels.operands import FROM_OUTPUT, check_main_grad
 
 
@@ -52,6 +53,11 @@ def linear_into_main_grad(
         TypeError: the kernels cannot take the arguments; the message says why.
         Exception: whatever `fastlinear.linear` raises.
     """
+    operands = (input, weight, bias)
+    if has_torch_function(operands):
+        output = of_operands(linear_into_main_grad, operands, activation)
+        if output is not NotImplemented:
+            return output
     if not (torch.is_grad_enabled() and weight.requires_grad):
         return linear(input, weight, bias, activation)
     reason = why_not(input, weight, bias) or _why_distributed(input, weight)
@@ -63,10 +69,9 @@ def linear_into_main_grad(
     dtype = backend.dtype_under(backend.autocast_dtype(device), input.dtype)
     if bias is not None:
         bias = bias.to(dtype).expand(weight.shape[:1])
+    used = internals.autocast_copy(weight, dtype).detach()
     with torch.autocast(device, enabled=False):
-        # By way of a view, autograd's node of which says whether weight's gradient is wanted; it
-        # would not say so of a parameter.
-        return _apply(input.to(dtype), weight.view_as(weight), bias, activation, (weight,))
+        return _apply(input.to(dtype), weight, bias, activation, (weight, used))
 
 
 # What it does to a tensor that no graph knows is not for a compiler to reorder.
@@ -116,9 +121,9 @@ class IntoMainGrad(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         activation: str | None,
-        owner: tuple[Tensor],
+        weights: tuple[Tensor, Tensor],
     ) -> Tensor:
-        used = weight.to(input.dtype)
+        ctx.weight, used = weights
         saved = None
         if activation is None:
             output = linear(input, used, bias)
@@ -132,17 +137,20 @@ class IntoMainGrad(torch.autograd.Function):
         if activation in FROM_OUTPUT:
             saved = output
         ctx.save_for_backward(input, used if ctx.needs_input_grad[0] else None, saved)
-        (ctx.weight,), ctx.activation = owner, activation
+        ctx.activation = activation
         ctx.kernels, ctx.auto = by_the_kernels(input), backend.current == "auto"
+        ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 5
         input, used, saved = ctx.saved_tensors
-        wanted = internals.will_run(ctx.next_functions[1][0])
-        main_grad = _main_grad_of(ctx.weight) if wanted else None
-        bias = ctx.needs_input_grad[2]
+        of_input, of_weight, bias = internals.wanted(ctx)[:3]
+        main_grad = _main_grad_of(ctx.weight) if of_weight else None
+        used = used if of_input else None
         with torch.autocast(input.device.type, enabled=False):
             if ctx.kernels and not ctx.auto:
                 with _adding:

@@ -9,27 +9,17 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
-
-# PyTorch's own, which `nn.Linear` need not be at the time of a call: people replace that name.
-from torch.nn.modules.linear import Linear as TorchLinear
+from torch.nn.utils import parametrize
 
 from fastlinear import _torch_internals as internals
 from fastlinear import backend
+from fastlinear._torch_internals import Linear as TorchLinear
 from fastlinear.activations import ACTIVATIONS
 from fastlinear.functional import batched_linear, gated_linear, linear
 from fastlinear.kernels.operands import check_activation
 from fastlinear.main_grad import linear_into_main_grad
-
-# torch.fx.symbolic_trace writes a module down as one call of its function, whose arguments then are
-# no tensors that a path could be chosen for.
-torch.fx.wrap("linear")
-torch.fx.wrap("batched_linear")
-torch.fx.wrap("gated_linear")
-torch.fx.wrap("linear_into_main_grad")
 
 
 def _scripted(output: Tensor, activation: str | None) -> Tensor:
@@ -55,6 +45,22 @@ def _scripted(output: Tensor, activation: str | None) -> Tensor:
     return output
 
 
+class _Activation:
+    """`Linear.activation`: what the layer applies, or what a subclass has set of that name.
+
+    A subclass, as many a `class Dense(nn.Linear)` is, may keep something of its own there, and
+    apply it after `super().forward(input)`: Linear's is kept elsewhere.
+    """
+
+    def __get__(self, layer: Any, kind: type | None = None) -> Any:
+        if layer is None:
+            return None
+        for registered in (layer._modules, layer._parameters, layer._buffers):
+            if "activation" in registered:
+                return registered["activation"]
+        return layer._fastlinear_activation
+
+
 class Linear(TorchLinear):
     """`output = activation(input @ weight.T + bias)`.
 
@@ -77,9 +83,10 @@ class Linear(TorchLinear):
             `weight.main_grad` is not there, or not such a tensor.
     """
 
-    __constants__ = [*TorchLinear.__constants__, "activation"]  # noqa: RUF012  TorchScript wants a list
+    __constants__ = [*TorchLinear.__constants__, "_fastlinear_activation"]  # noqa: RUF012  TorchScript wants a list
     # On the class, so that a layer made as `nn.Linear` (fastlinear.convert) has it too.
-    activation: str | None = None
+    _fastlinear_activation: str | None = None
+    activation = _Activation()
     accumulate_into_main_grad: bool = False
 
     def __init__(
@@ -97,14 +104,23 @@ class Linear(TorchLinear):
         backend.expect_ranks()
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         if activation is not None:
-            self.activation = activation
+            self._fastlinear_activation = activation
         if accumulate_into_main_grad:
             self.accumulate_into_main_grad = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "activation":  # a module of that name would be registered, and never called
+        if name == "activation" and (self._fastlinear_activation is not None or self._is_exact()):
             check_activation(value)
+            name = "_fastlinear_activation"
         super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._is_exact() and "activation" in vars(self):  # pickled when that was its place
+            self.activation = vars(self).pop("activation")
+
+    def _is_exact(self) -> bool:
+        return parametrize.type_before_parametrizations(self) is Linear
 
     def __prepare_scriptable__(self) -> "Linear":
         """What torch.jit.script takes in the place of this layer."""
@@ -116,23 +132,28 @@ class Linear(TorchLinear):
         return self
 
     def forward(self, input: Tensor) -> Tensor:
+        activation = self._fastlinear_activation
         if internals.is_scripting():  # TorchScript compiles this branch alone
-            return _scripted(F.linear(input, self.weight, self.bias), self.activation)
+            return _scripted(F.linear(input, self.weight, self.bias), activation)
+        if internals.linear_is_patched():
+            return self._by_the_replacement(input)
         if self.accumulate_into_main_grad:
-            return linear_into_main_grad(input, self.weight, self.bias, self.activation)
-        own = self._parameters
-        if (
-            type(self) is Linear  # a subclass, such as parametrizations make, may compute them
-            and "weight" in own
-            and "bias" in own
-            and not is_dynamo_compiling()
-        ):
-            # Module.__getattr__ would find the same in ten times as long.
-            return linear(input, own["weight"], own["bias"], self.activation)  # type: ignore[arg-type]
-        return linear(input, self.weight, self.bias, self.activation)
+            return linear_into_main_grad(input, self.weight, self.bias, activation)
+        return linear(input, self.weight, self.bias, activation)
+
+    def _by_the_replacement(self, input: Tensor) -> Tensor:
+        if self.accumulate_into_main_grad:
+            raise RuntimeError(
+                "accumulate_into_main_grad takes layers whose forward is theirs, but the forward "
+                "of nn.Linear has been replaced on the class"
+            )
+        output = super().forward(input)
+        activation = self._fastlinear_activation
+        return output if activation is None else ACTIVATIONS[activation](output)
 
     def extra_repr(self) -> str:
-        activation = "" if self.activation is None else f", activation={self.activation!r}"
+        applied = self._fastlinear_activation
+        activation = "" if applied is None else f", activation={applied!r}"
         accumulate = ", accumulate_into_main_grad=True" if self.accumulate_into_main_grad else ""
         return super().extra_repr() + activation + accumulate
 
@@ -364,13 +385,13 @@ def is_plain(layer: nn.Module) -> bool:
     """Whether calling `layer` does nothing but its linear product."""
     return (
         type(layer) is Linear
-        and layer.activation is None
+        and layer._fastlinear_activation is None
         and not layer.accumulate_into_main_grad
+        and not internals.linear_is_patched()
+        and Linear.__call__ is nn.Module.__call__
         and "forward" not in vars(layer)
         and not internals.has_hooks(layer)
-        and Linear.__call__ is nn.Module.__call__
         and is_as_written(Linear)
-        and is_as_written(TorchLinear)
     )
 
 
@@ -385,7 +406,7 @@ def is_pair(gate: nn.Module, up: nn.Module) -> bool:
 
 
 def _activation(layer: TorchLinear) -> str | None:
-    return layer.activation if isinstance(layer, Linear) else None
+    return layer._fastlinear_activation if isinstance(layer, Linear) else None
 
 
 def _traits(layer: TorchLinear) -> dict[str, Any]:

@@ -61,6 +61,11 @@ READS, READS_BACKWARD, READS_GATED = (
     for what in ("forward_reads", "backward_reads", "a_gated_pair_reads")
 )
 
+
+def in_use(test: str) -> tuple[str, ...]:
+    return (f"tests/test_in_use.py::test_{test}",)
+
+
 FORKS = multiprocessing.get_context("forkserver")
 OUTPUT = "output.txt"
 
@@ -746,7 +751,7 @@ MUTANTS = [
     Mutant(
         "layers converted past a forward set on nn.Linear",
         "fastlinear/convert.py",
-        "if not is_as_written(TorchLinear):",
+        "if internals.linear_is_patched():",
         "if False:",
         ("tests/test_convert.py::test_a_forward_set_on_the_class_runs",),
     ),
@@ -1198,6 +1203,83 @@ MUTANTS = [
         "if plan is None or settings != backend.settings():",
         "if plan is None:",
         ("tests/test_concurrency.py",),
+    ),
+    Mutant(
+        "a blocked gradient counts as one of zeros",
+        "fastlinear/autograd.py",
+        "        ctx.set_materialize_grads(False)  # no gradient",
+        "        ctx.set_materialize_grads(True)  # no gradient",
+        in_use("blocked_gradient_leaves_none"),
+    ),
+    Mutant(
+        "a blocked gradient counts as one of zeros, activated",
+        "fastlinear/activations.py",
+        "        ctx.set_materialize_grads(False)\n",
+        "",
+        in_use("blocked_gradient_leaves_none"),
+    ),
+    Mutant(
+        "gradients are computed that nobody asked for",
+        "fastlinear/_torch_internals.py",
+        "    return [need and _will_run(next(nodes)) for need in needed]",
+        "    return needed",
+        in_use("backward_computes_what_is_asked_for"),
+    ),
+    Mutant(
+        "both weights' gradients of a gated pair for one",
+        "fastlinear/gated.py",
+        "            or wanted[1] != wanted[2]  # the op",
+        "            or False  # the op",
+        in_use("backward_computes_what_is_asked_for"),
+    ),
+    Mutant(
+        "half of a gated pair's grad_input",
+        "fastlinear/gated.py",
+        "        grad_input = of_gate[0] + of_up[0]\n",
+        "        grad_input = of_gate[0]\n",
+        in_use("backward_computes_what_is_asked_for"),
+    ),
+    Mutant(
+        "a copy of the weight for every call under autocast",
+        "fastlinear/autograd.py",
+        "    return internals.autocast_copy(tensor, dtype)",
+        "    return tensor.to(dtype)",
+        in_use("autocast_makes_one_copy_of_a_weight"),
+    ),
+    Mutant(
+        "compiled autograd traces what its thread goes by",
+        "fastlinear/backend.py",
+        "    if not tuned.available or torch.compiler.is_dynamo_compiling():\n",
+        "    if not tuned.available:\n",
+        ("tests/test_transforms.py::test_compiled_autograd_has_one_graph",),
+    ),
+    Mutant(
+        "a patched nn.Linear.forward is passed by",
+        "fastlinear/modules.py",
+        "        if internals.linear_is_patched():\n",
+        "        if False:\n",
+        in_use("patched_forward_runs"),
+    ),
+    Mutant(
+        "a gated pair passes a patched nn.Linear.forward by",
+        "fastlinear/modules.py",
+        "        and not internals.linear_is_patched()\n",
+        "",
+        in_use("patched_forward_runs"),
+    ),
+    Mutant(
+        "a subclass's activation is ours",
+        "fastlinear/modules.py",
+        "    def _is_exact(self) -> bool:\n        return parametrize",
+        "    def _is_exact(self) -> bool:\n        return True or parametrize",
+        in_use("subclass_keeps_its_own_activation"),
+    ),
+    Mutant(
+        "what only stands for a tensor has no say",
+        "fastlinear/functional.py",
+        "        return handle_torch_function(function, operands, *operands, activation)",
+        "        return NotImplemented",
+        in_use("function_is_traced_by_fx"),
     ),
 ]
 

@@ -363,6 +363,24 @@ CASES = {
         r"\(4, 3\) on cpu, but it is torch.float16 on cpu",
         lambda patch: check_main_grad(W(4, 3, dtype=torch.float16), (4, 3), W(2, 3)),
     ),
+    "main_grad, nn.Linear.forward replaced": Case(
+        RuntimeError,
+        "accumulate_into_main_grad takes layers whose forward is theirs, but the forward of "
+        "nn.Linear has been replaced on the class",
+        lambda patch: (
+            patch.setattr(nn.Linear, "forward", lambda self, input: input),
+            fastlinear.Linear(3, 4, accumulate_into_main_grad=True)(W(2, 3)),
+        ),
+    ),
+    "export to ONNX": Case(
+        RuntimeError,
+        "backend 'triton' has no kernels for ONNX; export within "
+        r"`with fastlinear.use_backend\('torch'\):`",
+        lambda patch: (
+            patch.setattr(torch.onnx, "is_in_onnx_export", lambda: True),
+            on_triton(lambda: fastlinear.linear(W(2, 3), W(4, 3)))(patch),
+        ),
+    ),
     "main_grad, scripted": Case(
         RuntimeError,
         "torch.jit.script takes layers that leave gradients to autograd, but this one has "

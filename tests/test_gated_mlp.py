@@ -290,6 +290,7 @@ def test_a_gated_mlp_computes_what_it_has_become(
 
 
 PATCHED = {
+    "nn.Linear": (nn.Linear, "forward"),
     "nn.Linear's call": (nn.Linear, "__call__"),
     "fastlinear.Linear": (fastlinear.Linear, "forward"),
     "the activation": (nn.SiLU, "forward"),

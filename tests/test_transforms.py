@@ -25,6 +25,7 @@ from torch.utils.checkpoint import (
 
 import fastlinear
 from fastlinear.autograd import linear_backward_op, linear_op
+from fastlinear.backend import use_tables
 from fastlinear.kernels import launch
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
@@ -256,6 +257,39 @@ def test_compile_once_for_a_batch_marked_dynamic(dynamo: Any, device: torch.devi
             torch.testing.assert_close(
                 loss_and_gradients(compiled, input), loss_and_gradients(theirs, input)
             )
+
+
+@pytest.fixture(params=[False, True], ids=["", "tables"])
+def tables(request: pytest.FixtureRequest, device: torch.device) -> Iterator[None]:
+    """None, or one without a row, with which every call and backward looks into more."""
+    use_tables({device: ()} if request.param else None)
+    yield
+    use_tables()
+
+
+COMPILED_BACKWARD: dict[str, Function] = {
+    "linear": fastlinear.Linear,
+    "gelu": lambda *sizes: fastlinear.Linear(*sizes, activation="gelu"),
+    "gated": fastlinear.GatedLinear,
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's
+@pytest.mark.parametrize("make", COMPILED_BACKWARD.values(), ids=COMPILED_BACKWARD)
+@pytest.mark.usefixtures("tables")
+def test_compiled_autograd_has_one_graph(make: Function, dynamo: Any, device: torch.device) -> None:
+    from torch._dynamo import compiled_autograd
+
+    layer = make(4, 3).to(device)
+    input = torch.randn(5, 4, device=device, requires_grad=True)
+    leaves = [input, *layer.parameters()]
+    with fastlinear.use_backend("torch"):
+        expected = torch.autograd.grad(layer(input).square().sum(), leaves)
+    for _ in range(2):
+        dynamo.reset()
+        with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+            layer(input).square().sum().backward()
+    torch.testing.assert_close([leaf.grad / 2 for leaf in leaves], [*expected])
 
 
 def test_compiled_autograd(dynamo: Any, device: torch.device) -> None:
