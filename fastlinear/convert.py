@@ -4,12 +4,15 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.modules.linear import LazyLinear
 from torch.nn.utils import parametrize
 
+from fastlinear import _torch_internals as internals
 from fastlinear import backend
+from fastlinear._torch_internals import Linear as TorchLinear
 from fastlinear.fold import FOLD, find_pairs, fold, stay_folded, unfold
 from fastlinear.gated_mlp import gate, gated_layers, ungate
-from fastlinear.modules import Linear
+from fastlinear.modules import Linear, is_as_written
 
 # Set on a converted layer, so that `revert` leaves alone the layers that were made as Linear.
 _MARK = "_fastlinear_converted"
@@ -57,7 +60,8 @@ def convert(
 
     Only the layer's class changes. Parameters, buffers, hooks and parametrizations stay the same
     objects, so optimizers, tied weights and checkpoints stay valid. What is not exactly an
-    `nn.Linear` is left alone: a subclass may mean something else by its forward.
+    `nn.Linear` is left alone: a subclass may mean something else by its forward. So is every layer
+    where something has set another `nn.Linear.forward` on the class.
 
     A gated MLP as Llama and its kin have it, a module of `gate_proj`, `up_proj`, `down_proj` and
     `act_fn` whose forward says `down_proj(act_fn(gate_proj(x)) * up_proj(x))` and nothing else,
@@ -68,9 +72,10 @@ def convert(
     activation's module, the same object under the same name, passes its input on. Results and
     gradients are the same to rounding, and state_dict has the same keys. Which activations those
     are, torch.fx finds out by tracing the forward of the model, or of the modules within that it
-    can trace, in training and in evaluation. So it is assumed that these are used through their
-    forward, and as they are set up now: a trace does not see an attribute that later sends a
-    forward another way, nor code elsewhere that calls a layer or an activation within by itself.
+    can trace and that can go but one way: without a branch, but on whether an argument is None, and
+    without a loop, but over a container's modules. Around these, code may do what it likes, if it
+    calls them as wholes. So it is assumed that the model is used through its forward, and that no
+    module or function of it is replaced later; else a layer or an activation could be called alone.
     What takes a layer's output for `input @ weight.T + bias`, as LoRA and hooks do, has to be there
     before.
 
@@ -115,15 +120,20 @@ def convert(
     return _report(model, layers, skipped, gated, pairs)
 
 
-def revert(model: nn.Module) -> Report:
+def revert(model: nn.Module, *, made: bool = False) -> Report:
     """Undoes `convert`: every layer that it converted is again what it was, in place.
 
     So is every activation that it folded, if all the layers that it was folded into are in `model`
     and can be reverted; else these are left alone. So is a layer where something has given it
     another class or forward since.
 
+    For a tool that asks for exactly `nn.Linear`, as dynamic quantization does, revert with `made`,
+    use the tool, and convert again.
+
     Args:
         model: a module that `convert` was called on, a copy of one, or a part of one.
+        made: whether layers that were made as `fastlinear.Linear` become `nn.Linear` too. Those
+            that do what an `nn.Linear` does not, as to apply an activation of their own, stay.
 
     Returns:
         A Report whose `converted` are the layers that are `nn.Linear` again, whose `gated` are the
@@ -134,11 +144,11 @@ def revert(model: nn.Module) -> Report:
     Raises:
         TypeError: model is not an `nn.Module`.
     """
-    ready: list[nn.Linear] = []
+    ready: list[TorchLinear] = []
     skipped: dict[nn.Module, str] = {}
     for _, layer in _linear_layers(model, "revert"):
-        if _MARK in vars(layer) or FOLD in vars(layer):
-            reason = _changed_since(layer)
+        if _MARK in vars(layer) or FOLD in vars(layer) or (made and isinstance(layer, Linear)):
+            reason = _stays(layer)
             if reason is None:
                 ready.append(layer)
             else:
@@ -147,14 +157,15 @@ def revert(model: nn.Module) -> Report:
             skipped[layer] = "was made as fastlinear.Linear, not converted"
     skipped |= stay_folded(model, ready)
     ready = [layer for layer in ready if layer not in skipped]
-    converted = [layer for layer in ready if _MARK in vars(layer)]
+    converted = [layer for layer in ready if made or _MARK in vars(layer)]
     folded = [layer for layer in ready if FOLD in vars(layer)]
     report = _report(model, converted, skipped, ungate(model), folded)
     for layer in folded:
         unfold(layer)
     for layer in converted:
-        _rebase(layer, nn.Linear)
-        delattr(layer, _MARK)
+        _rebase(layer, TorchLinear)
+        for name in (_MARK, "_fastlinear_activation", "accumulate_into_main_grad"):
+            vars(layer).pop(name, None)
     return report
 
 
@@ -175,52 +186,70 @@ def _report(
     )
 
 
-def _linear_layers(model: nn.Module, caller: str) -> list[tuple[str, nn.Linear]]:
+def _linear_layers(model: nn.Module, caller: str) -> list[tuple[str, TorchLinear]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}() takes an nn.Module, but model is {type(model).__name__}")
-    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    modules = model.named_modules()
+    return [(name, layer) for name, layer in modules if isinstance(layer, TorchLinear)]
 
 
-def _why_not(layer: nn.Linear) -> str | None:
+def _why_not(layer: TorchLinear) -> str | None:
     """Why `convert` leaves `layer` alone, or None where it converts it."""
     kind = parametrize.type_before_parametrizations(layer)
     if issubclass(kind, Linear):
         return "is a fastlinear.Linear already"
-    if issubclass(kind, nn.LazyLinear):
+    if issubclass(kind, LazyLinear):
         return "is a LazyLinear that has not seen an input: run it once first"
-    if kind is not nn.Linear:
-        return f"is a {kind.__name__}, not exactly nn.Linear"
+    if kind is not TorchLinear:
+        return f"is a {_name_of(kind)}, not exactly nn.Linear"
     if "forward" in vars(layer):
         return "its forward is replaced on the instance, and would not be fastlinear's"
+    if internals.linear_is_patched():
+        return "nn.Linear.forward is replaced on the class, and fastlinear's would run instead"
     for name in ("activation", "accumulate_into_main_grad"):
         if hasattr(layer, name):
             return f"has an attribute of its own called {name}, which fastlinear.Linear would heed"
     return None
 
 
-def _is_bare(layer: nn.Linear) -> bool:
+def _name_of(kind: type) -> str:
+    """The name of a class that is not nn.Linear, though it may be called so."""
+    return kind.__name__ if kind.__name__ != "Linear" else f"{kind.__module__}.Linear"
+
+
+def _is_bare(layer: TorchLinear) -> bool:
     """Whether `layer` is a `fastlinear.Linear` without activation already."""
     kind = parametrize.type_before_parametrizations(layer)
-    return kind is Linear and layer.activation is None and "forward" not in vars(layer)
+    return (
+        kind is Linear
+        and layer.activation is None
+        and "forward" not in vars(layer)
+        and is_as_written(Linear)
+        and not internals.linear_is_patched()
+    )
 
 
-def _changed_since(layer: nn.Linear) -> str | None:
-    """What was done to `layer` since `convert` that `revert` cannot undo, or None."""
+def _stays(layer: TorchLinear) -> str | None:
+    """Why `revert` cannot make `layer` an `nn.Linear`, or None."""
     kind = parametrize.type_before_parametrizations(layer)
+    since = " since it was converted" if _MARK in vars(layer) or FOLD in vars(layer) else ""
     if kind is not Linear:
-        return f"has become a {kind.__name__} since it was converted"
+        name = _name_of(kind)
+        return f"has become a {name}{since}" if since else f"is a {name}, not fastlinear.Linear"
     if "forward" in vars(layer):
         # What replaced it may end in Linear's own, which an nn.Linear cannot run.
-        return "its forward was replaced since it was converted"
+        return f"its forward was replaced{since}"
     _, activation = vars(layer).get(FOLD, (None, None))
     if layer.activation != activation:
-        return "has got an activation since it was converted"
+        if since:
+            return f"has got an activation{since}"
+        return "has an activation, which an nn.Linear does not apply"
     if layer.accumulate_into_main_grad:
-        return "accumulates into main_grad since it was converted, which an nn.Linear does not"
+        return f"accumulates into main_grad{since}, which an nn.Linear does not"
     return None
 
 
-def _rebase(layer: nn.Linear, base: type[nn.Linear]) -> None:
+def _rebase(layer: TorchLinear, base: type[TorchLinear]) -> None:
     """Makes `layer` a `base`, parametrized as it is.
 
     torch makes a class for each parametrized layer. It gets a new one rather than new bases for

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlinear import _torch_internals as internals
 from fastlinear import backend, main_grad, tuned
+from fastlinear._torch_internals import Linear as TorchLinear
 from fastlinear.functional import tables_say_so, why_not
 from fastlinear.kernels.configs import Config
 from fastlinear.kernels.operands import FROM_OUTPUT
-from fastlinear.modules import Linear
+from fastlinear.modules import Linear, is_as_written
 
 if TYPE_CHECKING:
     from fastlinear.planned import Plan
@@ -117,7 +119,7 @@ def explain(layer: nn.Linear, input: Tensor) -> Explanation:
         TypeError: layer is not an `nn.Linear`, or input not a Tensor.
         Exception: whatever PyTorch raises for an input of that shape or dtype.
     """
-    if not isinstance(layer, nn.Linear):
+    if not isinstance(layer, TorchLinear):
         raise TypeError(f"explain() takes an nn.Linear, but layer is {type(layer).__name__}")
     if not isinstance(input, Tensor):
         raise TypeError(f"explain() takes a Tensor, but input is {type(input).__name__}")
@@ -158,7 +160,7 @@ def explain(layer: nn.Linear, input: Tensor) -> Explanation:
     )
 
 
-def _parameters(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
+def _parameters(layer: TorchLinear) -> tuple[Tensor, Tensor | None]:
     """weight and bias, once, and in eval mode: a parametrization may count its evaluations."""
     training = {module: module.training for module in layer.modules()}
     try:
@@ -170,15 +172,19 @@ def _parameters(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
 
 
 def _path(
-    layer: nn.Linear,
+    layer: TorchLinear,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     unsupported: str | None,
 ) -> tuple[str | None, str, bool]:
     """(path, reason, whether kernels are launched)."""
-    if "forward" in vars(layer) or type(layer).forward not in (nn.Linear.forward, Linear.forward):
+    if "forward" in vars(layer) or type(layer).forward not in (TorchLinear.forward, Linear.forward):
         return None, "the layer has a forward of its own, which is not known here", False
+    if internals.linear_is_patched():
+        return None, "nn.Linear.forward is replaced, by what is not known here", False
+    if isinstance(layer, Linear) and not is_as_written(Linear):
+        return None, "fastlinear.Linear.forward is replaced, by what is not known here", False
     if not isinstance(layer, Linear):
         return PYTORCH, "the layer is no fastlinear.Linear (see fastlinear.convert)", False
     if backend.current == "torch":

@@ -14,18 +14,23 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.nn.modules import activation as torchs
+
+from fastlinear import one_way
+from fastlinear._torch_internals import Linear as TorchLinear
+from fastlinear.modules import is_as_written
 
 # Set by `fold`. On a layer: its activation's module, and what the layer's `activation` became. On
 # that module: the class that it had, and how many layers it was folded into.
 FOLD = "_fastlinear_folded"
 
 _NAMES: dict[type, str] = {
-    nn.ReLU: "relu",
-    nn.GELU: "gelu",
-    nn.SiLU: "silu",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
-    nn.LeakyReLU: "leaky_relu",
+    torchs.ReLU: "relu",
+    torchs.GELU: "gelu",
+    torchs.SiLU: "silu",
+    torchs.Sigmoid: "sigmoid",
+    torchs.Tanh: "tanh",
+    torchs.LeakyReLU: "leaky_relu",
 }
 _SEE_OUTPUT = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SEE_ANY = (*_SEE_OUTPUT, "_forward_pre_hooks")
@@ -48,14 +53,14 @@ class Folded(nn.Module):
         return f"{kind.__name__}({kind.extra_repr(self)})"
 
 
-_LEAVES = (nn.Linear, Folded, *_NAMES)
+_LEAVES = (TorchLinear, Folded, *_NAMES)
 
 
-def fold(pairs: dict[nn.Linear, nn.Module]) -> None:
+def fold(pairs: dict[TorchLinear, nn.Module]) -> None:
     """Makes the layers, which are fastlinear's by now, apply the activations."""
     for layer, act in pairs.items():
         kind, count = vars(act).get(FOLD, (type(act), 0))
-        is_tanh_gelu = kind is nn.GELU and act.approximate == "tanh"
+        is_tanh_gelu = kind is torchs.GELU and act.approximate == "tanh"
         activation = "gelu_tanh" if is_tanh_gelu else _NAMES[kind]
         setattr(layer, "activation", activation)  # noqa: B010  nn.Linear has none
         setattr(layer, FOLD, (act, activation))  # in a tuple, or act would be registered
@@ -63,7 +68,7 @@ def fold(pairs: dict[nn.Linear, nn.Module]) -> None:
         act.__class__ = Folded
 
 
-def unfold(layer: nn.Linear) -> None:
+def unfold(layer: TorchLinear) -> None:
     """Undoes `fold`; every layer that the activation was folded into needs it."""
     act, _ = vars(layer).pop(FOLD)
     delattr(layer, "_fastlinear_activation")  # where Linear keeps it
@@ -71,7 +76,7 @@ def unfold(layer: nn.Linear) -> None:
         act.__class__ = vars(act).pop(FOLD)[0]
 
 
-def stay_folded(model: nn.Module, layers: Collection[nn.Linear]) -> dict[nn.Module, str]:
+def stay_folded(model: nn.Module, layers: Collection[TorchLinear]) -> dict[nn.Module, str]:
     """The layers and activations of `model` that cannot be unfolded if only `layers` can, and why.
 
     An activation has to be for all its layers at once, or it would be applied twice or never.
@@ -87,25 +92,29 @@ def stay_folded(model: nn.Module, layers: Collection[nn.Linear]) -> dict[nn.Modu
 
 
 def find_pairs(
-    model: nn.Module, layers: Collection[nn.Linear]
-) -> tuple[dict[nn.Linear, nn.Module], dict[nn.Linear, str]]:
+    model: nn.Module, layers: Collection[TorchLinear]
+) -> tuple[dict[TorchLinear, nn.Module], dict[TorchLinear, str]]:
     """The activation that each of `layers` can apply, and why others that have one cannot.
 
-    torch.fx traces `model` or, where it cannot, its children, and so on down; also what a trace
-    took for one operation although there are modules within. Nothing is changed.
+    torch.fx traces `model` or, where it cannot or other calls may go another way, its children, and
+    so on down; also what a trace took for one operation although there are modules within. Nothing
+    is changed.
     """
-    pairs: dict[nn.Linear, nn.Module] = {}
-    reasons: dict[nn.Linear, str] = {}
+    pairs: dict[TorchLinear, nn.Module] = {}
+    reasons: dict[TorchLinear, str] = {}
     traced: list[_Calls] = []
     reached: Counter[nn.Module] = Counter()  # from how many of the parts
+    exposed: set[nn.Module] = set()  # what code that is not traced may call
     parts = [model]
     for part in parts:
         try:
             calls = _trace_all_ways(part)
         except Exception as error:  # a forward may raise anything for what is no tensor
             calls = {child: [] for child in part.children()}
+            exposed |= one_way.looked_into(part)
             if any(type(child) in _NAMES for child in calls):
-                reason = f"torch.fx cannot trace {type(part).__name__} ({type(error).__name__})"
+                why = error if isinstance(error, one_way.Unproven) else type(error).__name__
+                reason = f"torch.fx cannot trace {type(part).__name__} ({why})"
                 reasons |= {layer: reason for layer in layers if layer in calls}
         traced.append(calls)
         reached.update(list(calls))
@@ -118,6 +127,8 @@ def find_pairs(
             act, why_not = _activation_of(layer, calls[layer], called)
             if act is not None and max(reached[layer], reached[act]) > 1:
                 why_not = "it or the layer is in several modules that are traced apart"
+            if act is not None and not exposed.isdisjoint((layer, act)):
+                why_not = "code that cannot be traced may call it or the layer by itself"
             if why_not is not None:
                 reasons[layer] = why_not
             elif act is not None:
@@ -132,7 +143,7 @@ def find_pairs(
 
 
 def _activation_of(
-    layer: nn.Linear, calls: list[torch.fx.Node], called: dict[torch.fx.Node, nn.Module]
+    layer: TorchLinear, calls: list[torch.fx.Node], called: dict[torch.fx.Node, nn.Module]
 ) -> tuple[nn.Module | None, str | None]:
     """What follows `layer`, if that is an activation, and why the layer cannot apply it, if so."""
     readers = [reader for call in calls for reader in call.users]
@@ -144,10 +155,12 @@ def _activation_of(
             "it is a function call, which stays in the forward's code: use a module such as "
             "nn.ReLU, or Linear(activation=...)"
         )
-    if isinstance(act, nn.LeakyReLU) and act.negative_slope != 0.01:
+    if isinstance(act, torchs.LeakyReLU) and act.negative_slope != 0.01:
         return act, f"its slope is {act.negative_slope}, and leaky_relu's is 0.01"
     if _hooked(layer, _SEE_OUTPUT) or _hooked(act, _SEE_ANY) or "forward" in vars(act):
         return act, "it or the layer has hooks, or a forward of its own"
+    if not is_as_written(type(act)):
+        return act, f"{type(act).__name__}.forward is replaced on the class"
     for call in calls:
         if [called.get(reader) for reader in call.users] != [act]:
             return act, "the layer's output has another reader"
@@ -168,27 +181,27 @@ def _hooked(module: nn.Module, kinds: tuple[str, ...]) -> bool:
 
 
 def _trace_all_ways(part: nn.Module) -> _Calls:
-    """The calls in the forward of `part`, in training or not, as it is now or with all folded.
+    """The calls in the forward of `part`.
 
     A trace gives every argument, and so does not see what an `argument is None` leads to: each
     that is None by default is also left out.
     """
     if "forward" in vars(part):
-        raise ValueError("torch.fx would trace the forward of its class")
+        raise one_way.Unproven("torch.fx would trace the forward of its class")
     parameters = inspect.signature(type(part).forward).parameters.values()
     optional = [parameter.name for parameter in parameters if parameter.default is None]
     if len(optional) > _MOST_OPTIONAL:
-        raise ValueError("too many optional arguments")
+        raise one_way.Unproven("too many optional arguments")
     calls: _Calls = defaultdict(list)
-    for training, folded, *given in product((True, False), repeat=2 + len(optional)):
+    for given in product((True, False), repeat=len(optional)):
         left_out = [name for name, here in zip(optional, given, strict=True) if not here]
-        for node in _trace(part, training, folded, left_out).nodes:
+        for node in _trace(part, optional, left_out).nodes:
             if node.op == "call_module":
                 calls[part.get_submodule(node.target)].append(node)
     return dict(calls)
 
 
-def _trace(part: nn.Module, training: bool, folded: bool, left_out: list[str]) -> torch.fx.Graph:
+def _trace(part: nn.Module, optional: list[str], left_out: list[str]) -> torch.fx.Graph:
     """Traces a twin of `part` without data, so that what a forward sets or keeps is the twin's."""
     memo: dict[int, Tensor] = {}
     for module in part.modules():
@@ -202,12 +215,10 @@ def _trace(part: nn.Module, training: bool, folded: bool, left_out: list[str]) -
     with _undisturbed():
         twin = copy.deepcopy(part, memo)
         for module in twin.modules():
-            module.training = training
             if isinstance(module, _LEAVES):
                 module.forward = _called_past_the_module
-            if folded and type(module) in _NAMES:
-                module.__class__ = Folded  # a forward may ask for the class
-        graph = _Tracer().trace(twin, dict.fromkeys(left_out))
+        with one_way.only(optional):
+            graph = _Tracer().trace(twin, dict.fromkeys(left_out))
         for node in graph.nodes:
             if "kept" in node.meta:
                 node.meta["kept"] = node.meta["kept"]() is not None
@@ -216,6 +227,14 @@ def _trace(part: nn.Module, training: bool, folded: bool, left_out: list[str]) -
 
 class _Tracer(torch.fx.Tracer):
     proxy_buffer_attributes = True  # so that one may be indexed by a size
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().create_args_for_root(*args, **kwargs)
+        # What is set on a module may be set to another value later: no way may depend on it.
+        for path, module in self.root.named_modules():
+            for name in one_way.settings(module):
+                vars(module)[name] = self.create_proxy("placeholder", f"{path}.{name}", (), {})
+        return found
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # What hooks see or replace is not in the graph: such a module is a part by itself.

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import activation as torchs
 from torch.nn.utils import parametrize
 
 from fastlinear import _torch_internals as internals
 from fastlinear.functional import gated_linear
-from fastlinear.modules import GatedLinear, Linear, is_plain
+from fastlinear.modules import GatedLinear, Linear, is_as_written, is_pair
 
 # What the forward of a gated MLP says: the product, with its factors in either order, returned at
 # once or by a name.
@@ -23,10 +24,10 @@ _GATED = (
     "self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x)))",
 )
 _MODULES: dict[type[nn.Module], str] = {
-    nn.SiLU: "silu",
-    nn.ReLU: "relu",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
+    torchs.SiLU: "silu",
+    torchs.ReLU: "relu",
+    torchs.Sigmoid: "sigmoid",
+    torchs.Tanh: "tanh",
 }
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
@@ -35,10 +36,11 @@ class GatedMLP(nn.Module):
     """What `convert` adds to the class of a module that computes a gated MLP.
 
     `down_proj(act_fn(gate_proj(x)) * up_proj(x))` takes `gated_linear`, as long as the module is
-    made of what it was made of; else, with an adapter in it or a hook on a part, its own forward
-    computes it.
+    made of what it was made of; else, with an adapter in it, a hook on a part or weights of two
+    shapes, its own forward computes it.
     """
 
+    _fastlinear_forward: ClassVar[tuple[Any]]  # that of the module's own class, as it was found
     _fastlinear_kind: ClassVar[type[nn.Module]]  # the module's own class, which made these:
     gate_proj: Linear
     up_proj: Linear
@@ -47,19 +49,23 @@ class GatedMLP(nn.Module):
     # What `convert` found: the module act_fn, and its name in fastlinear.
     _fastlinear_gate: tuple[nn.Module, str] | None = None
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> Tensor:
+        if internals.is_scripting():  # TorchScript compiles this branch alone
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
         gate, up = self.gate_proj, self.up_proj
         if (
             self._fastlinear_gate is None
             or self._fastlinear_gate[0] is not self.act_fn
             or not _is_untouched(self.act_fn)
-            or not is_plain(gate)
-            or not is_plain(up)
+            or not is_pair(gate, up)
+            or self._fastlinear_kind.forward is not self._fastlinear_forward[0]
         ):
-            return super().forward(x)
-        _, activation = self._fastlinear_gate
-        hidden = gated_linear(x, gate.weight, up.weight, gate.bias, up.bias, activation)
-        return self.down_proj(hidden)
+            output: Tensor = super().forward(x)
+        else:
+            activation = self._fastlinear_gate[1]
+            hidden = gated_linear(x, gate.weight, up.weight, gate.bias, up.bias, activation)
+            output = self.down_proj(hidden)
+        return output
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made at run time: a copy, or a pickle, makes it again.
@@ -74,10 +80,17 @@ _classes: dict[Any, type[GatedMLP]] = {}
 
 def _gated(kind: type[nn.Module]) -> type[GatedMLP]:
     """`kind` computing its gated MLP by `gated_linear`; the same class each time."""
-    if kind not in _classes:
-        members = {"_fastlinear_kind": kind}
-        _classes[kind] = type(f"Gated{kind.__name__}", (GatedMLP, kind), members)
-    return _classes[kind]
+    # Its forward may say something else by now, as where a pickle is loaded.
+    forward = kind.forward if _says_gated(kind.forward) else None
+    if (kind, forward) not in _classes:
+        # Called what it was: some look modules up by the name of their class.
+        members = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+        # Else TorchScript would take those of GatedMLP.
+        annotations = (inspect.get_annotations(base) for base in kind.__mro__)
+        members |= {"__annotations__": next(filter(None, annotations))}
+        members |= {"_fastlinear_kind": kind, "_fastlinear_forward": (forward,)}
+        _classes[kind, forward] = type(kind.__name__, (GatedMLP, kind), members)
+    return _classes[kind, forward]
 
 
 def _empty(kind: type[nn.Module]) -> GatedMLP:
@@ -114,7 +127,7 @@ def ungate(model: nn.Module) -> tuple[tuple[str, str], ...]:
     for name, module in model.named_modules():
         if (
             isinstance(module, GatedMLP)
-            and type(module) is _classes.get(module._fastlinear_kind)
+            and "_fastlinear_kind" in vars(type(module))
             and "forward" not in vars(module)
         ):
             gate = vars(module).pop("_fastlinear_gate", None)
@@ -143,7 +156,7 @@ def _activation_of(module: Any) -> str | None:
     gate, up, act_fn = parts
     if not all(isinstance(part, nn.Module) for part in parts):
         return None
-    if not (is_plain(gate) and is_plain(up) and _is_untouched(act_fn)):
+    if not (is_pair(gate, up) and _is_untouched(act_fn)):
         return None
     try:
         _gated(type(module))
@@ -184,14 +197,18 @@ def _says_gated(forward: Any) -> bool:
 
 
 def _is_untouched(act_fn: nn.Module) -> bool:
-    """Whether calling `act_fn` calls the forward of its class alone."""
-    return "forward" not in vars(act_fn) and not internals.has_hooks(act_fn)
+    """Whether calling `act_fn` calls the forward that its class was written with, alone."""
+    return (
+        "forward" not in vars(act_fn)
+        and not internals.has_hooks(act_fn)
+        and is_as_written(type(act_fn))
+    )
 
 
 def _name_of(act_fn: Any) -> str | None:
     """The name in fastlinear of an activation of torch's or of transformers'."""
     kind = type(act_fn)
-    if kind is nn.GELU:
+    if kind is torchs.GELU:
         return _GELUS.get(act_fn.approximate)
     if kind.__module__ != "transformers.activations":
         return _MODULES.get(kind)

@@ -4,6 +4,7 @@ BatchedLinear is many layers at once, GatedLinear the two layers of a gated pair
 """
 
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from fastlinear import _torch_internals as internals
 from fastlinear import backend
-from fastlinear._torch_internals import Linear as _NNLinear
+from fastlinear._torch_internals import Linear as TorchLinear
 from fastlinear.activations import ACTIVATIONS
 from fastlinear.functional import batched_linear, gated_linear, linear
 from fastlinear.kernels.operands import check_activation
@@ -60,7 +61,7 @@ class _Activation:
         return layer._fastlinear_activation
 
 
-class Linear(_NNLinear):
+class Linear(TorchLinear):
     """`output = activation(input @ weight.T + bias)`.
 
     Constructor, parameters, initial values, state_dict and errors are those of `nn.Linear`. Shapes,
@@ -85,7 +86,7 @@ class Linear(_NNLinear):
             replaced, by whose replacement a layer computes else.
     """
 
-    __constants__ = [*_NNLinear.__constants__, "_fastlinear_activation"]  # noqa: RUF012  TorchScript wants a list
+    __constants__ = [*TorchLinear.__constants__, "_fastlinear_activation"]  # noqa: RUF012  TorchScript wants a list
     # On the class, so that a layer made as `nn.Linear` (fastlinear.convert) has it too.
     _fastlinear_activation: str | None = None
     activation = _Activation()
@@ -185,6 +186,8 @@ class BatchedLinear(nn.Module):
         ValueError: activation is none of these.
     """
 
+    __constants__ = ["activation"]  # noqa: RUF012  as in Linear
+
     def __init__(
         self,
         num_linears: int,
@@ -243,7 +246,7 @@ class BatchedLinear(nn.Module):
         if not layers:
             raise ValueError("from_linears() takes one or more layers, but linears has none")
         for position, layer in enumerate(layers):
-            if not isinstance(layer, nn.Linear):
+            if not isinstance(layer, TorchLinear):
                 raise TypeError(
                     f"from_linears() takes nn.Linear, but layer {position} is "
                     f"{type(layer).__name__}"
@@ -301,6 +304,12 @@ class BatchedLinear(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
+        if internals.is_scripting():  # as in Linear
+            if self.bias is None:
+                output = torch.bmm(input, self.weight.mT)
+            else:
+                output = torch.baddbmm(self.bias.unsqueeze(1), input, self.weight.mT)
+            return _scripted(output, self.activation)
         return batched_linear(input, self.weight, self.bias, self.activation)
 
     def extra_repr(self) -> str:
@@ -320,7 +329,8 @@ class GatedLinear(nn.Module):
 
     The layers are two modules under the names that Llama and its kin give them, so that their
     checkpoints load. Where one of them is no plain layer any more (an adapter, a hook, a
-    parametrization), both are called as the modules that they are.
+    parametrization), or their weights are of two shapes, both are called as the modules that they
+    are.
 
     Args:
         in_features, out_features, bias, device, dtype: of each layer, as `nn.Linear` takes them.
@@ -332,6 +342,8 @@ class GatedLinear(nn.Module):
     Raises:
         ValueError: activation is none of these.
     """
+
+    __constants__ = ["activation"]  # noqa: RUF012  as in Linear
 
     def __init__(
         self,
@@ -355,13 +367,21 @@ class GatedLinear(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
+        if internals.is_scripting():  # as in Linear
+            return _scripted(self.gate_proj(input), self.activation) * self.up_proj(input)
         gate, up = self.gate_proj, self.up_proj
-        if is_plain(gate) and is_plain(up):
+        if is_pair(gate, up):
             return gated_linear(input, gate.weight, up.weight, gate.bias, up.bias, self.activation)
         return ACTIVATIONS[self.activation](gate(input)) * up(input)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
+
+
+def is_as_written(kind: type[nn.Module]) -> bool:
+    """Whether `kind` has the forward of its source file, and none that was set on it since."""
+    code = getattr(kind.forward, "__code__", None)
+    return code is not None and code.co_filename == sys.modules[kind.__module__].__file__
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -374,14 +394,25 @@ def is_plain(layer: nn.Module) -> bool:
         and Linear.__call__ is nn.Module.__call__
         and "forward" not in vars(layer)
         and not internals.has_hooks(layer)
+        and is_as_written(Linear)
     )
 
 
-def _activation(layer: nn.Linear) -> str | None:
+def is_pair(gate: nn.Module, up: nn.Module) -> bool:
+    """Whether `gated_linear` computes what the layers would, called one after the other."""
+    if not is_plain(gate) or not is_plain(up) or internals.tracing() is not None:
+        return False  # torch.jit.trace would write down, and warn, that shapes are compared
+    # torch.fx has a proxy for `gate.weight`, of a shape that it does not know.
+    one, other = (vars(of).get("weight", of._parameters.get("weight")) for of in (gate, up))
+    # Of other shapes, one feature may be multiplied with many.
+    return one is not None and other is not None and one.shape == other.shape
+
+
+def _activation(layer: TorchLinear) -> str | None:
     return layer._fastlinear_activation if isinstance(layer, Linear) else None
 
 
-def _traits(layer: nn.Linear) -> dict[str, Any]:
+def _traits(layer: TorchLinear) -> dict[str, Any]:
     """What layers have to have in common to become one BatchedLinear, by its name in the error."""
     traits: dict[str, Any] = {}
     for name, tensor in (("weight", layer.weight), ("bias", layer.bias)):

@@ -898,3 +898,17 @@ def test_batched_activation_is_checked_when_it_is_set() -> None:
     with pytest.raises(ValueError, match="activation must be None or one of 'relu'"):
         layer.activation = nn.ReLU()
     assert layer.activation == "relu"
+
+
+@of_the_module_alone
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_batched_module_is_scripted(bias: bool, activation: str | None, backend: str) -> None:
+    layer = fastlinear.BatchedLinear(3, 5, 7, bias, activation=activation).eval()
+    input = torch.randn(3, 4, 5)
+    scripted, file = torch.jit.script(layer), io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    for compiled in (scripted, torch.jit.load(file), torch.jit.freeze(scripted)):
+        torch.testing.assert_close(compiled(input), layer(input))

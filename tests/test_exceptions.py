@@ -21,7 +21,7 @@ from test_tune import command
 from torch import Tensor, nn
 
 import fastlinear
-from fastlinear import backend, fold, tune, tune_store
+from fastlinear import backend, fold, one_way, tune, tune_store
 from fastlinear.activations import backward_op as linear_activation_backward_op
 from fastlinear.autograd import linear_backward_op, linear_op
 from fastlinear.gated import backward_op as gated_linear_backward_op
@@ -138,6 +138,20 @@ def of_many_arguments(patch: Patch) -> None:
             return a
 
     fold._trace_all_ways(Wide())
+
+
+class Branching(nn.Module):
+    def forward(self, input: Any) -> Any:
+        return input if FLAG else None
+
+
+FLAG = True
+
+
+def of_hidden_modules() -> nn.Module:
+    module = nn.Module()
+    module.hidden = [nn.ReLU()]
+    return module
 
 
 def of_its_own_forward(patch: Patch) -> None:
@@ -422,9 +436,19 @@ CASES = {
     ),
     # Why `convert` leaves modules apart: caught there, and told in its report.
     "fold, a forward of its own": Case(
-        ValueError, "torch.fx would trace the forward of its class", of_its_own_forward
+        one_way.Unproven, "torch.fx would trace the forward of its class", of_its_own_forward
     ),
-    "fold, many arguments": Case(ValueError, "too many optional arguments", of_many_arguments),
+    "fold, many arguments": Case(
+        one_way.Unproven, "too many optional arguments", of_many_arguments
+    ),
+    "fold, several ways": Case(
+        one_way.Unproven, "forward has a branch", lambda patch: fold._trace_all_ways(Branching())
+    ),
+    "fold, hidden modules": Case(
+        one_way.Unproven,
+        "hidden has modules in it that are not registered",
+        lambda patch: one_way.settings(of_hidden_modules()),
+    ),
     "fold, past the module": Case(
         RuntimeError,
         "the graph does not show that a layer's forward is called directly",

@@ -1,12 +1,18 @@
 """`convert(model, fold_activations=True)`: which activations layers take over, and what stays."""
 
+import contextlib
 import copy
+import operator
+import os
 import pickle
 import random
+import time
 from collections import OrderedDict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,7 +129,29 @@ def in_two_parts(index: int) -> nn.Module:
     return model
 
 
+class Stack(nn.Module):
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks, self.act = nn.ModuleList(blocks), nn.Tanh()
+
+    def forward(self, input: Tensor) -> Tensor:
+        for block in self.blocks:
+            input = self.act(block(input))
+        return input
+
+
+def within_no_grad(net: Net, input: Tensor, mask: Any) -> Tensor:
+    with torch.no_grad():
+        input = net.act(net.fc1(input))
+    return net.fc2(input)
+
+
 FC1 = [("fc1", "act", "silu")]
+STACKED = [
+    (f"blocks.{block}.{layer}", act or f"blocks.{block}.1", "tanh" if act else "relu")
+    for block in (0, 1)
+    for layer, act in ((0, ""), (2, "act"))
+]
 FOLDED: dict[str, tuple[Callable[[], nn.Module], list[tuple[str, str, str]]]] = {
     "Sequential": (mlp, [("0", "1", "relu")]),
     "in place": (lambda: mlp(nn.ReLU(inplace=True)), [("0", "1", "relu")]),
@@ -150,6 +178,8 @@ FOLDED: dict[str, tuple[Callable[[], nn.Module], list[tuple[str, str, str]]]] = 
         lambda: Untraceable(block := mlp(), block),
         [("parts.0.0", "parts.0.1", "relu")],
     ),
+    "a loop over its modules": (lambda: Stack(mlp(), mlp()), STACKED),
+    "one mode around both": (net(within_no_grad), FC1),
     "dropout after": (net(lambda net, x, mask: net.drop(net.act(net.fc1(x)))), FC1),
     "parametrized": (
         lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(5, 5)), nn.ReLU()),
@@ -204,19 +234,7 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
         net(lambda net, x, mask: net.act(net.fc1(net.fc1(x)))),
         {"fc1": READER},
     ),
-    "in training only": (
-        net(lambda net, x, mask: net.act(net.fc1(x)) if net.training else net.fc1(x)),
-        {"fc1": READER},
-    ),
-    "dropout in training only": (
-        net(lambda net, x, mask: net.act(net.drop(net.fc1(x)) if net.training else net.fc1(x))),
-        {"fc1": READER},
-    ),
     "mask": (net(early), {"fc1": READER}),
-    "class asked for": (
-        net(lambda net, x, mask: net.act(net.fc1(x)) if type(net.act) is nn.SiLU else net.fc1(x)),
-        {"fc1": READER},
-    ),
     "kept": (net(keeps), {"fc1": "the forward keeps the layer's output"}),
     "no_grad": (net(no_grad), {"fc1": "one of it and the layer is called under no_grad"}),
     "activation also on the input": (
@@ -270,6 +288,207 @@ def test_what_is_not_folded_is_reported_with_the_reason(
     assert [name for name, _ in report.skipped] == list(reasons)
     for name, reason in report.skipped:
         assert reason.startswith(f"activation not folded: {reasons[name]}")
+
+
+# What a trace does not show: that a forward may go another way the next time.
+
+FLAG, FLAGS, ORDER = True, SimpleNamespace(flag=True, none=None, order=(1, 2)), [1, 2]
+
+
+def helped(net: Net, hidden: Tensor) -> Tensor:
+    return net.act(hidden) if random.random() < 2 else hidden
+
+
+def dropped(net: Net, x: Tensor, mask: Any) -> Tensor:
+    hidden = net.fc1(x)
+    if torch.rand(()) < 0.5:
+        hidden = net.act(hidden)
+    return net.fc2(hidden)
+
+
+def counted(net: Net, x: Tensor, mask: Any) -> Tensor:
+    net.count = net.count + 1
+    return net.fc2(net.act(net.fc1(x)) if net.count % 2 else net.fc1(x))
+
+
+def tried(net: Net, x: Tensor, mask: Any) -> Tensor:
+    hidden = net.fc1(x)
+    try:
+        _ = 1 / round(random.random() + 1)
+        return net.act(hidden)
+    except ZeroDivisionError:
+        return hidden
+
+
+def suppressed(net: Net, x: Tensor, mask: Any) -> Tensor:
+    hidden = net.fc1(x)
+    with contextlib.suppress(ZeroDivisionError):
+        _ = 1 / round(random.random() + 1)
+        hidden = net.act(hidden)
+    return hidden
+
+
+def looped(net: Net, x: Tensor, mask: Any) -> Tensor:
+    for _ in range(FLAG):
+        x = net.act(net.fc1(x))
+    return x
+
+
+def iterated(net: Net, x: Tensor, mask: Any) -> Tensor:
+    for _ in FLAGS.order:
+        x = net.act(net.fc1(x))
+    return x
+
+
+def stopped(net: Net, x: Tensor, mask: Any) -> Tensor:
+    x = net.fc1(x)
+    while time.time() < 0:
+        x = net.act(x)
+    return net.act(x)
+
+
+def asked(net: Net, x: Tensor, mask: Any, setting: Any = None) -> Tensor:
+    return net.act(net.fc1(x)) if setting is None else net.fc1(x)
+
+
+def assigned(net: Net, x: Tensor, mask: Any) -> Tensor:
+    mask = FLAGS.none
+    return net.act(net.fc1(x)) if mask is None else net.fc1(x)
+
+
+DECIDE: dict[str, Callable[..., Any]] = {
+    "torch.rand": dropped,
+    "random": lambda net, x, mask: net.act(net.fc1(x)) if random.random() < 2 else net.fc1(x),
+    "NumPy": lambda net, x, mask: net.act(net.fc1(x)) if np.random.rand() < 2 else net.fc1(x),
+    "time": lambda net, x, mask: net.act(net.fc1(x)) if time.time() else net.fc1(x),
+    "environment": lambda net, x, mask: net.fc1(x) if "A B" in os.environ else net.act(net.fc1(x)),
+    "global": lambda net, x, mask: net.act(net.fc1(x)) if FLAG else net.fc1(x),
+    "attribute of another object": (
+        lambda net, x, mask: net.act(net.fc1(x)) if FLAGS.flag else net.fc1(x)
+    ),
+    "attribute": lambda net, x, mask: net.act(net.fc1(x)) if net.count == 0 else net.fc1(x),
+    "attribute that changes": counted,
+    "training": lambda net, x, mask: net.act(net.fc1(x)) if net.training else net.fc1(x),
+    "dropout in training": (
+        lambda net, x, mask: net.act(net.drop(net.fc1(x)) if net.training else net.fc1(x))
+    ),
+    "class": lambda net, x, mask: net.act(net.fc1(x)) if type(net.act) is nn.SiLU else net.fc1(x),
+    "dtype": lambda net, x, mask: net.act(net.fc1(x)) if net.kind == torch.float32 else net.fc1(x),
+    "grad mode": (
+        lambda net, x, mask: net.act(net.fc1(x)) if torch.is_grad_enabled() else net.fc1(x)
+    ),
+    "and": lambda net, x, mask: net.fc2(FLAGS.flag and net.act(net.fc1(x))),
+    "function within": lambda net, x, mask: helped(net, net.fc1(x)),
+    "function around": lambda net, x, mask: net.fc2((lambda h: helped(net, h))(net.fc1(x))),
+    "exception": tried,
+    "exception suppressed": suppressed,
+    "range": looped,
+    "range of an attribute": (
+        lambda net, x, mask: [x := net.act(net.fc1(x)) for _ in range(net.count + 1)][-1]
+    ),
+    "another object's list": iterated,
+    "while": stopped,
+    "index": lambda net, x, mask: (net.drop, net.act)[random.random() < 2](net.fc1(x)),
+    "index of a global": lambda net, x, mask: {1: net.act, 2: net.drop}[ORDER[0]](net.fc1(x)),
+    "pop": lambda net, x, mask: [net.drop, net.act].pop(round(random.random()))(net.fc1(x)),
+    "itemgetter": lambda net, x, mask: operator.itemgetter(FLAG)((net.drop, net.act))(net.fc1(x)),
+    "choice": lambda net, x, mask: random.choice((net.act, net.act))(net.fc1(x)),
+    "getattr": lambda net, x, mask: getattr(net, os.environ.get("A B", "act"))(net.fc1(x)),
+    "get_submodule": (
+        lambda net, x, mask: net.get_submodule(os.environ.get("A B", "act"))(net.fc1(x))
+    ),
+    "next": lambda net, x, mask: next(iter((net.act, net.drop)))(net.fc1(x)),
+    "attribute that is None": lambda net, x, mask: asked(net, x, mask, net.setting),
+    "another's attribute that is None": assigned,
+}
+
+
+@pytest.mark.parametrize("way", DECIDE.values(), ids=DECIDE)
+def test_a_forward_that_may_go_another_way_is_not_folded(way: Callable[..., Any]) -> None:
+    model = Net(way)
+    model.count, model.kind, model.setting = 0, torch.float32, None
+    report = fold(model)
+    assert report.folded == ()
+    assert {layer for layer, _ in report.skipped} == {"fc1", "fc2"}
+    assert {why.partition(" (")[0] for _, why in report.skipped} == {
+        "activation not folded: torch.fx cannot trace Net"
+    }
+
+
+class Around(nn.Module):
+    """Goes several ways, and so is not traced, around parts that would be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.net = mlp(), Net(lambda net, x, mask: net.fc2(net.act(net.fc1(x))))
+        self.blocks = nn.ModuleList([mlp(), mlp()])
+
+    def run(self, layers: Any, x: Tensor) -> Tensor:
+        for layer in layers:
+            x = layer(x) if random.random() < 2 else x
+        return x
+
+
+class Over(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self.mlp, x)
+
+
+class Indexed(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp[0](x) if random.random() < 2 else self.mlp(x)
+
+
+class Inside(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net.fc1(x) if random.random() < 2 else self.net(x)
+
+
+class Children(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run([*self.net.children()][:2], x)
+
+
+class Rows(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x[:, None])[:, 0] if random.random() < 2 else x
+
+
+class InBlocks(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block[0](x) if random.random() < 2 else block(x)
+        return x
+
+
+class Whole(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x) if random.random() < 2 else x
+        return self.mlp(self.net(x))
+
+
+LOOKED_INTO = {
+    Over: {"net.fc1"},
+    Indexed: {"net.fc1"},
+    Inside: {"mlp.0", "blocks.0.0", "blocks.1.0"},
+    Children: set[str](),
+    Rows: {"mlp.0", "net.fc1", "blocks.0.0", "blocks.1.0"},
+    InBlocks: {"net.fc1"},
+    Whole: {"mlp.0", "net.fc1", "blocks.0.0", "blocks.1.0"},
+}
+
+
+@pytest.mark.parametrize(("kind", "folded"), LOOKED_INTO.items())
+def test_what_code_around_may_call_by_itself_is_not_folded(
+    kind: type[Around], folded: set[str]
+) -> None:
+    model, input = kind(), torch.randn(4, 5)
+    expected = model(input)
+    report = fold(model)
+    assert {layer for layer, _, _ in report.folded} == folded
+    assert all("may call it" in why for _, why in report.skipped)
+    torch.testing.assert_close(model(input), expected)
 
 
 def test_filter_is_asked_for_what_would_be_folded() -> None:

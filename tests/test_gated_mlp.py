@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import io
 import pickle
 import threading
 from collections.abc import Callable
@@ -181,6 +182,12 @@ def with_forward(mlp: MLP) -> MLP:
     return mlp
 
 
+def with_features(gate: int, up: int = 7) -> MLP:
+    mlp = MLP()
+    mlp.gate_proj, mlp.up_proj = nn.Linear(5, gate), nn.Linear(5, up)
+    return mlp
+
+
 LEFT = {
     "training differs": Dropping(),
     "evaluation differs": Dropping().eval(),
@@ -198,6 +205,8 @@ LEFT = {
     "leaky with another slope": MLP(nn.LeakyReLU(0.2)),
     "hook on act_fn": with_hook(MLP()),
     "forward of its own": with_forward(MLP()),
+    "one gate for all features": with_features(1),
+    "one feature for all gates": with_features(7, 1),
 }
 
 
@@ -251,11 +260,25 @@ def test_a_gated_mlp_has_any_module_for_down_proj() -> None:
     torch.testing.assert_close(mlp(input), before)
 
 
-CHANGES = [adapt, hook, hook_activation, replace_activation]
+def one_gate(mlp: MLP) -> None:
+    mlp.gate_proj.weight = nn.Parameter(mlp.gate_proj.weight[:1].detach())
+
+
+def tie(mlp: MLP) -> None:
+    mlp.up_proj = mlp.gate_proj
+
+
+def one_bias(mlp: MLP) -> None:
+    mlp.up_proj.bias = nn.Parameter(torch.ones(7))
+
+
+CHANGES = [adapt, hook, hook_activation, replace_activation, one_gate, tie, one_bias]
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_gated_mlp_computes_what_it_has_become(change: Callable[[MLP], None]) -> None:
+def test_a_gated_mlp_computes_what_it_has_become(
+    change: Callable[[MLP], None], backend: str
+) -> None:
     mlp = MLP()
     plain, input = copy.deepcopy(mlp), torch.randn(4, 5)
     assert convert(mlp).gated
@@ -264,6 +287,37 @@ def test_a_gated_mlp_computes_what_it_has_become(change: Callable[[MLP], None]) 
     torch.testing.assert_close(mlp(input), plain(input))
     assert not torch.equal(mlp(input), MLP.forward(MLP(), input))
     torch.testing.assert_close(mlp(x=input), plain(x=input))
+
+
+PATCHED = {
+    "nn.Linear": (nn.Linear, "forward"),
+    "nn.Linear's call": (nn.Linear, "__call__"),
+    "fastlinear.Linear": (fastlinear.Linear, "forward"),
+    "the activation": (nn.SiLU, "forward"),
+    "the MLP": (MLP, "forward"),
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), PATCHED.values(), ids=PATCHED)
+@pytest.mark.parametrize("make", [MLP, lambda: fastlinear.GatedLinear(5, 7)], ids=["MLP", "pair"])
+def test_a_gated_pair_runs_what_is_set_on_a_class_later(
+    make: Callable[[], nn.Module], kind: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, input, original = make(), torch.randn(4, 5), getattr(kind, name)
+    convert(model)
+    expected, calls = model(input), []
+    twin = pickle.loads(pickle.dumps(model))
+
+    def patched(self: nn.Module, *args: Tensor) -> Tensor:
+        calls.append(type(self).__name__)
+        return original(self, *args)
+
+    monkeypatch.setattr(kind, name, patched)
+    runs = isinstance(model, MLP) or issubclass(kind, nn.Linear)
+    for one in (model, twin, pickle.loads(pickle.dumps(model))):
+        calls.clear()
+        torch.testing.assert_close(one(input), expected)
+        assert bool(calls) == runs
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
@@ -338,6 +392,68 @@ def test_a_gated_mlp_under_symbolic_trace_and_export() -> None:
     shapes = {"x": {0: torch.export.Dim("rows", min=2, max=64)}}
     program = torch.export.export(model[0], (input,), dynamic_shapes=shapes)
     torch.testing.assert_close(program.module()(input), before)
+
+
+def saved_and_loaded(scripted: Any) -> Any:
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+SCRIPTED: dict[str, Callable[[nn.Module], Any]] = {
+    "script": torch.jit.script,
+    "script, saved and loaded": lambda model: saved_and_loaded(torch.jit.script(model)),
+    "script, within a model": lambda model: torch.jit.script(nn.Sequential(model, nn.Identity())),
+    "script, frozen": lambda model: torch.jit.freeze(torch.jit.script(model.eval())),
+    "trace": lambda model: torch.jit.trace(model, torch.randn(3, 5)),
+}
+
+
+class Annotated(MLP):
+    """Has an attribute whose type TorchScript learns from the class alone."""
+
+    names: list[str]
+
+    def __init__(self) -> None:
+        super().__init__(nn.GELU())
+        self.names = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x)))
+
+    @torch.jit.export
+    def named(self) -> list[str]:
+        return self.names
+
+
+SCRIPTABLE: dict[str, Callable[[], nn.Module]] = {
+    "MLP": MLP,
+    "annotated": Annotated,
+    "broadcasting": lambda: with_features(1),
+    "pair": lambda: fastlinear.GatedLinear(5, 7),
+    "pair without bias": lambda: fastlinear.GatedLinear(5, 7, bias=False, activation="gelu_tanh"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("compiled", SCRIPTED.values(), ids=SCRIPTED)
+@pytest.mark.parametrize("make", SCRIPTABLE.values(), ids=SCRIPTABLE)
+def test_torchscript(
+    make: Callable[[], nn.Module], compiled: Callable[[nn.Module], Any], backend: str
+) -> None:
+    model, input = make(), torch.randn(4, 5)
+    expected = model(input)
+    gated = convert(model).gated
+    torch.testing.assert_close(compiled(model)(input), expected)
+    assert revert(model).gated == gated
+
+
+def test_gating_keeps_what_is_shown() -> None:
+    mlp = MLP()
+    shown, name = repr(mlp), type(mlp).__qualname__
+    convert(mlp)
+    assert (repr(mlp), type(mlp).__qualname__) == (shown, name)
 
 
 def test_a_gated_mlp_reverted_in_part_computes_the_same(backend: str) -> None:
