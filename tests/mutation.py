@@ -669,7 +669,7 @@ MUTANTS = [
     Mutant(
         "a few rows: rows past the last stored",
         "kernels/gemv.py",
-        "mask = mask_n & (m < M)",
+        "mask = mask_n & (tl.full((BLOCK_N,), m, OFFSET_DTYPE) < M)",
         "mask = mask_n",
         GEMV,
     ),
@@ -1055,8 +1055,8 @@ MUTANTS = [
     Mutant(
         "rows past the last are read, and not stored, gemv",
         "kernels/gemv.py",
-        "mask_row = mask_k & (first_row + row < M)",
-        "mask_row = mask_k & (first_row + row >= 0)",
+        "mask_row = mask_k & (tl.full((BLOCK_K,), first_row + row, OFFSET_DTYPE) < M)",
+        "mask_row = mask_k",
         READS,
     ),
     Mutant(
