@@ -436,6 +436,20 @@ MUTANTS = [
         LAUNCHED,
     ),
     Mutant(
+        "a Triton that is not known counted as known",
+        "kernels/compiled_launch.py",
+        """return version.startswith(tuple(f"{one}." for one in KNOWN))""",
+        "return True",
+        LAUNCHED,
+    ),
+    Mutant(
+        "whether products and sums fuse left to Triton",
+        "kernels/compiled_launch.py",
+        """options = options | {"enable_fp_fusion": True}""",
+        "pass",
+        LAUNCHED,
+    ),
+    Mutant(
         "sizes of storages left out on AMD",
         "kernels/compiled_launch.py",
         "    if not AMD:\n",
