@@ -9,8 +9,11 @@ SUPPORTED = import sys; version = sys.version_info[:2]; (3, 10) <= version <= (3
 	"fastlinear is developed with Python 3.10 to 3.13, but $(PYTHON) is Python %d.%d; " % version + \
 	"name another one, as in: make PYTHON=python3.12 test")
 
+VERSION_DEPENDENT = $(patsubst %,tests/test_%.py,backward compile compiled_launch contract explain forward gemv gradients \
+	host_time launch persistent pytorch_data shortcut transforms)
+
 .DEFAULT_GOAL := help
-.PHONY: help test test-oldest test-ecosystem lint mutation fuzz resources demo bench bench-pytest report host-time gpu clean
+.PHONY: help test test-oldest test-newest test-versions test-ecosystem lint mutation fuzz resources demo bench bench-pytest report host-time gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -21,6 +24,12 @@ test: .venv/installed ## run the tests on the pinned torch and Triton
 
 test-oldest: .venv-oldest/installed ## run the tests on the oldest supported torch and Triton (5 GB to install)
 	.venv-oldest/bin/pytest -n auto --dist worksteal $(ARGS)
+
+test-newest: .venv-newest/installed ## run the tests on the newest supported torch and Triton (5.7 GB to install)
+	.venv-newest/bin/pytest -n auto --dist worksteal $(ARGS)
+
+test-versions: .venv-newest/installed ## run, as test-newest does, what depends most on the versions of torch and Triton
+	.venv-newest/bin/pytest -n auto --dist worksteal $(VERSION_DEPENDENT) $(ARGS)
 
 test-ecosystem: .venv-ecosystem/installed ## run the tests with other libraries: transformers, PEFT, torchao, torch.nn.utils
 	.venv-ecosystem/bin/pytest -n auto --dist worksteal tests/ecosystem $(ARGS)
@@ -62,15 +71,18 @@ gpu: ## check and measure everything on this machine's GPU, with its own Python;
 	@$(PYTHON) -m benchmarks.gpu --out "$(OUT)" $(ARGS)
 
 clean: ## remove the environments, caches and build products
-	rm -rf .venv .venv-oldest .venv-ecosystem build dist fastlinear.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-ecosystem build dist fastlinear.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment: the pinned packages, and this checkout in editable mode. `unfinished` lies in it while it is being
 # made; one that was interrupted is made anew.
 .venv/installed: requirements.txt setup.py pyproject.toml
 .venv-oldest/installed: requirements-oldest.txt setup.py pyproject.toml
+.venv-newest/installed: requirements-newest.txt setup.py pyproject.toml
+# A machine's pip may be configured to hold torch back, by a file of constraints.
+.venv-newest/installed: export PIP_CONSTRAINT = /dev/null
 .venv-ecosystem/installed: requirements-ecosystem.txt requirements.txt setup.py pyproject.toml
-.venv/installed .venv-oldest/installed .venv-ecosystem/installed:
+.venv/installed .venv-oldest/installed .venv-newest/installed .venv-ecosystem/installed:
 	@$(PYTHON) -c '$(SUPPORTED)'
 	@if test -e $(@D)/unfinished; then rm -rf $(@D); fi
 	@mkdir -p $(@D) && touch $(@D)/unfinished

@@ -446,4 +446,5 @@ def compile_case(case: Case) -> Any:
             attributes[(index,)] = [["tt.divisibility", 16]]
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"enable_fp_fusion": True, **options}  # as kernels are launched
     return triton.compile(source, target=GPU_TARGETS[case.target], options=options)

@@ -228,8 +228,27 @@ def info() -> dict[str, Any]:
         "versions": versions(),
         "backend": backend.current,
         "float32 products": backend.float32_precision(),
+        **_launches(),
         "devices": {_device_name(device): _kernels_on(device) for device in devices},
         "tables": {_device_name(device): _tables_of(device) for device in devices},
+    }
+
+
+def _launches() -> dict[str, str]:
+    """How kernels are launched, where that takes longer than it could."""
+    try:
+        backend.launchers()
+    except RuntimeError:
+        return {}
+    import triton
+
+    from fastlinear.kernels.compiled_launch import KNOWN, known
+
+    if known(triton.__version__):
+        return {}
+    return {
+        "launches": f"all by Triton, which takes longer: direct ones are for Triton {KNOWN[0]} to "
+        f"{KNOWN[-1]}, this is {triton.__version__}"
     }
 
 

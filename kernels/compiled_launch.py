@@ -23,14 +23,15 @@ from .indexing import locate_tile
 # triton.jit decides when it decorates them.
 INTERPRETING: bool = not isinstance(locate_tile, triton.runtime.JITFunction)
 
+KNOWN = ("3.6", "3.7", "3.8", "3.9")
+
 
 def known(version: str) -> bool:
     """Whether `run` is known to do all that this Triton's own way to the launcher does.
 
-    3.9 makes the same call too, but specialises on more of its settings: there, as with every other
-    version, all launches go Triton's own way.
+    With every other version all launches go Triton's own way.
     """
-    return version.startswith(("3.6.", "3.7."))
+    return version.startswith(tuple(f"{one}." for one in KNOWN))
 
 
 # Triton's interpreter keeps in globals which program of which kernel it runs: threads take turns.
@@ -124,7 +125,8 @@ def watched(kernel: Any) -> bool:
     """Whether Triton has more to do in a launch than to launch: hooks to call, checks to compile.
 
     Hooks that are called when a kernel is compiled or loaded are no concern of later launches.
-    Environment variables count as they were when Triton was imported.
+    Environment variables count as they were when Triton was imported. 3.9 asks for one more at each
+    launch, TRITON_FPSAN_HOMOMORPHIC_CASTS, which changes nothing but with an instrumentation mode.
     """
     assigned = RUNTIME.__dict__ or COMPILATION.__dict__  # since Triton was imported
     if not (assigned or ENTER.calls or LEAVE.calls or kernel.pre_run_hooks):
@@ -182,14 +184,18 @@ def _run_by_triton(kernel: Any, launch: Launch, pointers: tuple[Tensor | None, .
     """
     first: Any = pointers[0]
     start = _with_memory(kernel[launch.grid], launch)
+    options = launch.constants
+    if "TRITON_DEFAULT_FP_FUSION" not in os.environ:
+        # The default, of which 3.9 warns that 3.10 is to have another.
+        options = options | {"enable_fp_fusion": True}
     if INTERPRETING:
         with _interpreter:
-            return start(*pointers, *launch.scalars, **launch.constants)
+            return start(*pointers, *launch.scalars, **options)
     try:
         if first.is_cuda and first.device.index != torch.cuda.current_device():
             with torch.cuda.device(first.device):
-                return start(*pointers, *launch.scalars, **launch.constants)
-        return start(*pointers, *launch.scalars, **launch.constants)
+                return start(*pointers, *launch.scalars, **options)
+        return start(*pointers, *launch.scalars, **options)
     except Exception as error:
         # The device's own errors, of whatever ran on it before, say what they are.
         if isinstance(error, torch.OutOfMemoryError) or DEVICE_ERROR in str(error):

@@ -92,7 +92,9 @@ def linear_gemv_kernel(
         ).to(ACC_DTYPE)
         sums = ()
         for row in tl.static_range(BLOCK_M):
-            mask_row = mask_k & (first_row + row < M)
+            # Compared as a block: of a scalar's comparison Triton's interpreter would make integers
+            # to spread it, and of those 3.9 takes no mask.
+            mask_row = mask_k & (tl.full((BLOCK_K,), first_row + row, OFFSET_DTYPE) < M)
             input_row = tl.load(input_ptrs + row_offs[row], mask=mask_row, other=0.0)
             acc = accs[row] + input_row.to(ACC_DTYPE)[None, :] * weight_tile
             sums += (acc,)  # type: ignore[assignment]
@@ -108,7 +110,7 @@ def linear_gemv_kernel(
         m = first_row + row
         acc = tl.sum(accs[row], axis=1) + bias
         offs = batch * M * N + m * N + offs_n
-        mask = mask_n & (m < M)
+        mask = mask_n & (tl.full((BLOCK_N,), m, OFFSET_DTYPE) < M)
         if SAVE_PREACTIVATION:
             preactivation = acc.to(preactivation_ptr.dtype.element_ty)
             tl.store(preactivation_ptr + offs, preactivation, mask=mask)

@@ -28,13 +28,14 @@ def make_interpreter_strict() -> None:
 def _poison_unset_loads() -> None:
     """Gives masked loads that set no `other` NaN where the interpreter gives 0.
 
-    On a GPU the value is undefined.
+    On a GPU the value is undefined. And takes boolean masks only, as Triton 3.9's interpreter does.
     """
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
 
     load = InterpreterBuilder.create_masked_load
 
     def poisoned_load(self, ptrs, mask, other, *arguments, **named):  # type: ignore[no-untyped-def]
+        assert mask.data.dtype == np.bool_, "a mask that Triton 3.9's interpreter refuses"
         if other is None:
             dtype = ptrs.get_element_ty()
             # bfloat16 is held as bit patterns, of which all ones is a NaN as well.

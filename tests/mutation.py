@@ -441,6 +441,20 @@ MUTANTS = [
         LAUNCHED,
     ),
     Mutant(
+        "a Triton that is not known counted as known",
+        "kernels/compiled_launch.py",
+        """return version.startswith(tuple(f"{one}." for one in KNOWN))""",
+        "return True",
+        LAUNCHED,
+    ),
+    Mutant(
+        "whether products and sums fuse left to Triton",
+        "kernels/compiled_launch.py",
+        """options = options | {"enable_fp_fusion": True}""",
+        "pass",
+        LAUNCHED,
+    ),
+    Mutant(
         "sizes of storages left out on AMD",
         "kernels/compiled_launch.py",
         "    if not AMD:\n",
@@ -674,7 +688,7 @@ MUTANTS = [
     Mutant(
         "a few rows: rows past the last stored",
         "kernels/gemv.py",
-        "mask = mask_n & (m < M)",
+        "mask = mask_n & (tl.full((BLOCK_N,), m, OFFSET_DTYPE) < M)",
         "mask = mask_n",
         GEMV,
     ),
@@ -1095,8 +1109,8 @@ MUTANTS = [
     Mutant(
         "rows past the last are read, and not stored, gemv",
         "kernels/gemv.py",
-        "mask_row = mask_k & (first_row + row < M)",
-        "mask_row = mask_k & (first_row + row >= 0)",
+        "mask_row = mask_k & (tl.full((BLOCK_K,), first_row + row, OFFSET_DTYPE) < M)",
+        "mask_row = mask_k",
         READS,
     ),
     Mutant(

@@ -841,7 +841,6 @@ SCRIPTS: dict[str, Deed] = {
 
 
 @runs
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("compiled", SCRIPTS.values(), ids=SCRIPTS)
 def test_torchscript(compiled: Deed, bias: bool, device: torch.device) -> None:
@@ -930,7 +929,6 @@ def test_activation_stays_with_the_layer() -> None:
     assert "activation" not in repr(fastlinear.Linear(5, 3, activation=None))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 def test_activation_is_scripted(activation: str | None) -> None:
     layer, input = fastlinear.Linear(5, 3, activation=activation), torch.randn(4, 5)

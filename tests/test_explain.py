@@ -244,6 +244,7 @@ def test_info_says_what_runs_here(arguments: list[str]) -> None:
         assert json.loads(found)["versions"]["torch"] == torch.__version__
     assert torch.__version__ in found
     assert fastlinear.__version__ in found
+    assert "launches" not in found
     assert ("interpreter" if launch.INTERPRETING else torch.cuda.get_device_name()) in found
 
 
@@ -253,3 +254,29 @@ def test_info_without_triton_says_what_to_install() -> None:
         [sys.executable, "-c", code, "info"], capture_output=True, text=True, timeout=120
     )
     assert "pip install 'fastlinear[triton]'" in result.stdout
+
+
+def test_info_says_that_triton_is_newer_than_is_known_and_kernels_run(device: torch.device) -> None:
+    code = f"""
+import torch, triton
+triton.__version__ = "3.99.0"
+import fastlinear
+from fastlinear.__main__ import main
+main()
+layer = fastlinear.Linear(3, 4, device="{device}")
+input = torch.randn(2, 3, device="{device}")
+with fastlinear.use_backend("torch"):
+    expected = layer(input)
+with fastlinear.use_backend("triton"):
+    torch.testing.assert_close(layer(input), expected)
+from fastlinear.kernels import compiled_launch
+assert not compiled_launch.DIRECT
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, "info"], capture_output=True, text=True, timeout=120
+    )
+    assert result.stderr == ""
+    assert result.returncode == 0
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("launches")]
+    assert "all by Triton" in line
+    assert line.endswith("this is 3.99.0")

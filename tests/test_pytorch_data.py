@@ -45,6 +45,11 @@ def samples(
     return found
 
 
+def of_matrices(found: list[Operands]) -> list[Operands]:
+    """The samples that the kernels take: torch 2.15 has some where weight is a vector."""
+    return [operands for operands in found if operands[1] is not None and operands[1].dim() == 2]
+
+
 def derivatives(linear: Callable[..., Tensor], operands: list[Tensor], seeds: list[Tensor]) -> Any:
     """The output, its gradients, and the gradients of a weighted sum of those.
 
@@ -96,7 +101,7 @@ def test_dtypes_of_the_kernels_are_among_pytorch_s() -> None:
 def test_samples_of_the_op(
     dtype: torch.dtype, contiguous: bool, triton_backend: None, device: torch.device
 ) -> None:
-    for operands in samples(dtype, device, contiguous):
+    for operands in of_matrices(samples(dtype, device, contiguous)):
         assert_as_pytorch_s_in_every_order(fastlinear.linear, F.linear, list(operands))
 
 
@@ -124,7 +129,7 @@ def test_gradcheck_of_samples(
 ) -> None:
     # The slow mode, and every kind of derivative, test_gradients has at fewer shapes.
     options = options | {"fast_mode": True, "check_undefined_grad": False}
-    for operands in samples(torch.float64, device, contiguous, requires_grad=True):
+    for operands in of_matrices(samples(torch.float64, device, contiguous, requires_grad=True)):
         assert check(fastlinear.linear, operands, **options), shapes(operands)
 
 

@@ -273,7 +273,6 @@ def test_modes_and_the_profiler_see_the_op(grad: bool, operands: Operands) -> No
     assert shortcut.find(*operands) is not None
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
 def test_tracers_see_the_op(operands: Operands) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 

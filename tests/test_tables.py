@@ -517,7 +517,6 @@ def test_operands_of_symbolic_sizes_compile(use: Callable[..., None]) -> None:
         torch.testing.assert_close(compiled(*operands), F.linear(*operands))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 def test_what_is_traced_or_exported_runs_without_the_table(use: Callable[..., None]) -> None:
     use(row("output", 4, SMALL))
     layer, input = fastlinear.Linear(K, N).requires_grad_(False), torch.randn(4, K)
