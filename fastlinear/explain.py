@@ -17,7 +17,7 @@ from fastlinear._torch_internals import Linear as TorchLinear
 from fastlinear.functional import tables_say_so, why_not
 from fastlinear.kernels.configs import Config
 from fastlinear.kernels.operands import FROM_OUTPUT
-from fastlinear.modules import Linear, is_as_written
+from fastlinear.modules import Linear, activation_of, is_as_written
 
 if TYPE_CHECKING:
     from fastlinear.planned import Plan
@@ -130,7 +130,7 @@ def explain(layer: nn.Linear, input: Tensor) -> Explanation:
             F.linear(input, weight, bias)  # raises where PyTorch does not take them either
 
     dtype = backend.dtype_under(backend.autocast_dtype(input.device.type), input.dtype)
-    activation = layer.activation if isinstance(layer, Linear) else None
+    activation = activation_of(layer)
     path, reason, planned = _path(layer, input, weight, bias, unsupported)
     products: tuple[Product, ...] = ()
     if path is not None and unsupported is None:  # the rest is PyTorch's own business
@@ -192,7 +192,7 @@ def _path(
     if backend.current == "auto":
         if unsupported is not None:
             return PYTORCH, f"the kernels take {unsupported}", False
-        if tuned.available and tables_say_so(input, weight, bias, layer.activation):
+        if tuned.available and tables_say_so(input, weight, bias, activation_of(layer)):
             return KERNELS, "a table says that it is faster here", True
         return PYTORCH, "no measurement says that a kernel is faster here", False
     if unsupported is not None:

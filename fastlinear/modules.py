@@ -273,7 +273,7 @@ class BatchedLinear(nn.Module):
             bias=bool(biases),
             device="meta",  # nothing is drawn or filled
             dtype=weights[0].dtype,
-            activation=_activation(layers[0]),
+            activation=activation_of(layers[0]),
         )
         batch.weight = _parameter(torch.stack(weights), like=weights[0])
         if biases:
@@ -408,7 +408,8 @@ def is_pair(gate: nn.Module, up: nn.Module) -> bool:
     return one is not None and other is not None and one.shape == other.shape
 
 
-def _activation(layer: TorchLinear) -> str | None:
+def activation_of(layer: TorchLinear) -> str | None:
+    """What `layer` applies itself; a subclass may have something else as `activation`."""
     return layer._fastlinear_activation if isinstance(layer, Linear) else None
 
 
@@ -423,7 +424,7 @@ def _traits(layer: TorchLinear) -> dict[str, Any]:
             f"the device of {name}": None if absent else tensor.device,
             f"requires_grad of {name}": None if absent else tensor.requires_grad,
         }
-    return traits | {"the activation": _activation(layer)}
+    return traits | {"the activation": activation_of(layer)}
 
 
 def _parameter(values: Tensor, like: Tensor) -> nn.Parameter:
