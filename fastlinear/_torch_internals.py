@@ -72,6 +72,15 @@ def exporting_to_onnx() -> bool:
 constant_to_dynamo(exporting_to_onnx)
 
 
+def compiled_by_torchscript(function: Callable[..., Any], instead: Callable[..., Any]) -> None:
+    """Has TorchScript, which does not know all of Python, compile `instead` of `function`.
+
+    As torch.jit.script_if_tracing does, which would have calls take another step.
+    """
+    instead.__name__ = function.__name__  # TorchScript asks for that
+    vars(function).update(__script_if_tracing_wrapper=True, __original_fn=instead)
+
+
 def hide_from_dynamo(function: Callable[..., Any]) -> None:
     """Makes Dynamo run `function`, and what it calls, as it stands.
 

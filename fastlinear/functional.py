@@ -257,7 +257,8 @@ def _gated_by_pytorch(
     activation: str,
 ) -> Tensor:
     gate, up = F.linear(input, gate_weight, gate_bias), F.linear(input, up_weight, up_bias)
-    if gate.shape != up.shape:  # one feature would be multiplied with many
+    # One feature would be multiplied with many. torch.jit.trace has tensors for sizes.
+    if internals.tracing() is None and gate.shape != up.shape:
         raise RuntimeError(
             "gated_linear takes weights of the same out_features, "
             f"but gate_weight is {tuple(gate_weight.shape)} and up_weight {tuple(up_weight.shape)}"
@@ -293,7 +294,7 @@ def _refuse_onnx() -> None:
 
 def _broadcasts(weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `bias` is to be expanded."""
-    return bias is not None and bias.shape != weight.shape[:1]
+    return bias is not None and bias.shape != weight.shape[:-1]
 
 
 def _batched_by_pytorch(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -334,7 +335,7 @@ def _by_the_kernels(
         raise TypeError(
             f"backend 'triton' takes {reason}; backend 'auto' hands this call to PyTorch"
         )
-    if bias is not None and bias.shape != weight.shape[:-1]:
+    if bias is not None and (internals.tracing() is not None or _broadcasts(weight, bias)):
         bias = bias.expand(weight.shape[:-1])
     if activation is None:
         return linear_op(input, weight, bias)
@@ -425,6 +426,8 @@ def why_not(
     for name, dtype in dtypes.items():
         if dtype != dtypes["input"]:
             return f"tensors of one dtype, but input is {dtypes['input']} and {name} {dtype}"
+    if internals.tracing() is not None:  # sizes are tensors there; the ops look at them
+        return None
     if batched:
         return _unlike_layers(input, weight, bias)
     return _unlike_a_layer(input, weight, bias, prefix)
@@ -469,6 +472,60 @@ def _unlike_layers(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | 
             f"but bias is {tuple(bias.shape)} and weight {tuple(weight.shape)}"
         )
     return None
+
+
+def _scripted(output: Tensor, activation: str | None) -> Tensor:
+    """`activations.ACTIVATIONS` for TorchScript, which has no dictionary of functions."""
+    if activation is None:
+        return output
+    if activation == "relu":
+        output = F.relu(output)
+    elif activation == "gelu":
+        output = F.gelu(output)
+    elif activation == "gelu_tanh":
+        output = F.gelu(output, approximate="tanh")
+    elif activation == "silu":
+        output = F.silu(output)
+    elif activation == "sigmoid":
+        output = torch.sigmoid(output)
+    elif activation == "tanh":
+        output = torch.tanh(output)
+    elif activation == "leaky_relu":
+        output = F.leaky_relu(output)
+    elif activation == "relu_squared":
+        output = F.relu(output).square()
+    return output
+
+
+def _linear_in_script(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    return _scripted(F.linear(input, weight, bias), activation)
+
+
+def _batched_in_script(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    if bias is None:
+        return _scripted(torch.bmm(input, weight.mT), activation)
+    return _scripted(torch.baddbmm(bias.unsqueeze(1), input, weight.mT), activation)
+
+
+def _gated_in_script(
+    input: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    gate = _scripted(F.linear(input, gate_weight, gate_bias), activation)
+    return gate * F.linear(input, up_weight, up_bias)
+
+
+internals.compiled_by_torchscript(linear, _linear_in_script)
+internals.compiled_by_torchscript(batched_linear, _batched_in_script)
+internals.compiled_by_torchscript(gated_linear, _gated_in_script)
 
 
 def _register_shardings() -> None:

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -20,29 +19,6 @@ from fastlinear.activations import ACTIVATIONS
 from fastlinear.functional import batched_linear, gated_linear, linear
 from fastlinear.kernels.operands import check_activation
 from fastlinear.main_grad import linear_into_main_grad
-
-
-def _scripted(output: Tensor, activation: str | None) -> Tensor:
-    """`activations.ACTIVATIONS` for TorchScript, which has no dictionary of functions."""
-    if activation is None:
-        return output
-    if activation == "relu":
-        output = F.relu(output)
-    elif activation == "gelu":
-        output = F.gelu(output)
-    elif activation == "gelu_tanh":
-        output = F.gelu(output, approximate="tanh")
-    elif activation == "silu":
-        output = F.silu(output)
-    elif activation == "sigmoid":
-        output = torch.sigmoid(output)
-    elif activation == "tanh":
-        output = torch.tanh(output)
-    elif activation == "leaky_relu":
-        output = F.leaky_relu(output)
-    elif activation == "relu_squared":
-        output = F.relu(output).square()
-    return output
 
 
 class _Activation:
@@ -136,12 +112,11 @@ class Linear(TorchLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         activation = self._fastlinear_activation
-        if internals.is_scripting():  # TorchScript compiles this branch alone
-            return _scripted(F.linear(input, self.weight, self.bias), activation)
-        if internals.linear_is_patched():
-            return self._by_the_replacement(input)
-        if self.accumulate_into_main_grad:
-            return linear_into_main_grad(input, self.weight, self.bias, activation)
+        if not internals.is_scripting():  # TorchScript does not compile this branch
+            if internals.linear_is_patched():
+                return self._by_the_replacement(input)
+            if self.accumulate_into_main_grad:
+                return linear_into_main_grad(input, self.weight, self.bias, activation)
         return linear(input, self.weight, self.bias, activation)
 
     def _by_the_replacement(self, input: Tensor) -> Tensor:
@@ -207,7 +182,6 @@ class BatchedLinear(nn.Module):
         self.activation = activation
         shape = (num_linears, out_features)
         self.weight = nn.Parameter(torch.empty((*shape, in_features), device=device, dtype=dtype))
-        self.bias: nn.Parameter | None
         if bias:
             self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         else:
@@ -304,12 +278,6 @@ class BatchedLinear(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
-        if internals.is_scripting():  # as in Linear
-            if self.bias is None:
-                output = torch.bmm(input, self.weight.mT)
-            else:
-                output = torch.baddbmm(self.bias.unsqueeze(1), input, self.weight.mT)
-            return _scripted(output, self.activation)
         return batched_linear(input, self.weight, self.bias, self.activation)
 
     def extra_repr(self) -> str:
@@ -367,12 +335,11 @@ class GatedLinear(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
-        if internals.is_scripting():  # as in Linear
-            return _scripted(self.gate_proj(input), self.activation) * self.up_proj(input)
         gate, up = self.gate_proj, self.up_proj
-        if is_pair(gate, up):
-            return gated_linear(input, gate.weight, up.weight, gate.bias, up.bias, self.activation)
-        return ACTIVATIONS[self.activation](gate(input)) * up(input)
+        if not internals.is_scripting():  # noqa: SIM102  as in Linear, and TorchScript wants it so
+            if not is_pair(gate, up):
+                return ACTIVATIONS[self.activation](gate(input)) * up(input)
+        return gated_linear(input, gate.weight, up.weight, gate.bias, up.bias, self.activation)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"

@@ -500,6 +500,37 @@ def test_function_is_traced_by_fx(function: Any, device: torch.device) -> None:
     torch.testing.assert_close(traced(*operands), function(*operands))
 
 
+torchs_own = "ignore:The TorchScript type system doesn't support"  # of torch.fx's GraphModule
+
+
+@pytest.mark.filterwarnings(torchs_own)
+@pytest.mark.parametrize("function", [linear_of, batched_of, gated_of])
+def test_function_is_traced_and_scripted_by_torchscript(
+    function: Any, device: torch.device
+) -> None:
+    operands = [torch.randn(shape, device=device) for shape in ((2, 5, 4), (2, 3, 4), (2, 3))]
+    for compiled in (
+        torch.jit.script(function),
+        torch.jit.trace(function, operands),
+        torch.jit.script(torch.fx.symbolic_trace(function)),
+    ):
+        torch.testing.assert_close(compiled(*operands), function(*operands))
+
+
+@pytest.mark.filterwarnings(torchs_own)
+@every_layer
+def test_layer_is_scripted_after_fx(make: Callable[[], nn.Module], device: torch.device) -> None:
+    """As those that optimize a model before they script it do."""
+    layer = make().to(device).eval()
+    input = torch.randn(2, 5, 4, device=device)
+    for scripted in (
+        torch.jit.script(layer),
+        torch.jit.freeze(torch.jit.script(layer)),
+        torch.jit.script(torch.fx.symbolic_trace(layer)),
+    ):
+        torch.testing.assert_close(scripted(input), by_pytorch(layer)(input))
+
+
 def test_layer_into_main_grad_is_traced_by_fx(device: torch.device) -> None:
     layer = fastlinear.Linear(4, 3, device=device, accumulate_into_main_grad=True)
     layer.weight.main_grad = torch.zeros(3, 4, device=device)
