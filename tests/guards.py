@@ -35,7 +35,7 @@ def _poison_unset_loads() -> None:
     load = InterpreterBuilder.create_masked_load
 
     def poisoned_load(self, ptrs, mask, other, *arguments, **named):  # type: ignore[no-untyped-def]
-        assert mask.data.dtype == np.bool_, "a mask that Triton 3.9's interpreter refuses"
+        assert np.asarray(mask.data).dtype == bool, "a mask that Triton 3.9's interpreter refuses"
         if other is None:
             dtype = ptrs.get_element_ty()
             # bfloat16 is held as bit patterns, of which all ones is a NaN as well.
