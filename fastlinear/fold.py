@@ -4,6 +4,7 @@ import functools
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from types import MethodType
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import activation as torchs
@@ -185,7 +186,8 @@ class _Parts:
                     found |= self.beside(around, step) if _is_transparent(around) else {None}
             else:  # a subclass of Sequential calls its parts without naming them
                 is_sequence = isinstance(around, nn.Sequential)
-                uses = () if is_sequence else self._sources[type(around)].uses.get(name, ())
+                uses = [] if is_sequence else self._sources[type(around)].uses.get(name, [])
+                uses = [use for use in uses if use.how != "data"]
                 others = [use.after if step > 0 else use.before for use in uses] or [None]
                 parts = [around._modules.get(other) if other else None for other in others]
                 found |= {_end(part, step) for part in parts}
@@ -210,14 +212,22 @@ def _end(module: nn.Module | None, step: int) -> nn.Module | None:
 
 def _set_aside(module: nn.Module) -> str | None:
     """What has been set on `module` that may call its parts, without that its class says so."""
+    ours = vars(nn.Module())
     for name, value in vars(module).items():
-        if name in vars(nn.Module()) or name.startswith("_fastlinear"):
+        if name in ours or name.startswith("_fastlinear"):
             continue
-        values = value.values() if isinstance(value, dict) else value
-        for one in values if isinstance(value, (dict, list, set, tuple)) else [value]:
+        for one in _flat(value):
             may_have_parts = isinstance(one, (nn.Module, MethodType, functools.partial))
             if may_have_parts or getattr(one, "__closure__", None):
                 return f"{name} may have modules in it that are not registered"
         if callable(value) and hasattr(type(module), name):
             return f"{name} is replaced on the instance"
     return None
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (dict, list, set, tuple)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _flat(one)
+    else:
+        yield value

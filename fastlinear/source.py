@@ -29,7 +29,7 @@ _LATER = (
 class Use(NamedTuple):
     """Where the code says `self.name`.
 
-    how: "call", of it; "items", calls of what it contains; or "other".
+    how: "call", of it; "items", calls of what it contains; "data", tensors of it; or "other".
     before, after: the names of the parts that alone give the call its input and get its output.
     """
 
@@ -106,7 +106,7 @@ def _read_function(function: Any, source: Source) -> str | None:
         match node:
             case ast.Name(id=name) if name in _SCOPES:
                 return f"calls {name}"
-            case ast.Attribute(attr=name) if name in _UNNAMED and not is_init:
+            case ast.Attribute(attr=name) if _is_unnamed(name) and not is_init:
                 if ast.unparse(node.value).partition("(")[0] in (me, "super"):
                     return f"asks for {name}"
             case ast.Name(id=name) if name == me and not isinstance(outer, ast.Attribute):
@@ -114,12 +114,12 @@ def _read_function(function: Any, source: Source) -> str | None:
                     return f"hands on {me}, and so all of its parts"
             case ast.Name(id=name) if name == me:
                 user = around[outer]
-                if isinstance(user, ast.Attribute) and user.attr in _DATA:
-                    continue
-                if is_init and isinstance(outer.ctx, ast.Store):
+                if is_init and (isinstance(outer.ctx, ast.Store) or _is_told(outer, around)):
                     continue
                 use = Use("other")
-                if isinstance(user, ast.Call) and user.func is outer:
+                if isinstance(user, ast.Attribute) and user.attr in _DATA:
+                    use = Use("data")
+                elif isinstance(user, ast.Call) and user.func is outer:
                     giver, taker = before.get(user), after.get(user)
                     use = Use("call", _part(giver, me), _part(taker, me))
                 elif outer in items or _is_item_called(outer, around):
@@ -134,6 +134,21 @@ def _part(node: ast.AST | None, me: str) -> str | None:
         case ast.Call(func=ast.Attribute(value=ast.Name(id=root), attr=name)) if root == me:
             return name
     return None
+
+
+def _is_unnamed(name: str) -> bool:
+    """Whether a module's attribute gives parts of other names, as private ones do."""
+    return name in _UNNAMED or (name.startswith("__") and not name.endswith("__"))
+
+
+def _is_told(part: Any, around: dict[Any, Any]) -> bool:
+    """Whether `part` stands in a statement `part.append(...)`, or of another method."""
+    call = around[around[part]]
+    return (
+        isinstance(call, ast.Call)
+        and isinstance(around[call], ast.Expr)
+        and (isinstance(call.func, ast.Attribute) and call.func.value is part)
+    )
 
 
 def _is_item_called(part: Any, around: dict[Any, Any]) -> bool:

@@ -110,6 +110,30 @@ def in_two_places(index: int) -> nn.Module:
     return model
 
 
+class Grown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.__first = nn.ModuleList(), nn.Linear(5, 5)
+        for _ in range(2):
+            self.blocks.append(mlp())
+        for module in self.modules():
+            module.seen = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Private(Grown):
+    def __init__(self) -> None:
+        super().__init__()
+        self.__net = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.__net[0](x)
+
+
 ATOM = "return self.fc2(self.act(self.fc1(x)))"
 FC1 = [("fc1", "act", "silu")]
 MLP, BLOCKS = ("mlp.0", "mlp.1", "relu"), [(f"blocks.{i}.0", f"blocks.{i}.1", "relu") for i in "01"]
@@ -142,6 +166,7 @@ FOLDED: dict[str, tuple[Callable[[], nn.Module], list[tuple[str, str, str]]]] = 
         [],
     ),
     "indices": (net("return self.blocks[len(self.blocks) - 1](x)"), []),
+    "appended": (Grown, BLOCKS),
     "one block twice": (lambda: nn.Sequential(one := mlp(), one), [("0.0", "0.1", "relu")]),
     "shared activation": (
         lambda: shared(nn.ReLU(inplace=True)),
@@ -355,6 +380,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {  # what calls parts unseen, and where 
     "super": ("return [*super(Net, self).children()][0](x)", ""),
     "vars": ("return eval('self').fc1(x)", ""),
     "a dict": ("return self._modules['fc1'](x)", ""),
+    "a part's data": ("return x + self.mlp.weight if FLAGS is None else self.fc2(x)", "mlp"),
 }
 
 
@@ -393,8 +419,9 @@ def test_code_that_cannot_be_read_folds_nothing() -> None:
         "Odd is a Identity of torch's": of(type("Odd", (Good, nn.Identity), {})),
         "forward is replaced": of(Good, forward=lambda model: torch.relu),
         "run may have modules": of(Good, run=lambda model: lambda x: model.fc1(x)),
-        "parts may have modules": of(Good, parts=lambda model: [model.fc1]),
+        "parts may have modules": of(Good, parts=lambda model: {"first": [model.fc1]}),
     }
+    assert fold(Private()).folded == ()
     for why, report in odd.items():
         assert report.folded == ()
         assert report.skipped[0][1].startswith(f"activation not folded: {why}")
