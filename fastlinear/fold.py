@@ -3,7 +3,7 @@
 import functools
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -218,7 +218,7 @@ def _set_aside(module: nn.Module) -> str | None:
             continue
         for one in _flat(value):
             may_have_parts = isinstance(one, (nn.Module, MethodType, functools.partial))
-            if may_have_parts or getattr(one, "__closure__", None):
+            if may_have_parts or (isinstance(one, FunctionType) and one.__closure__):
                 return f"{name} may have modules in it that are not registered"
         if callable(value) and hasattr(type(module), name):
             return f"{name} is replaced on the instance"
