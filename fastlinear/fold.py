@@ -214,7 +214,7 @@ def _set_aside(module: nn.Module) -> str | None:
     """What has been set on `module` that may call its parts, without that its class says so."""
     ours = vars(nn.Module())
     for name, value in vars(module).items():
-        if name in ours or name.startswith("_fastlinear"):
+        if name in ours or name.startswith(("_fastlinear", "_compiled_call")):
             continue
         for one in _flat(value):
             may_have_parts = isinstance(one, (nn.Module, MethodType, functools.partial))

@@ -57,7 +57,7 @@ def read(kind: type[nn.Module]) -> Source:
     own = [base for base, package in packages.items() if package not in _NOT_READ]
     for base in packages.keys() - _CONTAINERS:
         if packages[base] == "torch" and (own or not base.__module__.startswith("torch.nn.")):
-            return source._replace(unknown=f"{kind.__name__} is a {base.__name__} of torch's")
+            return source._replace(unknown=f"{kind.__name__} runs code of {base.__module__}")
     for base in own:
         for name, member in vars(base).items():
             if isinstance(member, (GetSetDescriptorType, MemberDescriptorType)):
