@@ -71,11 +71,13 @@ def convert(
     With `fold_activations`, a layer applies the activation that alone reads its output, and the
     activation's module, the same object under the same name, passes its input on. Results and
     gradients are the same to rounding, and state_dict has the same keys. Which activations those
-    are, torch.fx finds out by tracing the forward of the model, or of the modules within that it
-    can trace and that can go but one way: without a branch, but on whether an argument is None, and
-    without a loop, but over a container's modules. Around these, code may do what it likes, if it
-    calls them as wholes. So it is assumed that the model is used through its forward, and that no
-    module or function of it is replaced later; else a layer or an activation could be called alone.
+    are is read in the source: one that comes next in an `nn.Sequential`, or where the class says
+    `self.act(self.layer(x))`, or `x = self.layer(x)` and directly after it `x = self.act(x)` or
+    `return self.act(x)`, in every place where it names the layer or the activation. Code around
+    may do what it likes, if it calls the modules that it has as wholes: within one of which it
+    takes out a part, or where all parts are handed on or asked for, nothing is folded. So it is
+    assumed that nobody calls the layer or the activation from outside of the model's code, and that
+    no module or function of it is replaced later; else either could be called alone.
     What takes a layer's output for `input @ weight.T + bias`, as LoRA and hooks do, has to be there
     before.
 

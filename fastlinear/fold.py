@@ -1,24 +1,17 @@
 """Finds the activation modules that linear layers can apply themselves, and folds them in."""
 
-import copy
-import inspect
-import random
-import warnings
-import weakref
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from itertools import product
+from types import FunctionType, MethodType
 from typing import Any
 
-import torch
-import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules import activation as torchs
 
-from fastlinear import one_way
 from fastlinear._torch_internals import Linear as TorchLinear
 from fastlinear.modules import is_as_written
+from fastlinear.source import read
 
 # Set by `fold`. On a layer: its activation's module, and what the layer's `activation` became. On
 # that module: the class that it had, and how many layers it was folded into.
@@ -34,9 +27,6 @@ _NAMES: dict[type, str] = {
 }
 _SEE_OUTPUT = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SEE_ANY = (*_SEE_OUTPUT, "_forward_pre_hooks")
-_MOST_OPTIONAL = 3  # arguments of a forward; each doubles the number of its traces
-
-_Calls = dict[nn.Module, list[torch.fx.Node]]  # of each module, in all traces of one part
 
 
 class Folded(nn.Module):
@@ -51,9 +41,6 @@ class Folded(nn.Module):
     def extra_repr(self) -> str:
         kind = vars(self)[FOLD][0]
         return f"{kind.__name__}({kind.extra_repr(self)})"
-
-
-_LEAVES = (TorchLinear, Folded, *_NAMES)
 
 
 def fold(pairs: dict[TorchLinear, nn.Module]) -> None:
@@ -96,170 +83,151 @@ def find_pairs(
 ) -> tuple[dict[TorchLinear, nn.Module], dict[TorchLinear, str]]:
     """The activation that each of `layers` can apply, and why others that have one cannot.
 
-    torch.fx traces `model` or, where it cannot or other calls may go another way, its children, and
-    so on down; also what a trace took for one operation although there are modules within. Nothing
-    is changed.
+    The source has to say `act(layer(x))` at every place where it names the one or the other. Then
+    both are called or neither, whatever stands around: no branch or loop has to be understood.
     """
-    pairs: dict[TorchLinear, nn.Module] = {}
+    parts = _Parts(model)
+    acts: dict[nn.Module | None, nn.Module] = {}  # of the layers that can apply them
     reasons: dict[TorchLinear, str] = {}
-    traced: list[_Calls] = []
-    reached: Counter[nn.Module] = Counter()  # from how many of the parts
-    exposed: set[nn.Module] = set()  # what code that is not traced may call
-    parts = [model]
-    for part in parts:
-        try:
-            calls = _trace_all_ways(part)
-        except Exception as error:  # a forward may raise anything for what is no tensor
-            calls = {child: [] for child in part.children()}
-            exposed |= one_way.looked_into(part)
-            if any(type(child) in _NAMES for child in calls):
-                why = error if isinstance(error, one_way.Unproven) else type(error).__name__
-                reason = f"torch.fx cannot trace {type(part).__name__} ({why})"
-                reasons |= {layer: reason for layer in layers if layer in calls}
-        traced.append(calls)
-        reached.update(list(calls))
-        parts += [module for module in calls if reached[module] == 1 and list(module.children())]
-
-    for calls in traced:
-        called = {node: module for module, nodes in calls.items() for node in nodes}
-        acts: dict[nn.Module | None, nn.Module] = {}  # of the layers that can apply them
-        for layer in [layer for layer in layers if layer in calls]:
-            act, why_not = _activation_of(layer, calls[layer], called)
-            if act is not None and max(reached[layer], reached[act]) > 1:
-                why_not = "it or the layer is in several modules that are traced apart"
-            if act is not None and not exposed.isdisjoint((layer, act)):
-                why_not = "code that cannot be traced may call it or the layer by itself"
-            if why_not is not None:
-                reasons[layer] = why_not
-            elif act is not None:
+    for layer in layers:
+        after = parts.beside(layer, 1)
+        near = [*after, *parts.near(layer)]
+        act = next((part for part in near if type(part) in _NAMES), None)
+        if isinstance(act, nn.Module):
+            why_not = parts.why_not(layer) or parts.why_not(act) or _why_not(layer, act)
+            if why_not is None and after != {act}:
+                why_not = "the code does not say act(layer(x)) wherever it names the layer"
+            if why_not is None:
                 acts[layer] = act
-        for layer in [layer for layer in layers if layer in acts]:
-            sources = [source for call in calls[acts[layer]] for source in call.all_input_nodes]
-            if all(acts.get(called.get(source)) is acts[layer] for source in sources):
-                pairs[layer] = acts[layer]
             else:
-                reasons[layer] = "it also follows something that cannot apply it"
+                reasons[layer] = why_not
+        elif any(isinstance(part, str) and part.rstrip("_") in _NAMES.values() for part in near):
+            reasons[layer] = (
+                "it is a function call, which stays in the forward's code: use a module such as "
+                "nn.ReLU, or Linear(activation=...)"
+            )
+    pairs: dict[TorchLinear, nn.Module] = {}
+    for layer in [layer for layer in layers if layer in acts]:
+        if all(acts.get(before) is acts[layer] for before in parts.beside(acts[layer], -1)):
+            pairs[layer] = acts[layer]
+        else:
+            reasons[layer] = "it is also called on something that cannot apply it"
     return pairs, reasons
 
 
-def _activation_of(
-    layer: TorchLinear, calls: list[torch.fx.Node], called: dict[torch.fx.Node, nn.Module]
-) -> tuple[nn.Module | None, str | None]:
-    """What follows `layer`, if that is an activation, and why the layer cannot apply it, if so."""
-    readers = [reader for call in calls for reader in call.users]
-    act = next((called[node] for node in readers if type(called.get(node)) in _NAMES), None)
-    if act is None:
-        if not any(_is_function(reader) for reader in readers):
-            return None, None
-        return None, (
-            "it is a function call, which stays in the forward's code: use a module such as "
-            "nn.ReLU, or Linear(activation=...)"
-        )
+def _why_not(layer: TorchLinear, act: nn.Module) -> str | None:
+    """Why `layer` cannot apply `act`, wherever they are called."""
     if isinstance(act, torchs.LeakyReLU) and act.negative_slope != 0.01:
-        return act, f"its slope is {act.negative_slope}, and leaky_relu's is 0.01"
+        return f"its slope is {act.negative_slope}, and leaky_relu's is 0.01"
     if _hooked(layer, _SEE_OUTPUT) or _hooked(act, _SEE_ANY) or "forward" in vars(act):
-        return act, "it or the layer has hooks, or a forward of its own"
+        return "it or the layer has hooks, or a forward of its own"
     if not is_as_written(type(act)):
-        return act, f"{type(act).__name__}.forward is replaced on the class"
-    for call in calls:
-        if [called.get(reader) for reader in call.users] != [act]:
-            return act, "the layer's output has another reader"
-        if call.meta["kept"]:
-            return act, "the forward keeps the layer's output"
-        if call.meta["grad"] != next(iter(call.users)).meta["grad"]:
-            return act, "one of it and the layer is called under no_grad"
-    return act, None
-
-
-def _is_function(node: torch.fx.Node) -> bool:
-    name = getattr(node.target, "__name__", node.target)
-    return node.op in ("call_function", "call_method") and str(name).rstrip("_") in _NAMES.values()
+        return f"{type(act).__name__}.forward is replaced on the class"
+    return None
 
 
 def _hooked(module: nn.Module, kinds: tuple[str, ...]) -> bool:
     return any(getattr(module, kind) for kind in kinds)
 
 
-def _trace_all_ways(part: nn.Module) -> _Calls:
-    """The calls in the forward of `part`.
+class _Parts:
+    """The modules within a model: where they are registered, and how the code there uses them."""
 
-    A trace gives every argument, and so does not see what an `argument is None` leads to: each
-    that is None by default is also left out.
-    """
-    if "forward" in vars(part):
-        raise one_way.Unproven("torch.fx would trace the forward of its class")
-    parameters = inspect.signature(type(part).forward).parameters.values()
-    optional = [parameter.name for parameter in parameters if parameter.default is None]
-    if len(optional) > _MOST_OPTIONAL:
-        raise one_way.Unproven("too many optional arguments")
-    calls: _Calls = defaultdict(list)
-    for given in product((True, False), repeat=len(optional)):
-        left_out = [name for name, here in zip(optional, given, strict=True) if not here]
-        for node in _trace(part, optional, left_out).nodes:
-            if node.op == "call_module":
-                calls[part.get_submodule(node.target)].append(node)
-    return dict(calls)
+    def __init__(self, model: nn.Module) -> None:
+        modules = [module for module in model.modules() if module._modules]
+        self._sources = {kind: read(kind) for kind in {type(module) for module in modules}}
+        self._places: dict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
+        self._closed: dict[nn.Module, str] = {}  # why nothing within is folded
+        for module in modules:
+            kind = type(module)
+            why = self._sources[kind].unknown or _set_aside(module)
+            if why is not None:
+                self._close(module, why)
+            for name, part in module._modules.items():
+                if part is not None:
+                    self._places[part].append((module, name))
+                    how = "items" if type(part) in (nn.ModuleList, nn.ModuleDict) else "call"
+                    if any(use.how != how for use in self._sources[kind].uses.get(name, ())):
+                        self._close(part, f"{kind.__name__} may call what is in {name} by itself")
 
+    def _close(self, module: nn.Module, why: str) -> None:
+        if module not in self._closed:
+            self._closed[module] = why
+            for part in module.children():
+                self._close(part, why)
 
-def _trace(part: nn.Module, optional: list[str], left_out: list[str]) -> torch.fx.Graph:
-    """Traces a twin of `part` without data, so that what a forward sets or keeps is the twin's."""
-    memo: dict[int, Tensor] = {}
-    for module in part.modules():
-        for value in vars(module).values():
-            for tensor in value.values() if isinstance(value, dict) else [value]:
-                if isinstance(tensor, Tensor):
-                    data = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-                    if isinstance(tensor, nn.Parameter):
-                        data = nn.Parameter(data, tensor.requires_grad)
-                    memo[id(tensor)] = data
-    with _undisturbed():
-        twin = copy.deepcopy(part, memo)
-        for module in twin.modules():
-            if isinstance(module, _LEAVES):
-                module.forward = _called_past_the_module
-        with one_way.only(optional):
-            graph = _Tracer().trace(twin, dict.fromkeys(left_out))
-        for node in graph.nodes:
-            if "kept" in node.meta:
-                node.meta["kept"] = node.meta["kept"]() is not None
-    return graph
+    def why_not(self, module: nn.Module) -> str | None:
+        whys = [self._closed.get(around) for around, _ in self._places[module]]
+        return next(filter(None, whys), None)
 
+    def near(self, module: nn.Module) -> Iterator[nn.Module | str | None]:
+        """What may get the output of `module` on another way; of a function, its name."""
+        for around, name in self._places[module]:
+            source = self._sources[type(around)]
+            if source.unknown:
+                yield from around.children()
+            for taker in sorted(source.near.get(name, ())):
+                function = taker.removeprefix("()")
+                yield function if function != taker else around._modules.get(taker)
 
-class _Tracer(torch.fx.Tracer):
-    proxy_buffer_attributes = True  # so that one may be indexed by a size
+    def beside(self, module: nn.Module, step: int) -> set[nn.Module | None]:
+        """What gets the output of `module`, or for a step of -1 gives its input, at each place.
 
-    def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
-        found = super().create_args_for_root(*args, **kwargs)
-        # What is set on a module may be set to another value later: no way may depend on it.
-        for path, module in self.root.named_modules():
-            for name in one_way.settings(module):
-                vars(module)[name] = self.create_proxy("placeholder", f"{path}.{name}", (), {})
-        return found
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # What hooks see or replace is not in the graph: such a module is a part by itself.
-        apart = isinstance(m, _LEAVES) or "forward" in vars(m) or _hooked(m, _SEE_ANY)
-        return apart or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        output = super().call_module(m, *args, **kwargs)
-        if isinstance(m, _LEAVES):
-            output.node.meta |= {"grad": torch.is_grad_enabled(), "kept": weakref.ref(output)}
-        return output
+        None is for what is no module.
+        """
+        found: set[nn.Module | None] = set()
+        for around, name in self._places[module]:
+            if _is_sequence(around):
+                names = list(around._modules)
+                place = names.index(name) + step
+                if 0 <= place < len(names):
+                    found.add(_end(around._modules[names[place]], step))
+                else:
+                    found |= self.beside(around, step) if _is_transparent(around) else {None}
+            else:  # a subclass of Sequential calls its parts without naming them
+                is_sequence = isinstance(around, nn.Sequential)
+                uses = [] if is_sequence else self._sources[type(around)].uses.get(name, [])
+                uses = [use for use in uses if use.how != "data"]
+                others = [use.after if step > 0 else use.before for use in uses] or [None]
+                parts = [around._modules.get(other) if other else None for other in others]
+                found |= {_end(part, step) for part in parts}
+        return found or {None}
 
 
-def _called_past_the_module(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError("the graph does not show that a layer's forward is called directly")
+def _is_sequence(module: nn.Module) -> bool:
+    return type(module) is nn.Sequential and is_as_written(nn.Sequential)
 
 
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Whatever runs within, random states stay as they are, and no warnings are shown."""
-    state = random.getstate()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    try:
-        with torch.random.fork_rng(devices), warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        random.setstate(state)
+def _is_transparent(module: nn.Module) -> bool:
+    """Whether the first part of `module` gets its input, and the last one's output is its own."""
+    return _is_sequence(module) and bool(module._modules) and not _hooked(module, _SEE_ANY)
+
+
+def _end(module: nn.Module | None, step: int) -> nn.Module | None:
+    """What is called first in `module`, or for a step of -1 last."""
+    while module is not None and _is_transparent(module):
+        module = list(module._modules.values())[0 if step > 0 else -1]
+    return module
+
+
+def _set_aside(module: nn.Module) -> str | None:
+    """What has been set on `module` that may call its parts, without that its class says so."""
+    ours = vars(nn.Module())
+    for name, value in vars(module).items():
+        if name in ours or name.startswith(("_fastlinear", "_compiled_call")):
+            continue
+        for one in _flat(value):
+            may_have_parts = isinstance(one, (nn.Module, MethodType, functools.partial))
+            if may_have_parts or (isinstance(one, FunctionType) and one.__closure__):
+                return f"{name} may have modules in it that are not registered"
+        if callable(value) and hasattr(type(module), name):
+            return f"{name} is replaced on the instance"
+    return None
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (dict, list, set, tuple)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _flat(one)
+    else:
+        yield value

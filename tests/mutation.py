@@ -41,6 +41,8 @@ ACTIVATED_BACKWARD = (
 )
 GATED = ("tests/test_gated.py::test_gated_values_and_gradients_are_as_exact_as_pytorch_s",)
 GATED_MLP = ("tests/test_gated_mlp.py",)
+FOLD_KEPT = ("tests/test_fold.py::test_what_is_not_folded_is_reported_with_the_reason",)
+FOLD_AROUND = ("tests/test_fold.py::test_what_code_around_may_call_by_itself_is_not_folded",)
 TABLES = ("tests/test_tables.py",)
 TUNER = ("tests/test_tune.py",)
 PIECES = ("tests/test_float32.py",)
@@ -716,37 +718,65 @@ MUTANTS = [
     Mutant(
         "activation folded though it also follows something else",
         "fastlinear/fold.py",
-        "if all(acts.get(called.get(source)) is acts[layer] for source in sources):",
-        "if any(acts.get(called.get(source)) is acts[layer] for source in sources):",
-        ("tests/test_fold.py::test_what_is_not_folded_is_reported_with_the_reason",),
+        "if all(acts.get(before) is acts[layer] for before in",
+        "if any(acts.get(before) is acts[layer] for before in",
+        FOLD_KEPT,
     ),
     Mutant(
-        "activation folded though another part uses it or its layer",
+        "activation folded though its layer is also called without it",
         "fastlinear/fold.py",
-        "max(reached[layer], reached[act]) > 1:",
-        "max(reached[layer], reached[act]) > 2:",
-        ("tests/test_fold.py::test_what_is_not_folded_is_reported_with_the_reason",),
+        "after != {act}",
+        "act not in after",
+        FOLD_KEPT,
     ),
     Mutant(
-        "activations folded though a forward branches",
-        "fastlinear/one_way.py",
-        'return "has a branch"',
-        "continue",
-        ("tests/test_fold.py::test_a_forward_that_may_go_another_way_is_not_folded",),
+        "activation folded though another variable keeps the output",
+        "fastlinear/source.py",
+        "[ast.unparse(target) for target in targets] == [name]",
+        "targets",
+        FOLD_KEPT,
     ),
     Mutant(
-        "activations folded though a forward goes by a setting",
-        "fastlinear/fold.py",
-        "vars(module)[name] = self.create_proxy(",
-        "_ = (",
-        ("tests/test_fold.py::test_a_forward_that_may_go_another_way_is_not_folded",),
+        "activation folded though a variable is read after the return",
+        "fastlinear/source.py",
+        "isinstance(node, _LATER) or",
+        "",
+        FOLD_KEPT,
     ),
     Mutant(
         "activations folded though code around calls their layers",
         "fastlinear/fold.py",
-        "            exposed |= one_way.looked_into(part)\n",
+        "use.how != how",
+        'use.how == ""',
+        FOLD_AROUND,
+    ),
+    Mutant(
+        "activations folded though a loop's variable is more than called",
+        "fastlinear/source.py",
+        "not in {*other, None}",
+        "is not None",
+        FOLD_AROUND,
+    ),
+    Mutant(
+        "activations folded though code around hands on the module",
+        "fastlinear/source.py",
+        'return f"hands on {me}, and so all of its parts"',
+        "continue",
+        FOLD_AROUND,
+    ),
+    Mutant(
+        "activations folded though code around asks for all parts",
+        "fastlinear/source.py",
+        'return f"asks for {name}"',
+        "continue",
+        FOLD_AROUND,
+    ),
+    Mutant(
+        "activations folded past a decorator",
+        "fastlinear/source.py",
+        ' or hasattr(function, "__wrapped__")',
         "",
-        ("tests/test_fold.py::test_what_code_around_may_call_by_itself_is_not_folded",),
+        ("tests/test_fold.py::test_code_that_cannot_be_read_folds_nothing",),
     ),
     Mutant(
         "a gate of one feature fused with many",

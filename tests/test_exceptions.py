@@ -21,7 +21,7 @@ from test_tune import command
 from torch import Tensor, nn
 
 import fastlinear
-from fastlinear import backend, fold, one_way, tune, tune_store
+from fastlinear import backend, tune, tune_store
 from fastlinear.activations import backward_op as linear_activation_backward_op
 from fastlinear.autograd import linear_backward_op, linear_op
 from fastlinear.gated import backward_op as gated_linear_backward_op
@@ -128,36 +128,6 @@ def within(*outer: Any) -> Callable[[Any], Callable[[Patch], Any]]:
         return enter
 
     return entering
-
-
-def of_many_arguments(patch: Patch) -> None:
-    class Wide(nn.Module):
-        def forward(
-            self, a: Any, b: Any = None, c: Any = None, d: Any = None, e: Any = None
-        ) -> Any:
-            return a
-
-    fold._trace_all_ways(Wide())
-
-
-class Branching(nn.Module):
-    def forward(self, input: Any) -> Any:
-        return input if FLAG else None
-
-
-FLAG = True
-
-
-def of_hidden_modules() -> nn.Module:
-    module = nn.Module()
-    module.hidden = [nn.ReLU()]
-    return module
-
-
-def of_its_own_forward(patch: Patch) -> None:
-    module = nn.ReLU()
-    module.forward = lambda input: input  # type: ignore[method-assign]
-    fold._trace_all_ways(module)
 
 
 NESTED = r"input \(B, M, in_features\) and weight \(B, out_features, in_features\)"
@@ -433,26 +403,6 @@ CASES = {
         lambda patch: fastlinear.BatchedLinear.from_linears(
             [fastlinear.Linear(3, 4, accumulate_into_main_grad=True)]
         ),
-    ),
-    # Why `convert` leaves modules apart: caught there, and told in its report.
-    "fold, a forward of its own": Case(
-        one_way.Unproven, "torch.fx would trace the forward of its class", of_its_own_forward
-    ),
-    "fold, many arguments": Case(
-        one_way.Unproven, "too many optional arguments", of_many_arguments
-    ),
-    "fold, several ways": Case(
-        one_way.Unproven, "forward has a branch", lambda patch: fold._trace_all_ways(Branching())
-    ),
-    "fold, hidden modules": Case(
-        one_way.Unproven,
-        "hidden has modules in it that are not registered",
-        lambda patch: one_way.settings(of_hidden_modules()),
-    ),
-    "fold, past the module": Case(
-        RuntimeError,
-        "the graph does not show that a layer's forward is called directly",
-        lambda patch: fold._called_past_the_module(),
     ),
     # The tuner's command: told in one line, without a traceback.
     "tune --shapes": tuned_with(
