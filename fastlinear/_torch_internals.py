@@ -73,12 +73,8 @@ constant_to_dynamo(exporting_to_onnx)
 
 
 def compiled_by_torchscript(function: Callable[..., Any], instead: Callable[..., Any]) -> None:
-    """Has TorchScript, which does not know all of Python, compile `instead` of `function`.
-
-    As torch.jit.script_if_tracing does, which would have calls take another step.
-    """
-    instead.__name__ = function.__name__  # TorchScript asks for that
-    vars(function).update(__script_if_tracing_wrapper=True, __original_fn=instead)
+    """Has TorchScript, which does not know all of Python, compile `instead` of `function`."""
+    function.__prepare_scriptable__ = lambda: instead  # type: ignore[attr-defined]
 
 
 def hide_from_dynamo(function: Callable[..., Any]) -> None:
