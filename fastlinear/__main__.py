@@ -5,7 +5,7 @@ import json
 import sys
 
 from fastlinear import tune
-from fastlinear.explain import info
+from fastlinear.explanation import info
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import fastlinear.kernels
+import fastlinear.kernels as kernels
 from fastlinear import ranks
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from fastlinear.kernels.tables import Row
 
-SHIPPED = Path(fastlinear.kernels.__path__[0]) / "tuned"
+SHIPPED = Path(kernels.__path__[0]) / "tuned"
 
 
 def user_folder() -> Path:

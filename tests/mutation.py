@@ -794,7 +794,7 @@ MUTANTS = [
     ),
     Mutant(
         "layers converted past a forward set on nn.Linear",
-        "fastlinear/convert.py",
+        "fastlinear/conversion.py",
         "if internals.linear_is_patched():",
         "if False:",
         ("tests/test_convert.py::test_a_forward_set_on_the_class_runs",),

@@ -313,6 +313,11 @@ CASES = {
         r"they are \(8, 3\) and \(4, 3\)",
         lambda patch: BackwardConfig(Config(16, 16, 16, 8, 3), Config(16, 16, 16, 4, 3)),
     ),
+    "a name that the package has not": Case(
+        AttributeError,
+        "module 'fastlinear' has no attribute 'Bilinear'",
+        lambda patch: fastlinear.Bilinear,
+    ),
     # Gradients that are added to main_grad.
     "main_grad, unsupported": Case(
         TypeError,

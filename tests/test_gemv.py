@@ -110,8 +110,10 @@ def test_gemv_applies_and_saves(activation: Activation, device: torch.device) ->
     assert preactivation is not None
     assert_as_exact(preactivation, native, exact, "the pre-activation")
     function = ACTIVATIONS[activation]
-    # As exact as the pre-activation, which no activation but relu_squared makes larger.
-    assert_as_exact(output, function(native), function(exact), "output", exact.abs().max().item())
+    # As exact as the pre-activation. Only relu_squared makes an error larger, by its derivative.
+    largest = exact.abs().max().item()
+    scale = 2 * largest * largest if activation == "relu_squared" else largest
+    assert_as_exact(output, function(native), function(exact), "output", scale)
 
 
 @pytest.mark.parametrize(

@@ -559,7 +559,7 @@ def test_explain_shows_the_row(use: Callable[..., None], path: Path) -> None:
         assert part in str(said)
     with torch.no_grad():
         assert fastlinear.explain(layer, torch.randn(9, K)).path == "torch.nn.functional.linear"
-    from fastlinear.explain import info
+    from fastlinear.explanation import info
 
     assert f"{path} (2 rows)" in info()["tables"]["cpu"]
 
