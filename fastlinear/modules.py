@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.utils import parametrize
 
 from fastlinear import _torch_internals as internals
@@ -117,6 +118,18 @@ class Linear(TorchLinear):
                 return self._by_the_replacement(input)
             if self.accumulate_into_main_grad:
                 return linear_into_main_grad(input, self.weight, self.bias, activation)
+            own = vars(self)
+            parameters = own["_parameters"]
+            if (
+                type(self) is Linear
+                and "weight" in parameters
+                and "bias" in parameters
+                and not ("weight" in own or "bias" in own)
+                and not (hasattr(Linear, "weight") or hasattr(Linear, "bias"))
+                and not is_dynamo_compiling()
+            ):
+                # What Module.__getattr__ would find for self.weight, which takes 0.4 us.
+                return linear(input, parameters["weight"], parameters["bias"], activation)
         return linear(input, self.weight, self.bias, activation)
 
     def _by_the_replacement(self, input: Tensor) -> Tensor:

@@ -1298,6 +1298,20 @@ MUTANTS = [
         ("tests/test_transforms.py::test_compiled_autograd_has_one_graph",),
     ),
     Mutant(
+        "what stands in a parameter's place is passed by",
+        "fastlinear/modules.py",
+        '                and not ("weight" in own or "bias" in own)\n',
+        "",
+        in_use("attribute_counts"),
+    ),
+    Mutant(
+        "a property in a parameter's place is passed by",
+        "fastlinear/modules.py",
+        '                and not (hasattr(Linear, "weight") or hasattr(Linear, "bias"))\n',
+        "",
+        in_use("attribute_counts"),
+    ),
+    Mutant(
         "a patched nn.Linear.forward is passed by",
         "fastlinear/modules.py",
         "        if internals.linear_is_patched():\n",
