@@ -118,7 +118,7 @@ class Linear(TorchLinear):
                 return self._by_the_replacement(input)
             if self.accumulate_into_main_grad:
                 return linear_into_main_grad(input, self.weight, self.bias, activation)
-            own = vars(self)
+            own = self.__dict__
             parameters = own["_parameters"]
             if (
                 type(self) is Linear
