@@ -214,8 +214,7 @@ def autocast_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         or not _hooks_allowed()
         or transforming()
         or tracing() is not None
-        or _torch_functions_watched()
-        or _dispatch_modes() > 0
+        or (_torch_functions_watched() or _dispatch_modes() > 0)  # which would see the product
     ):
         return tensor.to(dtype)
     saved: list[Tensor] = []
