@@ -9,7 +9,7 @@ SUPPORTED = import sys; version = sys.version_info[:2]; (3, 10) <= version <= (3
 	"fastlinear is developed with Python 3.10 to 3.13, but $(PYTHON) is Python %d.%d; " % version + \
 	"name another one, as in: make PYTHON=python3.12 test")
 
-VERSION_DEPENDENT = $(patsubst %,tests/test_%.py,backward compiled_launch contract explain forward gemv gradients \
+VERSION_DEPENDENT = $(patsubst %,tests/test_%.py,backward compile compiled_launch contract explain forward gemv gradients \
 	host_time in_use launch persistent pytorch_data shortcut transforms)
 
 .DEFAULT_GOAL := help

@@ -34,8 +34,9 @@ ORDERED_ATOMIC = re.compile(
     r"atom\.global\.gpu\.acq_rel\.add|buffer_wbl2 sc1\s+s_waitcnt vmcnt\(0\).*\s+"
     r"global_atomic_add .*\s+s_waitcnt vmcnt\(0\).*\s+buffer_inv sc1"
 )
-# Of Triton's GPU dialect, where it takes a tile through shared memory.
-MOVED_TILE = re.compile(r"ttg\.(?:convert_layout|local_\w+) .*tensor<\d+x\d+x")
+# Of Triton's GPU dialect, where it takes a tile through shared memory: one of several rows, since
+# that of one row is a mask of columns, which every thread has.
+MOVED_TILE = re.compile(r"ttg\.(?:convert_layout|local_\w+) .*tensor<(?!1x)\d+x\d+x")
 # Of PTX and of AMD's assembly. The labels that Triton's inline assembly brings along, to wait at,
 # are none of these.
 LABEL = re.compile(r"^(\$L__BB\d+_\d+|\.LBB\d+_\d+):")

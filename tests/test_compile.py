@@ -171,6 +171,7 @@ def test_resources_counts_wide_loads_of_what_is_read_once() -> None:
         ("%1 = ttg.convert_layout %0 : tensor<4x1024xbf16, #a> -> tensor<4x1024xbf16, #b>", True),
         ("%1 = ttg.local_alloc %0 : (tensor<4x1024xbf16, #a>) -> !ttg.memdesc<4x1024xbf16>", True),
         ("%1 = ttg.convert_layout %0 : tensor<1024xbf16, #a> -> tensor<1024xbf16, #b>", False),
+        ("%1 = ttg.convert_layout %0 : tensor<1x1024xi1, #a> -> tensor<1x1024xi1, #b>", False),
         ("%1 = arith.mulf %0, %0 : tensor<4x1024xf32, #a>", False),
     ],
 )
