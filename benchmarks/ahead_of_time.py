@@ -29,7 +29,7 @@ from fastlinear.kernels import (
 from fastlinear.kernels.configs import TARGETS, BackwardConfig, Config, Kernel, Traits
 from fastlinear.kernels.operands import ACTIVATIONS, FROM_OUTPUT
 from fastlinear.kernels.pairs import legal_pairs
-from fastlinear.kernels.tiles import experimental_configs, legal_configs
+from fastlinear.kernels.tiles import legal_configs
 
 GPU_TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -91,7 +91,6 @@ class Case:
                 blocks = f"{config.kind} {blocks}"
             notes += " splits" if config.splits > 1 else ""
             notes += f" {config.epilogue_parts} parts" if config.epilogue_parts > 1 else ""
-            notes += " specialized" if config.warp_specialize else ""
         notes += ("" if self.aligned else " unaligned") + (" int64" if self.wide else "")
         notes += " odd" if self.odd else ""
         notes += " accumulates" if self.accumulates else ""
@@ -259,7 +258,7 @@ def _far_cases(target: str) -> list[Case]:
 
 
 def persistent_cases(target: str) -> list[Case]:
-    """Those of the kernels that load by descriptors, the ones that are not chosen yet included."""
+    """Those of the kernels that load by descriptors."""
     traits = Traits(torch.bfloat16, "ieee", True, TARGETS[target], descriptors=True)
     shipped = legal_configs("forward", traits, "persistent")
     if not shipped:
@@ -273,7 +272,6 @@ def persistent_cases(target: str) -> list[Case]:
         case("output", config=config, activation="gelu")
         for config in legal_configs("forward", traits._replace(activation=True), "persistent")
     ]
-    found += [case("output", config=config) for config in experimental_configs(traits)]
     far = legal_configs("forward", traits._replace(aligned=False, wide=True), "persistent")
     found += [case("output", config=far[0], aligned=False, wide=True)]
     return found
@@ -424,8 +422,6 @@ def compile_case(case: Case) -> Any:
                 "INPUT_TRANSPOSED": case.product == "columns",
                 "WEIGHT_TRANSPOSED": case.product == "grad_input",
                 "EPILOGUE_PARTS": config.epilogue_parts,
-                "FLATTEN": persistent.flattens(config, case.target),
-                "WARP_SPECIALIZE": config.warp_specialize,
             }
             if case.product == "grad_input":
                 constants |= {"HAS_BIAS": False, "bias_ptr": None}

@@ -130,7 +130,6 @@ def read(case: Case) -> Row:
         moved: whether a loop brings a tile of two dimensions to other threads.
         descriptor_loads: how many loads by descriptors there are.
         selects: how many numbers are chosen out of two, on NVIDIA's.
-        specialized: whether warps give each other registers, as those with work of their own do.
         error: the compiler's error; there is nothing else then. None where it compiles.
     """
     try:
@@ -178,7 +177,6 @@ def read(case: Case) -> Row:
         "moved": bool(MOVED_TILE.search(gpu_loop)),
         "descriptor_loads": len(re.findall(r"cp\.async\.bulk\.tensor\S*global\b", text)),
         "selects": len(re.findall(r"\bselp\.f32\b", text)),
-        "specialized": "setmaxnreg" in text,
         "error": None,
     }
 
@@ -335,6 +333,4 @@ def persistent_faults(case: Case, config: Config, found: Row) -> list[str]:
         # Triton starts a tile's sums as zeros or the sums so far, of which the latter are still
         # being computed; where that is no branch, every step waits for its product.
         wrong.append(f"selects {found['selects']} numbers, its sums perhaps")
-    if found["specialized"] != config.warp_specialize:
-        wrong.append("has warps of their own for loading" if found["specialized"] else "has none")
     return wrong

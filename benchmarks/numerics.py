@@ -36,7 +36,7 @@ from benchmarks.products import Product, Results, largest_error
 from fastlinear.kernels import launch
 from fastlinear.kernels.configs import KINDS, BackwardConfig, Config, Traits
 from fastlinear.kernels.pairs import legal_pairs
-from fastlinear.kernels.tiles import experimental_configs, legal_configs
+from fastlinear.kernels.tiles import legal_configs
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,7 +69,7 @@ def poisoned_outputs(small: bool) -> Iterator[None]:
 
 
 def configs(product: Product, group: Group) -> tuple[Config | BackwardConfig, ...]:
-    """Every configuration that is legal for the product's operands, chosen ever or not."""
+    """Every configuration that is legal for the product's operands."""
     if product.kernel is None:
         return ()
     dtype, precision = ARITHMETICS[group.arithmetic]
@@ -84,7 +84,7 @@ def configs(product: Product, group: Group) -> tuple[Config | BackwardConfig, ..
         dataclasses.replace(config, splits=3)
         for config in legal_configs("forward", traits, "split_k")
     )
-    return (*shipped, *split, *experimental_configs(traits))
+    return (*shipped, *split)
 
 
 def check(group: Group) -> Iterator[dict[str, Any]]:
@@ -135,9 +135,7 @@ def compare(
         if not error <= budget:  # NaN is not
             fault = f"result {index} is off by {error:.3g}, the budget is {budget:.3g}"
             return {"errors": errors, "fault": fault}
-    # A race between warps shows once in many times, if at all.
-    specialized = isinstance(config, Config) and config.warp_specialize
-    for repeat in range(1, group.repeats * (10 if specialized else 1)):
+    for repeat in range(1, group.repeats):
         with poisoned_outputs(group.small):
             again = product.call(config)
         if not all(map(torch.equal, results, again)):

@@ -70,7 +70,6 @@ class Config:
     kind: the kernel, of those that compute a forward product; the others have one.
     splits: programs that share the sum over K of each tile, in "split_k".
     epilogue_parts: column parts in which "persistent" stores a tile, one after the other.
-    warp_specialize: whether warps of their own load for "persistent".
     """
 
     block_m: int
@@ -82,13 +81,11 @@ class Config:
     kind: Kind = "tiled"
     splits: int = 1
     epilogue_parts: int = 1
-    warp_specialize: bool = False
 
     def compile_options(self, target: Target) -> dict[str, int]:
         """Triton's options for a launch on `target`."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        # With warps of their own for loading, Triton shares the registers out itself.
-        if target.family.startswith("sm_") and not self.warp_specialize:
+        if target.family.startswith("sm_"):
             # Left to itself, ptxas may hold a small kernel to 64 or 80 registers and spill some
             # bytes; 255 is the most that a thread can have, and lets it take what it needs.
             options["maxnreg"] = 255

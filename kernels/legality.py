@@ -196,21 +196,13 @@ def _why_persistent_illegal(kernel: Kernel, config: Config, traits: Traits) -> s
             f"a program needs {shared} bytes of shared memory, "
             f"{target.family} has {target.shared_memory}"
         )
-    computing = config.num_warps
-    if config.warp_specialize and target.family == "sm_90":
-        if config.num_warps != 4:
-            return f"Triton ignores warp_specialize with num_warps={config.num_warps}"
-        if config.epilogue_parts != 1:
-            return "Triton 3.6 cannot compile warp_specialize with a tile in parts"
-        computing = 8  # Triton has two groups of so many warps share a tile, and one more load
-    threads = computing * target.warp_size
+    threads = config.num_warps * target.warp_size
     accumulators = config.block_m * config.block_n // threads
     # As measured by compiling, for any number of outputs: more than these spill. An activation is
-    # applied to one part at a time, but where warps are specialized registers are too few for that.
-    # So are a part's addresses, where they are 64 bits wide and not of whole rows.
-    parts = 1 if config.warp_specialize else config.epilogue_parts
+    # applied to one part at a time, and so are addresses found, which take registers where they are
+    # 64 bits wide and not of whole rows.
     claims = (traits.activation, traits.wide and not traits.aligned).count(True)
-    most = min(128, 32 * parts // claims) if claims else 128
+    most = min(128, 32 * config.epilogue_parts // claims) if claims else 128
     if accumulators > most:
         return (
             f"accumulators take {accumulators} registers a thread, "

@@ -17,15 +17,6 @@ from .problem import ForwardLaunch, ForwardProblem
 UNUSED_CONSTANTS = {"NESTED_INPUT", "ACC_DTYPE", "INPUT_PRECISION", "SUM_STEPS_APART"}
 
 
-def flattens(config: Config, family: str) -> bool:
-    """Whether the loops over tiles and over K are made one.
-
-    For Hopper Triton gives warps of their own to loops that are not flattened alone. For Blackwell
-    Triton 3.6 does to those that are.
-    """
-    return not (config.warp_specialize and family == "sm_90")
-
-
 @triton.jit
 def describe_matrix(
     ptr,
@@ -115,8 +106,6 @@ def persistent_forward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     EPILOGUE_PARTS: tl.constexpr,
-    FLATTEN: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
 ):
     """output[m, n] = activation(sum_k input[m, k] * weight[n, k] + bias[n]), 16 bits an element.
 
@@ -141,8 +130,7 @@ def persistent_forward_kernel(
         tl.program_id(0),
         row_tiles * column_tiles,
         tl.num_programs(0),
-        flatten=FLATTEN,
-        warp_specialize=WARP_SPECIALIZE,
+        flatten=True,
     ):
         tile_m, tile_n = locate_tile(tile, row_tiles, column_tiles, GROUP)
         first_m = tile_m * BLOCK_M
@@ -198,7 +186,6 @@ def plan(problem: ForwardProblem, config: Config) -> ForwardLaunch:
     assert weight is not None, "weight cannot be described"
     row_tiles = triton.cdiv(rows.size, config.block_m)
     column_tiles = triton.cdiv(problem.n, config.block_n)
-    target = problem.target
     constants = {
         name: value
         for name, value in problem.constants_with(config).items()
@@ -207,15 +194,13 @@ def plan(problem: ForwardProblem, config: Config) -> ForwardLaunch:
     return ForwardLaunch(
         persistent_forward_kernel,
         Launch(
-            (min(target.multiprocessors, row_tiles * column_tiles),),
+            (min(problem.target.multiprocessors, row_tiles * column_tiles),),
             (rows.size, problem.n, problem.k, input.stride, weight.stride, problem.bias_strides[1]),
             constants
             | {
                 "INPUT_TRANSPOSED": input.transposed,
                 "WEIGHT_TRANSPOSED": weight.transposed,
                 "EPILOGUE_PARTS": config.epilogue_parts,
-                "FLATTEN": flattens(config, target.family),
-                "WARP_SPECIALIZE": config.warp_specialize,
             },
             describes=True,
         ),

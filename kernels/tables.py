@@ -216,8 +216,6 @@ def _parse_config(given: Any) -> Config | None:
     for name, value in given.items():
         if name == "kind":
             right = value in get_args(Kind)
-        elif name == "warp_specialize":
-            right = type(value) is bool
         else:
             right = type(value) is int and 0 < value <= 65_536
         if not right:

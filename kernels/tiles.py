@@ -217,13 +217,6 @@ _PERSISTENT = {
     "sm_100": [(128, 256, 64, 4, 8, 4), (256, 128, 64, 4, 8, 2), (128, 128, 64, 4, 8, 2)],
     "interpreter": [(32, 32, 32, 1, 1, 4)],
 }
-# The same with warps of their own for loading. These are not chosen: Triton makes the barriers
-# between such warps, and no GPU has shown yet that it makes enough of them.
-_WARP_SPECIALIZED = {
-    "sm_90": [(128, 256, 64, 3, 4, 1), (128, 128, 64, 4, 4, 1)],
-    "sm_100": [(128, 128, 64, 4, 8, 2)],
-    "interpreter": [(32, 32, 32, 1, 1, 1)],
-}
 
 
 def shaped(
@@ -242,15 +235,6 @@ def legal_configs(kernel: Kernel, traits: Traits, kind: Kind = "tiled") -> tuple
     """
     shipped = _shipped(kernel, kind, traits.arithmetic, traits.target.family)
     return tuple(config for config in shipped if why_illegal(kernel, config, traits) is None)
-
-
-def experimental_configs(traits: Traits) -> tuple[Config, ...]:
-    """Forward configurations that are legal and yet not chosen: they are to be proven on a GPU.
-
-    The arguments are those of `why_illegal`.
-    """
-    unproven = _persistent(_WARP_SPECIALIZED, traits.target.family, warp_specialize=True)
-    return tuple(config for config in unproven if why_illegal("forward", config, traits) is None)
 
 
 def _shipped(kernel: Kernel, kind: Kind, arithmetic: str, family: str) -> list[Config]:
@@ -277,26 +261,7 @@ def _shipped(kernel: Kernel, kind: Kind, arithmetic: str, family: str) -> list[C
             Config(rows, outputs, depth, num_warps, num_stages, kind=kind, splits=splits)
             for rows, outputs, depth, num_stages, num_warps in _SPLIT_K[family][arithmetic]
         ]
-    if kind == "persistent":
-        return _persistent(_PERSISTENT, family)
-    return []
-
-
-def _persistent(
-    tiles: dict[str, list[tuple[int, int, int, int, int, int]]],
-    family: str,
-    warp_specialize: bool = False,
-) -> list[Config]:
     return [
-        Config(
-            rows,
-            columns,
-            depth,
-            num_warps,
-            num_stages,
-            kind="persistent",
-            epilogue_parts=parts,
-            warp_specialize=warp_specialize,
-        )
-        for rows, columns, depth, num_stages, num_warps, parts in tiles.get(family, [])
+        Config(rows, columns, depth, num_warps, num_stages, kind=kind, epilogue_parts=parts)
+        for rows, columns, depth, num_stages, num_warps, parts in _PERSISTENT.get(family, [])
     ]

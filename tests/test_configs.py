@@ -56,6 +56,11 @@ def test_predicate_keeps_large_tiles_for_aligned_operands() -> None:
     assert "addresses" in str(said)
 
 
+def test_options_let_a_thread_have_every_register_on_nvidia() -> None:
+    assert LARGE.compile_options(SM_90)["maxnreg"] == 255
+    assert "maxnreg" not in LARGE.compile_options(TARGETS["gfx942"])
+
+
 UNALIGNED = Traits(torch.float32, "ieee", False, SM_90)
 
 

@@ -18,7 +18,7 @@ from fastlinear.kernels import compiled_launch, launch
 from fastlinear.kernels.configs import TARGETS, Config, Kernel, Traits
 from fastlinear.kernels.forward import linear_activation_forward, linear_forward, plan_forward
 from fastlinear.kernels.legality import why_illegal
-from fastlinear.kernels.tiles import experimental_configs, legal_configs
+from fastlinear.kernels.tiles import legal_configs
 
 # (M, N, K): interpreted blocks are 32 x 32 x 32, and there are 8 programs.
 SHAPES = {
@@ -34,12 +34,10 @@ SHAPES = {
 
 
 def configs(device: torch.device, activation: bool = False) -> list[Config]:
-    """Every one for the device, those that are not chosen included; the interpreter has one."""
+    """Every one for the device; the interpreter has one."""
     target = launch.target_of(device)
     traits = Traits(torch.bfloat16, "ieee", True, target, activation, descriptors=True)
     found = list(legal_configs("forward", traits, "persistent"))
-    if not launch.INTERPRETING:
-        found += experimental_configs(traits)
     if not found:
         pytest.skip("this GPU loads nothing by descriptors")
     return found
@@ -197,8 +195,6 @@ LARGE = Config(128, 256, 64, 8, 4, kind="persistent", epilogue_parts=4)
             {"aligned": False, "wide": True, "activation": True},
             "accumulators take 128 registers a thread, more than the 64",
         ),
-        ({"warp_specialize": True}, {}, "Triton ignores warp_specialize with num_warps=8"),
-        ({"warp_specialize": True, "num_warps": 4}, {}, "warp_specialize with a tile in parts"),
     ],
 )
 def test_predicate_says_why_of_persistent(
@@ -213,20 +209,6 @@ def test_predicate_says_why_of_persistent(
 def test_persistent_is_for_forward_products(kernel: Kernel) -> None:
     traits = Traits(torch.bfloat16, "ieee", True, SM_90, descriptors=True)
     assert f"computes a forward product, no {kernel}" in str(why_illegal(kernel, LARGE, traits))
-
-
-@pytest.mark.parametrize("family", ["sm_90", "sm_100"])
-@pytest.mark.parametrize("activation", [False, True])
-def test_specialized_warps_are_never_chosen(family: str, activation: bool) -> None:
-    traits = Traits(torch.bfloat16, "ieee", True, TARGETS[family], activation, descriptors=True)
-    shipped = legal_configs("forward", traits, "persistent")
-    unproven = experimental_configs(traits)
-    assert shipped
-    assert bool(unproven) != activation, "they have no registers left for one"
-    assert not any(config.warp_specialize for config in shipped)
-    assert all(config.warp_specialize for config in unproven)
-    assert "maxnreg" in shipped[0].compile_options(TARGETS[family])
-    assert not any("maxnreg" in config.compile_options(TARGETS[family]) for config in unproven)
 
 
 @pytest.mark.parametrize(("m", "programs"), [(1, 2), (100, 8), (300, 8)])

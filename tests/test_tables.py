@@ -162,6 +162,9 @@ def spoiled(path: Path, spoil: str) -> None:
         '["candidate", "kernels"]',
         '["block_m", 1e9]',
         '["candidate", {"input": 1, "weight": 2}]',
+        '["candidate", {"block_m": 32, "block_n": 32, "block_k": 32, "num_warps": 1, '
+        '"num_stages": 1, "group": 8, "kind": "tiled", "splits": 1, "epilogue_parts": 1, '
+        '"warp_specialize": false}]',  # a field that there is no more
         '["kind", "magic"]',
         '["num_warps", 0]',
     ],
