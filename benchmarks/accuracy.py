@@ -1,8 +1,8 @@
 """How exact float32 products are that tensor cores form from pieces; emulated, no GPU is needed.
 
 `python -m benchmarks.accuracy --json benchmarks/results/accuracy.json` multiplies random matrices
-by `nn.Linear` and, as our kernels would on a GPU, by plain float32, 3xTF32, bf16x6 and TF32, and
-compares each with float64. `README.md` shows the table.
+by `nn.Linear` and, as our kernels would on a GPU, by plain float32, bf16x6 and TF32, and compares
+each with float64. `README.md` shows the table.
 
 Emulated bit by bit: pieces, rounded to nearest; their products, which are exact; and tensor cores'
 sums. One instruction adds the products of DEPTH terms and the accumulator: each is cut off at
@@ -50,11 +50,11 @@ def rounded(values: Matrix, dropped: int) -> Matrix:
     return (bits & np.uint32(2**32 - (1 << dropped))).view(np.float32)
 
 
-def pieces(values: Matrix, count: int, dropped: int) -> list[Matrix]:
-    """`count` pieces of 24 - `dropped` bits, largest first, whose sum is as near as they get."""
+def pieces(values: Matrix) -> list[Matrix]:
+    """Three pieces of 8 bits, largest first, whose sum `values` is."""
     found = []
-    for _ in range(count):
-        found.append(rounded(values, dropped))
+    for _ in range(3):
+        found.append(rounded(values, 16))
         values = values - found[-1]
     return found
 
@@ -94,20 +94,18 @@ def plain(a: Matrix, b: Matrix) -> Matrix:
     return total
 
 
-def of_pieces(
-    a: Matrix, b: Matrix, count: int, dropped: int, order: list[tuple[int, int]], cores: Cores
-) -> Matrix:
-    """Sums the products of pieces in `order`, a step at a time.
+def bf16x6(a: Matrix, b: Matrix, cores: Cores = HOPPER) -> Matrix:
+    """Sums the products of pieces, the smallest first, a step at a time.
 
     What adding a step's sum to the total rounds off is added with the next (Kahan's summation).
     """
-    of_a, of_b = pieces(a, count, dropped), pieces(b, count, dropped)
+    of_a, of_b = pieces(a), pieces(b)
     total = np.zeros((a.shape[0], b.shape[0]), np.float32)
     lost = np.zeros_like(total)
     for start in range(0, a.shape[1], STEP):
         step = slice(start, start + STEP)
         partial = np.zeros(total.shape)
-        for i, j in order:
+        for i, j in ((2, 0), (0, 2), (1, 1), (1, 0), (0, 1), (0, 0)):
             partial = product(partial, of_a[i][:, step], of_b[j][:, step], cores)
         added = partial.astype(np.float32) - lost
         raised = total + added
@@ -116,22 +114,10 @@ def of_pieces(
     return total
 
 
-def bf16x6(a: Matrix, b: Matrix, cores: Cores = HOPPER) -> Matrix:
-    order = [(2, 0), (0, 2), (1, 1), (1, 0), (0, 1), (0, 0)]
-    return of_pieces(a, b, 3, 16, order, cores)
-
-
-def tf32x3(a: Matrix, b: Matrix, cores: Cores = HOPPER) -> Matrix:
-    return of_pieces(a, b, 2, 13, [(1, 0), (0, 1), (0, 0)], _of_tf32(cores))
-
-
-def tf32(a: Matrix, b: Matrix, cores: Cores = HOPPER) -> Matrix:
+def tf32(a: Matrix, b: Matrix) -> Matrix:
     acc = np.zeros((a.shape[0], b.shape[0]))
-    return product(acc, rounded(a, 13), rounded(b, 13), _of_tf32(cores)).astype(np.float32)
-
-
-def _of_tf32(cores: Cores) -> Cores:
-    return cores._replace(depth=cores.depth // 2)
+    cores = HOPPER._replace(depth=HOPPER.depth // 2)
+    return product(acc, rounded(a, 13), rounded(b, 13), cores).astype(np.float32)
 
 
 MODES: dict[str, Mode] = {
@@ -139,7 +125,6 @@ MODES: dict[str, Mode] = {
     "ieee": plain,
     "bf16x6": bf16x6,
     "bf16x6, Ampere": lambda a, b: bf16x6(a, b, AMPERE),
-    "tf32x3": tf32x3,
     "tf32": tf32,
 }
 TITLES = {
@@ -147,7 +132,6 @@ TITLES = {
     "ieee": "`ieee`",
     "bf16x6": "`bf16x6`",
     "bf16x6, Ampere": "`bf16x6` on Ampere",
-    "tf32x3": "`tf32x3`",
     "tf32": "`tf32`",
 }
 

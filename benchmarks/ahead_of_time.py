@@ -194,17 +194,6 @@ def cases(targets: list[str]) -> list[Case]:
                 found += [Case(target, "grad_weight", dtype, precision, config, aligned=False)]
         found += _far_cases(target)
         found += gemv_cases(target)
-        # "tf32x3" differs from "bf16x6" in the instructions' type and number: products without
-        # anything else stand for the rest.
-        pieces = Traits(torch.float32, "tf32x3", True, TARGETS[target])
-        for product, kernel in (("output", "forward"), ("grad_weight", "backward_weight")):
-            found += [
-                Case(target, product, "float32", "tf32x3", config)
-                for config in legal_configs(kernel, pieces)
-            ]
-        found += [
-            Case(target, "backward", "float32", "tf32x3", pair) for pair in legal_pairs(pieces)
-        ]
         # float16 differs from bfloat16 in the type of the instructions alone:
         # the largest tile stands for the rest.
         half = Traits(torch.float16, "ieee", True, TARGETS[target])

@@ -17,7 +17,6 @@ ARITHMETICS = {
     "float16": (torch.float16, "ieee"),
     "float32": (torch.float32, "ieee"),
     "bf16x6": (torch.float32, "bf16x6"),
-    "tf32x3": (torch.float32, "tf32x3"),
     "tf32": (torch.float32, "tf32"),
     "float64": (torch.float64, "ieee"),
 }

@@ -12,7 +12,7 @@ import triton
 from benchmarks import occupancy
 from benchmarks.ahead_of_time import Case, compile_case
 from fastlinear.kernels import launch
-from fastlinear.kernels.configs import OF_PIECES, TARGETS, Config, arithmetic
+from fastlinear.kernels.configs import TARGETS, Config, arithmetic
 from fastlinear.kernels.legality import persistent_shared_memory
 
 Row = dict[str, Any]
@@ -277,8 +277,8 @@ def faults(case: Case, found: Row) -> list[str]:
         return wrong + streaming_faults(case, config, found) + product_faults(case, found, [])
     wanted_apart = launch.sum_steps_apart(getattr(torch, case.dtype), case.precision)
     # The products of pieces of a step make one sum, and it is the last one's that joins the total.
-    pieces = OF_PIECES.get(case.precision, 1)
-    apart = found["sums_apart"][pieces - 1 :: pieces]
+    products = 6 if case.precision == "bf16x6" else 1
+    apart = found["sums_apart"][products - 1 :: products]
     if not apart or any(one != wanted_apart for one in apart):
         wrong.append(f"sums steps apart: {found['sums_apart']}")
     tiles = [config.tile(kernel) for config, kernel in case.products()]
@@ -308,7 +308,7 @@ def product_faults(case: Case, found: Row, tiles: list[tuple[int, int, int]]) ->
     persistent = case.products()[0][0].kind == "persistent"  # Triton may make several of its loop
     if expected and (not found["loops"] if persistent else found["loops"] != len(tiles)):
         wrong.append(f"has {found['loops']} loops with matrix instructions, not {len(tiles)}")
-    if expected and found["matrix"] % OF_PIECES.get(case.precision, 1):
+    if expected and case.precision == "bf16x6" and found["matrix"] % 6:
         wrong.append(f"has {found['matrix']} matrix instructions for products of {case.precision}")
     if not expected and found["instructions"]:
         wrong.append(f"has {found['instructions']} where plain multiply-adds were asked for")

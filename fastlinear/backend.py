@@ -13,7 +13,6 @@ import torch
 
 from fastlinear import _torch_internals as internals
 from fastlinear import ranks, tuned
-from fastlinear.kernels.configs import OF_PIECES
 from fastlinear.kernels.operands import DTYPES
 
 if TYPE_CHECKING:
@@ -126,10 +125,9 @@ class use_float32_products:
     enter it itself. At "high" products are TF32 in any case.
 
     Args:
-        products: "ieee", which is in force outside: multiply-adds of float32. "bf16x6" or "tf32x3":
-            sums of 512 terms or more, for more than 64 rows, on NVIDIA's tensor cores, each
-            product as six of bfloat16 or three of TF32; all others as "ieee". The README has the
-            error of each.
+        products: "ieee", which is in force outside: multiply-adds of float32. "bf16x6": sums of
+            512 terms or more, for more than 64 rows, on NVIDIA's tensor cores, each product as six
+            of bfloat16; all others as "ieee". The README has the error of each.
 
     Raises:
         ValueError: products is none of these.
@@ -137,7 +135,7 @@ class use_float32_products:
     """
 
     def __init__(self, products: str) -> None:
-        choices = ("ieee", *OF_PIECES)
+        choices = ("ieee", "bf16x6")
         if products not in choices:
             raise ValueError(
                 f"products must be one of {', '.join(map(repr, choices))}, but is {products!r}"

@@ -37,7 +37,7 @@ class Product:
         computes both grad_input and grad_weight, in one launch.
     config: its blocks, warps and stages, or None where PyTorch computes it.
     splits: programs that share a sum; the last of them adds the parts.
-    precision: how its float32 products are formed: "ieee", "tf32", "bf16x6" or "tf32x3"; None where
+    precision: how its float32 products are formed: "ieee", "tf32" or "bf16x6"; None where
         PyTorch computes it. Other dtypes have one way, "ieee".
     operations: multiplications and additions of the product itself, or of the sum.
     bytes: what has to move if every operand is read once and every result written once.

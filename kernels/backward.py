@@ -14,7 +14,7 @@ from torch import Tensor
 from . import launch
 from .backward_weight import linear_backward_weight
 from .choose_pair import choose_backward, choose_pair, starts_with_input
-from .configs import IN_LONG_SUMS, BackwardConfig, Config, Target, Traits, resolved_precision
+from .configs import BackwardConfig, Config, Target, Traits, resolved_precision
 from .forward import linear_forward
 from .grouped import linear_backward_kernel
 from .operands import check_backward_shapes, check_main_grad, check_same_kind
@@ -134,7 +134,7 @@ def backward_problem(
         precision, input.dtype, of_weight.input.size, of_weight.n, of_weight.target
     )
     agreed = alone or resolved == of_weight.precision
-    if batch_invariant and precision in IN_LONG_SUMS:
+    if batch_invariant and precision == "long bf16x6":
         agreed = False
     precision = resolved if agreed else "ieee"
     rows, input_rows = of_weight.grad_output.operand, of_weight.input.operand

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .configs import KINDS, LONG_SUM, OF_PIECES, Config, Kernel, Kind, Target, Traits
+from .configs import KINDS, LONG_SUM, Config, Kernel, Kind, Target, Traits
 from .model import modelled_time
 from .tiles import legal_configs
 
@@ -137,5 +137,5 @@ def choose_splits(
     parts are long sums too.
     """
     tiles = batch * math.ceil(n / config.block_n) * math.ceil(k / config.block_k)
-    most = max(1, m // (LONG_SUM if precision in OF_PIECES else 4 * config.block_m))
+    most = max(1, m // (LONG_SUM if precision == "bf16x6" else 4 * config.block_m))
     return min(max(1, target.multiprocessors // max(1, tiles)), most)

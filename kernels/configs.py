@@ -129,7 +129,7 @@ class BackwardConfig:
 def arithmetic(dtype: torch.dtype, precision: str) -> str:
     """The kind of arithmetic, which decides the tiles.
 
-    "16-bit", "float64", or of float32 "float32", "tf32", "bf16x6" or "tf32x3".
+    "16-bit", "float64", or of float32 "float32", "tf32" or "bf16x6".
     """
     if dtype in (torch.float16, torch.bfloat16):
         return "16-bit"
@@ -167,11 +167,6 @@ class Traits(NamedTuple):
         return arithmetic(self.dtype, self.precision)
 
 
-# Float32 products of pieces that a matrix instruction takes (precision.prepare_operand), and how
-# many of those one such product is.
-OF_PIECES = {"bf16x6": 6, "tf32x3": 3}
-# Those where they pay, as `resolved_precision` has it.
-IN_LONG_SUMS = {f"long {products}": products for products in OF_PIECES}
 LONG_SUM = 512  # terms, from which on benchmarks/accuracy.py finds pieces to err little
 FEW_ROWS = 64  # which other kinds than "tiled" are for, or memory is what takes the time
 
@@ -181,7 +176,7 @@ def resolved_precision(
 ) -> str:
     """What `precision` means for so many rows of sums of so many terms.
 
-    One of IN_LONG_SUMS is products of pieces in long sums of many rows on NVIDIA, whose tensor
+    "long bf16x6" is "bf16x6", products of pieces, in long sums of many rows on NVIDIA, whose tensor
     cores the errors are known of, and "ieee" elsewhere; any other precision is itself. Only float32
     has a choice.
 
@@ -189,8 +184,8 @@ def resolved_precision(
     """
     if dtype != torch.float32:
         return "ieee"
-    if precision not in IN_LONG_SUMS:
+    if precision != "long bf16x6":
         return precision
     many = rows is None or rows > FEW_ROWS
     pieces = target.family != "gfx942" and many and terms >= LONG_SUM
-    return IN_LONG_SUMS[precision] if pieces else "ieee"
+    return "bf16x6" if pieces else "ieee"

@@ -130,9 +130,9 @@ def linear_forward(
         weight: (N, K), or (B, N, K) for B independent layers; dtype and device of input; any
             strides.
         bias: None, (N,), or (B, N) where weight is batched; dtype and device of input.
-        precision: how float32 products are formed: "ieee", in float32; "tf32"; "bf16x6" or
-            "tf32x3", of pieces (`precision.prepare_operand`); "long bf16x6" or "long tf32x3", of
-            pieces or "ieee" (`configs.resolved_precision`). Other dtypes ignore it.
+        precision: how float32 products are formed: "ieee", in float32; "tf32"; "bf16x6", of
+            pieces (`precision.prepare_operand`); "long bf16x6", of pieces or "ieee"
+            (`configs.resolved_precision`). Other dtypes ignore it.
         config: block sizes to use; None chooses by shape, dtype and device.
         batch_invariant: whether the choice, and so a row's bits, may not depend on the other rows.
 

@@ -3,7 +3,7 @@
 Nothing here imports Triton.
 """
 
-from .configs import OF_PIECES, Config, Kernel, Target, Traits
+from .configs import Config, Kernel, Target, Traits
 
 MOST_THREADS = 1024  # that a program can have
 
@@ -23,7 +23,7 @@ def why_illegal(kernel: Kernel, config: Config, traits: Traits) -> str | None:
     """
     if config.kind != "tiled" and kernel != "forward":
         return f"kind={config.kind!r} computes a forward product, no {kernel}"
-    if config.kind != "tiled" and traits.arithmetic in OF_PIECES:
+    if config.kind != "tiled" and traits.arithmetic == "bf16x6":
         return f"kind={config.kind!r} forms no products of pieces"
     if wrong := _why_no_block(config, num_warps=1):
         return wrong
@@ -93,7 +93,7 @@ def _why_tiled_illegal(kernel: Kernel, config: Config, traits: Traits) -> str | 
     kind = traits.arithmetic
     # As measured by compiling (python -m benchmarks.resources): more than these spill. Beside a sum
     # of pieces there are what it lost, and the step's part.
-    if kind in OF_PIECES:
+    if kind == "bf16x6":
         most = 64 if target.family == "sm_90" and traits.aligned else 32
     elif kernel != "gated_forward":
         most = 64 if traits.activation else 128
@@ -112,7 +112,7 @@ def _why_tiled_illegal(kernel: Kernel, config: Config, traits: Traits) -> str | 
     most = _MOST_OF_16_BIT
     if kind in ("float32", "float64"):
         most = _MOST_OF_FAR_PLAIN if traits.wide and kernel == "forward" else _MOST_OF_PLAIN
-    elif kind in OF_PIECES and traits.wide and kernel != "gated_forward":
+    elif kind == "bf16x6" and traits.wide and kernel != "gated_forward":
         most = _MOST_OF_FAR_PIECES
     elif kind == "tf32" and kernel == "forward" and (traits.activation or traits.second_product):
         most = _MOST_OF_TF32

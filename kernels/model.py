@@ -24,7 +24,7 @@ _RATES = {
     # Such that each kind of kernel has shapes for which it is chosen.
     "interpreter": dict.fromkeys(("16-bit", "tf32", "float32", "float64"), 32),
 }
-_PIECES = {"bf16x6": 192, "tf32x3": 192}
+_OF_PIECES = 192
 # The part of these rates that the best tile's loop reaches.
 _REACHED = {"16-bit": 0.9, "tf32": 0.3, "float32": 0.74, "float64": 0.74}
 _OF_PLAIN_CORES = 128  # multiply-adds a clock, for "gemv"
@@ -87,8 +87,8 @@ def resident_programs(
 
 def rate(kind: str, target: Target) -> float:
     """Multiply-adds a clock that one multiprocessor reaches in this kind of arithmetic."""
-    if kind in _PIECES:
-        return _PIECES[kind] * _REACHED["float32"]
+    if kind == "bf16x6":
+        return _OF_PIECES * _REACHED["float32"]
     return _RATES[target.family][kind] * _REACHED[kind]
 
 

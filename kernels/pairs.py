@@ -2,7 +2,7 @@
 
 import functools
 
-from .configs import OF_PIECES, BackwardConfig, Traits
+from .configs import BackwardConfig, Traits
 from .legality import why_illegal
 from .tiles import TILES_OF_PIECES, shaped
 
@@ -127,7 +127,7 @@ def legal_pairs(traits: Traits) -> tuple[BackwardConfig, ...]:
     `traits`, aligned says it of all operands, and second_product is of grad_input alone.
     """
     kind, family = traits.arithmetic, traits.target.family
-    if kind in OF_PIECES:  # both products have the forward's tiles
+    if kind == "bf16x6":  # both products have the forward's tiles
         tiles = [(tile[:3], tile[:3], *tile[3:]) for tile in TILES_OF_PIECES[family]]
     else:
         tiles = _PAIRS[family][kind]

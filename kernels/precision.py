@@ -48,9 +48,8 @@ def prepare_operand(tile, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """`tile` as `add_product` is to get it: as it is, but for these.
 
     "tf32": TF32 instructions read the upper 19 bits of a float32 and so truncate, which doubles the
-    error of cuBLAS, which rounds to nearest: round here. "tf32x3": two such pieces, the second of
-    what the first lacks. "bf16x6": three pieces of bfloat16, which together are the float32, but
-    for bits below 2**-133, where bfloat16 ends.
+    error of cuBLAS, which rounds to nearest: round here. "bf16x6": three pieces of bfloat16, which
+    together are the float32, but for bits below 2**-133, where bfloat16 ends.
 
     The interpreter (UPCAST) multiplies bfloat16's bit patterns: give it float32.
     """
@@ -60,10 +59,6 @@ def prepare_operand(tile, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr):
         rounded = round_to_nearest(tile, 13)
         # A NaN with a full mantissa would carry over into -0.0.
         return tl.where(tile == tile, rounded, tile)
-    elif INPUT_PRECISION == "tf32x3":
-        first = round_to_nearest(leading_piece(tile), 13)
-        rest = tile - first
-        return first, tl.where(is_moderate(tile), round_to_nearest(rest, 13), rest)
     elif INPUT_PRECISION == "bf16x6":
         first = round_to_nearest(leading_piece(tile), 16)
         rest = tile - first
@@ -77,7 +72,7 @@ def prepare_operand(tile, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 @triton.jit
 def empty_sum(zeros, INPUT_PRECISION: tl.constexpr):
     """What `add_product` is to add to first: for products of pieces, with what additions lost."""
-    if INPUT_PRECISION == "bf16x6" or INPUT_PRECISION == "tf32x3":
+    if INPUT_PRECISION == "bf16x6":
         return zeros, zeros
     else:
         return zeros
@@ -86,7 +81,7 @@ def empty_sum(zeros, INPUT_PRECISION: tl.constexpr):
 @triton.jit
 def total_of(acc, INPUT_PRECISION: tl.constexpr):
     """The sum alone."""
-    if INPUT_PRECISION == "bf16x6" or INPUT_PRECISION == "tf32x3":
+    if INPUT_PRECISION == "bf16x6":
         return acc[0]
     else:
         return acc
@@ -108,7 +103,7 @@ def add_product(
     total (when and why: launch.sum_steps_apart). A constant Triton would fold into one sum.
 
     Of pieces the smallest products come first, while the sum is small and is cut off at smaller
-    bits. What is left out of a product is 2**-24 of it at most ("bf16x6"), or 2**-21 ("tf32x3").
+    bits. What is left out of a product is 2**-24 of it at most.
     """
     if INPUT_PRECISION == "bf16x6":
         partial = tl.dot(a[2], b[0], fresh)
@@ -117,11 +112,6 @@ def add_product(
         partial = tl.dot(a[1], b[0], partial)
         partial = tl.dot(a[0], b[1], partial)
         partial = tl.dot(a[0], b[0], partial)
-        return add_compensated(acc[0], acc[1], partial)
-    elif INPUT_PRECISION == "tf32x3":
-        partial = tl.dot(a[1], b[0], fresh, input_precision="tf32")
-        partial = tl.dot(a[0], b[1], partial, input_precision="tf32")
-        partial = tl.dot(a[0], b[0], partial, input_precision="tf32")
         return add_compensated(acc[0], acc[1], partial)
     elif SUM_STEPS_APART:
         acc += tl.dot(a, b, fresh, input_precision=INPUT_PRECISION, out_dtype=ACC_DTYPE)

@@ -2,7 +2,7 @@
 
 import functools
 
-from .configs import OF_PIECES, TARGETS, Config, Kernel, Kind, Traits
+from .configs import TARGETS, Config, Kernel, Kind, Traits
 from .legality import why_illegal
 
 # "tiled": (rows, columns, depth, stages, warps) of the output tiles, largest first, by the target's
@@ -239,13 +239,13 @@ def legal_configs(kernel: Kernel, traits: Traits, kind: Kind = "tiled") -> tuple
 
 def _shipped(kernel: Kernel, kind: Kind, arithmetic: str, family: str) -> list[Config]:
     if kind == "tiled":
-        of_pieces = arithmetic in OF_PIECES
+        of_pieces = arithmetic == "bf16x6"
         tiles = TILES_OF_PIECES[family] if of_pieces else _TILES[family][arithmetic]
         float32 = arithmetic in ("float32", "tf32") and family != "interpreter"
         if kernel == "gated_forward" and float32:
             tiles = [*tiles, _SMALLEST_GATED]
         return [shaped(kernel, *tile) for tile in tiles]
-    if arithmetic in OF_PIECES:
+    if arithmetic == "bf16x6":
         return []
     if kind == "gemv" and family == "interpreter":
         return [Config(4, 64, 64, num_warps=1, num_stages=1, kind=kind)]

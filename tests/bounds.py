@@ -16,9 +16,9 @@ from fastlinear.activations import ACTIVATIONS
 _SLOPE, _CURVATURE = 1.2, 2.0
 # Roundings of an activation, or of its derivative, computed from exponentials.
 _ROUNDINGS = 8.0
-# What products of pieces leave out, in roundings of float32 (`test_float32.BUDGETS`), and what
+# What products of pieces leave out, in roundings of float32 (`test_float32.BUDGET`), and what
 # rounding both factors to TF32 takes.
-_OF_A_PRODUCT = {"ieee": 0.0, "tf32": 2.0**-10, "bf16x6": 4 * 2.0**-24, "tf32x3": 10 * 2.0**-24}
+_OF_A_PRODUCT = {"ieee": 0.0, "tf32": 2.0**-10, "bf16x6": 4 * 2.0**-24}
 
 
 class Bounded(NamedTuple):

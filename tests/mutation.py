@@ -1083,7 +1083,7 @@ MUTANTS = [
     Mutant(
         "pieces: parts of a long sum are short",
         "kernels/choose.py",
-        "m // (LONG_SUM if precision in OF_PIECES else 4 * config.block_m)",
+        'm // (LONG_SUM if precision == "bf16x6" else 4 * config.block_m)',
         "m // (4 * config.block_m)",
         PIECES,
     ),
@@ -1104,7 +1104,7 @@ MUTANTS = [
     Mutant(
         "pieces: the rows decide about a gated pair's grad_input within batch_invariant()",
         "kernels/backward.py",
-        "if batch_invariant and precision in IN_LONG_SUMS:",
+        'if batch_invariant and precision == "long bf16x6":',
         "if False:",
         PIECES,
     ),

@@ -54,7 +54,6 @@ ARITHMETICS = [
     ("float32", "ieee"),
     ("float32", "tf32"),
     ("float32", "bf16x6"),
-    ("float32", "tf32x3"),
     ("float64", "ieee"),
 ]
 

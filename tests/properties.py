@@ -18,7 +18,7 @@ import fastlinear
 from fastlinear.kernels import launch
 from fastlinear.kernels.activation import activation_backward
 from fastlinear.kernels.backward import linear_backward
-from fastlinear.kernels.configs import OF_PIECES, BackwardConfig, Config
+from fastlinear.kernels.configs import BackwardConfig, Config
 from fastlinear.kernels.forward import linear_activation_forward
 from fastlinear.kernels.gated import gated_linear_forward
 from fastlinear.kernels.gated_backward import gated_linear_backward
@@ -316,7 +316,7 @@ def memory(operands: Operands) -> list[Tensor]:
 def settings(case: Case) -> Iterator[None]:
     """The process's settings that the case is about."""
     torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
-    products = case.precision if case.precision in OF_PIECES else "ieee"
+    products = "bf16x6" if case.precision == "bf16x6" else "ieee"
     invariant = fastlinear.batch_invariant() if case.batch_invariant else contextlib.nullcontext()
     try:
         with fastlinear.use_backend("triton"), fastlinear.use_float32_products(products), invariant:

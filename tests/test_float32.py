@@ -1,4 +1,4 @@
-"""float32 products of bfloat16 and TF32 pieces: their error, special values, and who takes them.
+"""float32 products of bfloat16 pieces: their error, special values, and who takes them.
 
 The interpreter's products are exact and their sums rounded to nearest; test_accuracy.py has how
 tensor cores cut them off.
@@ -25,37 +25,32 @@ from fastlinear.kernels.gated import gated_linear_forward, plan_gated_forward
 
 INFINITY, NAN = float("inf"), float("nan")
 ROUNDING = 2.0**-24  # the largest error of one operation, of its result
-PIECES = ["bf16x6", "tf32x3"]
 # Of an element's error, in roundings of its terms' sizes: what is left out, and a few roundings.
-BUDGETS = {"bf16x6": 4, "tf32x3": 10}
+BUDGET = 4
 
 
-def check(result: Tensor, a: Tensor, b: Tensor, exact: Tensor, precision: str) -> None:
+def check(result: Tensor, a: Tensor, b: Tensor, exact: Tensor) -> None:
     """Fails unless each element of `result`, a sum over products of a and b, is near `exact`."""
-    budget = BUDGETS[precision] * ROUNDING * matmul(a.abs(), b.abs())
+    budget = BUDGET * ROUNDING * matmul(a.abs(), b.abs())
     assert ((result.double() - exact).abs() <= budget).all()
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-@pytest.mark.parametrize("products", PIECES)
-def test_pieces_are_for_long_sums_of_many_rows_on_nvidia(
-    products: str, target: launch.Target
-) -> None:
-    asked, expected = f"long {products}", "ieee" if target.family == "gfx942" else products
+def test_pieces_are_for_long_sums_of_many_rows_on_nvidia(target: launch.Target) -> None:
+    asked, expected = "long bf16x6", "ieee" if target.family == "gfx942" else "bf16x6"
     assert resolved_precision(asked, torch.float32, 65, LONG_SUM, target) == expected
     assert resolved_precision(asked, torch.float32, None, LONG_SUM, target) == expected
     assert resolved_precision(asked, torch.float32, 64, LONG_SUM, target) == "ieee"
     assert resolved_precision(asked, torch.float32, 65, LONG_SUM - 1, target) == "ieee"
-    for precision in ("ieee", "tf32", products):
+    for precision in ("ieee", "tf32", "bf16x6"):
         assert resolved_precision(precision, torch.float32, 65, LONG_SUM, target) == precision
 
 
-@pytest.mark.parametrize("products", PIECES)
 def test_plans_take_pieces_by_the_length_of_their_sums(
-    products: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     monkeypatch.setattr(launch, "target_of", lambda device: TARGETS["sm_90"])
-    asked = f"long {products}"
+    asked = "long bf16x6"
 
     def fields(*shape: int, dtype: torch.dtype = torch.float32) -> launch.Operand:
         described = launch.Operand(shape, shape, dtype, device, True)
@@ -79,22 +74,21 @@ def test_plans_take_pieces_by_the_length_of_their_sums(
         plan = plan_backward_weight.__wrapped__(operands, False, False, asked, None, None)
         return str(plan.launch.constants["INPUT_PRECISION"]), plan.shares.splits
 
-    assert (forward(96, LONG_SUM - 1), forward(96, LONG_SUM)) == ("ieee", products)
+    assert (forward(96, LONG_SUM - 1), forward(96, LONG_SUM)) == ("ieee", "bf16x6")
     assert forward(64, LONG_SUM) == "ieee"
-    assert (gated(96, LONG_SUM - 1), gated(96, LONG_SUM)) == ("ieee", products)
+    assert (gated(96, LONG_SUM - 1), gated(96, LONG_SUM)) == ("ieee", "bf16x6")
     for product in (forward, gated):  # a row alone gets what it gets among others
-        assert product(1, LONG_SUM, batch_invariant=True) == products
+        assert product(1, LONG_SUM, batch_invariant=True) == "bf16x6"
         assert product(96, LONG_SUM - 1, batch_invariant=True) == "ieee"
     assert grad_weight(LONG_SUM - 1)[0] == "ieee"
-    assert grad_weight(3 * LONG_SUM + 5) == (products, 3), "a part's sum is long too"
+    assert grad_weight(3 * LONG_SUM + 5) == ("bf16x6", 3), "a part's sum is long too"
     assert forward(96, LONG_SUM, dtype=torch.bfloat16) == "ieee"
     assert grad_weight(LONG_SUM, torch.bfloat16)[0] == "ieee"
     assert grad_weight(3 * LONG_SUM + 5, torch.float64)[1] > 3, "other dtypes have no pieces"
 
 
-@pytest.mark.parametrize("products", PIECES)
 def test_one_launch_for_all_gradients_forms_them_in_one_way(
-    products: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     monkeypatch.setattr(launch, "target_of", lambda device: TARGETS["sm_90"])
     one_launch = "fastlinear.kernels.backward.choose_backward"  # wherever it may be
@@ -112,19 +106,19 @@ def test_one_launch_for_all_gradients_forms_them_in_one_way(
         weight = one.contiguous(outputs, 96)
         input = None if only_input else one.contiguous(rows, 96)
         operands = one.contiguous(rows, (1 + two) * outputs), weight, input
-        given = (True, False, f"long {products}", None, None, batch_invariant)
+        given = (True, False, "long bf16x6", None, None, batch_invariant)
         plan = plan_backward.__wrapped__(operands, weight if two else None, *given)
         return None if plan.config is None else str(plan.launch.constants["INPUT_PRECISION"])
 
-    assert backward(LONG_SUM, LONG_SUM) == products
+    assert backward(LONG_SUM, LONG_SUM) == "bf16x6"
     assert backward(LONG_SUM - 1, LONG_SUM - 1) == "ieee"
     assert backward(96, LONG_SUM) is backward(LONG_SUM, 96) is None, "a launch for each"
     assert backward(96, LONG_SUM, dtype=torch.bfloat16) == "ieee", "which has no choice"
     # Of two layers one launch computes the sum, in any case.
-    assert backward(LONG_SUM, LONG_SUM // 2, two=True) == products, "a sum over both"
-    assert backward(LONG_SUM, LONG_SUM, two=True) == products
+    assert backward(LONG_SUM, LONG_SUM // 2, two=True) == "bf16x6", "a sum over both"
+    assert backward(LONG_SUM, LONG_SUM, two=True) == "bf16x6"
     assert backward(96, LONG_SUM, two=True) == backward(LONG_SUM, 96, two=True) == "ieee"
-    assert backward(96, LONG_SUM, two=True, only_input=True) == products
+    assert backward(96, LONG_SUM, two=True, only_input=True) == "bf16x6"
     for rows in (1, 96, LONG_SUM):  # a row's grad_input is the same in all of them
         for only_input in (False, True):
             assert backward(rows, LONG_SUM, True, True, only_input) == "ieee"
@@ -144,8 +138,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-# All of it is in pieces of bfloat16, and all but the last bit in those of TF32.
-NUMBER = 1 + 2.0**-12 + 2.0**-23
+NUMBER = 2.0**-126 + 2.0**-149  # whose last bit is below those of bfloat16, and in no piece
 
 
 @pytest.fixture
@@ -186,9 +179,9 @@ def test_pieces_are_opted_in_to(monkeypatch: pytest.MonkeyPatch, device: torch.d
     launched = taken(monkeypatch)
     with torch.no_grad():
         layer(input), gated(input)
-        with fastlinear.use_float32_products("tf32x3"):
+        with fastlinear.use_float32_products("bf16x6"):
             layer(input), gated(input), gated(input[:16])
-        assert launched == ["ieee", "ieee", "tf32x3", "tf32x3", "ieee"]
+        assert launched == ["ieee", "ieee", "bf16x6", "bf16x6", "ieee"]
         torch.set_float32_matmul_precision("high")
         with fastlinear.use_float32_products("bf16x6"):
             layer(input)
@@ -204,7 +197,7 @@ def test_a_call_like_one_outside_takes_pieces_within(device: torch.device) -> No
     with torch.no_grad():
         for _ in range(3):
             assert (fastlinear.linear(number, ones) == NUMBER).all()
-            with fastlinear.use_float32_products("tf32x3"):
+            with fastlinear.use_float32_products("bf16x6"):
                 inside = fastlinear.linear(number, ones)
                 assert (inside != NUMBER).all()
                 torch.testing.assert_close(inside, number[:, :3] * 0 + NUMBER, rtol=1e-6, atol=0)
@@ -213,12 +206,15 @@ def test_a_call_like_one_outside_takes_pieces_within(device: torch.device) -> No
 def test_use_float32_products_nests_and_restores() -> None:
     again = fastlinear.use_float32_products("bf16x6")
     assert backend.float32_precision() == "ieee"
-    with again, fastlinear.use_float32_products("tf32x3"), fastlinear.batch_invariant():
+    with again, again, fastlinear.batch_invariant():
         inner = backend.settings()
-        assert backend.float32_precision() == "long tf32x3"
-        with again, fastlinear.use_float32_products("ieee"):
+        assert backend.float32_precision() == "long bf16x6"
+        with fastlinear.use_float32_products("ieee"):
             assert backend.float32_precision() == "ieee"
             assert backend.settings() != inner
+            with again:
+                assert backend.settings() == inner
+            assert backend.float32_precision() == "ieee"
         assert backend.settings() == inner
     assert backend.float32_precision() == "ieee"
     assert backend.settings == internals.float32_matmul_precision
@@ -228,8 +224,8 @@ def test_use_float32_products_nests_and_restores() -> None:
 
 
 def test_use_float32_products_names_the_choices() -> None:
-    with pytest.raises(ValueError, match="one of 'ieee', 'bf16x6', 'tf32x3', but is 'tf32'"):
-        fastlinear.use_float32_products("tf32")
+    with pytest.raises(ValueError, match="one of 'ieee', 'bf16x6', but is 'tf32x3'"):
+        fastlinear.use_float32_products("tf32x3")
 
 
 def test_use_float32_products_is_not_entered_within_a_compiled_function(
@@ -244,43 +240,40 @@ def test_use_float32_products_is_not_entered_within_a_compiled_function(
         call(normal((4, 4), torch.float32, device))
 
 
-@pytest.mark.parametrize("precision", PIECES)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (40, 30, 1), (33, 31, 17), (20, 50, 100), (9, 5, 0)])
 def test_pieces_in_forward_and_grad_input(
-    shape: tuple[int, int, int], precision: str, device: torch.device
+    shape: tuple[int, int, int], device: torch.device
 ) -> None:
     m, n, k = shape
     input, weight = normal((m, k), torch.float32, device), normal((n, k), torch.float32, device)
-    output = linear_forward(input, weight, precision=precision)
-    check(output, input, weight.mT, exact_forward(input, weight, None), precision)
+    output = linear_forward(input, weight, precision="bf16x6")
+    check(output, input, weight.mT, exact_forward(input, weight, None))
     # grad_output @ weight.mT: the same numbers, with an operand that lies the other way.
-    grad_input = linear_backward_input(input, weight.mT.contiguous(), precision=precision)
+    grad_input = linear_backward_input(input, weight.mT.contiguous(), precision="bf16x6")
     assert torch.equal(grad_input, output)
 
 
-@pytest.mark.parametrize("precision", PIECES)
-def test_pieces_in_grad_weight(precision: str, device: torch.device) -> None:
+def test_pieces_in_grad_weight(device: torch.device) -> None:
     grad_output, input = (normal((150, size), torch.float32, device) for size in (40, 33))
     _, exact, exact_bias = exact_backward(grad_output, input, input.new_zeros(40, 33))
     for splits in (1, 3):
         grad_weight, grad_bias = linear_backward_weight(
-            grad_output, input, True, precision=precision, splits=splits
+            grad_output, input, True, precision="bf16x6", splits=splits
         )
         assert grad_bias is not None
-        check(grad_weight, grad_output.mT, input, exact, precision)
+        check(grad_weight, grad_output.mT, input, exact)
         torch.testing.assert_close(grad_bias, exact_bias.float(), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("precision", PIECES)
 @pytest.mark.parametrize("splits", [1, 3])
 def test_pieces_in_one_launch_for_all_gradients(
-    splits: int, precision: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+    splits: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     grad_output, input = (normal((40, size), torch.float32, device) for size in (68, 20))
     weights = [normal((34, 20), torch.float32, device) for _ in range(2)]
     both = torch.cat(weights)
     expected = exact_backward(grad_output, input, both)
-    given = {"precision": precision, "splits": splits}
+    given = {"precision": "bf16x6", "splits": splits}
     launched = taken(monkeypatch)
     for weight, second in ((both, None), weights):
         grad_input, grad_weight, _ = linear_backward(
@@ -288,21 +281,20 @@ def test_pieces_in_one_launch_for_all_gradients(
         )
         assert grad_input is not None
         assert grad_weight is not None
-        check(grad_input, grad_output, both, expected[0], precision)
-        check(grad_weight, grad_output.mT, input, expected[1], precision)
-    assert launched == [precision] * 2
+        check(grad_input, grad_output, both, expected[0])
+        check(grad_weight, grad_output.mT, input, expected[1])
+    assert launched == ["bf16x6"] * 2
 
 
-@pytest.mark.parametrize("precision", PIECES)
-def test_pieces_in_a_gated_pair(precision: str, device: torch.device) -> None:
+def test_pieces_in_a_gated_pair(device: torch.device) -> None:
     input = normal((20, 50), torch.float32, device)
     weights = [normal((40, 50), torch.float32, device) for _ in range(2)]
     output, *products = gated_linear_forward(
-        input, *weights, None, None, "silu", True, precision=precision
+        input, *weights, None, None, "silu", True, precision="bf16x6"
     )
     for product, weight in zip(products, weights, strict=True):
         assert product is not None
-        check(product, input, weight.mT, exact_forward(input, weight, None), precision)
+        check(product, input, weight.mT, exact_forward(input, weight, None))
     gate, up = products
     torch.testing.assert_close(output, F.silu(gate) * up)
 
@@ -325,12 +317,11 @@ def test_six_products_of_pieces_are_enough_the_smallest_first(device: torch.devi
     assert error <= 2.1 * ROUNDING
 
 
-@pytest.mark.parametrize("precision", PIECES)
-def test_additions_to_the_total_lose_nothing(precision: str, device: torch.device) -> None:
+def test_additions_to_the_total_lose_nothing(device: torch.device) -> None:
     input = torch.zeros(1, 16 * 65, device=device)
     input[0, 16::16] = 2.0**-25  # 64 of them, each too small beside 1
     input[0, 0] = 1
-    output = linear_forward(input, torch.ones_like(input), precision=precision)
+    output = linear_forward(input, torch.ones_like(input), precision="bf16x6")
     assert output.item() == 1 + 2.0**-19
 
 
@@ -339,33 +330,30 @@ SPECIAL = [0.0, -0.0, 1.0, -1.5, 1e-30, -1e20, INFINITY, -INFINITY, NAN]
 
 # Infinity times the zeros that pad a tile is a NaN in columns that are not stored.
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
-@pytest.mark.parametrize("precision", PIECES)
-def test_pieces_pass_nan_and_infinity_on(precision: str, device: torch.device) -> None:
+def test_pieces_pass_nan_and_infinity_on(device: torch.device) -> None:
     numbers = torch.tensor(SPECIAL, device=device)
     numbers = torch.cat(
         [numbers, torch.tensor([0x7FFFFFFF, 0x7F800001, -1]).int().view(torch.float32)]
     )
-    product = linear_forward(numbers[:, None], numbers[:, None], precision=precision)
+    product = linear_forward(numbers[:, None], numbers[:, None], precision="bf16x6")
     torch.testing.assert_close(product, numbers[:, None] * numbers, equal_nan=True)
     # In sums of several steps, infinity stays, and only infinities of both signs are NaN.
     pairs = list(itertools.product(SPECIAL, repeat=2))
     input = torch.zeros(len(pairs), 40, device=device)
     input[:, [3, 30]] = torch.tensor(pairs, device=device)
-    total = linear_forward(input, torch.ones(1, 40, device=device), precision=precision)
+    total = linear_forward(input, torch.ones(1, 40, device=device), precision="bf16x6")
     torch.testing.assert_close(total[:, 0], input[:, 3] + input[:, 30], equal_nan=True)
 
 
-@pytest.mark.parametrize("precision", PIECES)
-def test_pieces_of_the_largest_numbers_are_finite(precision: str, device: torch.device) -> None:
+def test_pieces_of_the_largest_numbers_are_finite(device: torch.device) -> None:
     largest = torch.finfo(torch.float32).max
     numbers = torch.tensor([[largest], [-largest], [3.397e38]], device=device)
     half = torch.full((1, 1), 0.5, device=device)
-    product = linear_forward(numbers, half, precision=precision)
+    product = linear_forward(numbers, half, precision="bf16x6")
     torch.testing.assert_close(product, 0.5 * numbers, rtol=2.0**-7, atol=0.0)
 
 
-@pytest.mark.parametrize("precision", PIECES)
-def test_pieces_of_the_smallest_numbers_lose_little(precision: str, device: torch.device) -> None:
+def test_pieces_of_the_smallest_numbers_lose_little(device: torch.device) -> None:
     numbers = torch.tensor([[1e-38], [-3e-39], [2e-40], [1e-36]], device=device)
-    product = linear_forward(numbers, torch.ones(1, 1, device=device), precision=precision)
+    product = linear_forward(numbers, torch.ones(1, 1, device=device), precision="bf16x6")
     torch.testing.assert_close(product, numbers, rtol=2.0**-21, atol=2.0**-131)
