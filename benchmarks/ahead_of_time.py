@@ -1,117 +1,20 @@
-"""Compiles the kernels for GPUs that are not there; `python -m benchmarks.resources` runs it.
-
-It needs Triton without its interpreter (TRITON_INTERPRET unset).
-"""
+"""The launches that are compiled without a GPU: `python -m benchmarks.resources` compiles them."""
 
 import dataclasses
 import functools
-from dataclasses import dataclass
-from typing import Any
+import itertools
+from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from fastlinear.kernels import activation as activation_pass
-from fastlinear.kernels import (
-    backward_weight,
-    gated,
-    gated_backward,
-    gemv,
-    grouped,
-    launch,
-    persistent,
-    split_k,
-    tiled,
-)
-from fastlinear.kernels.configs import TARGETS, BackwardConfig, Config, Kernel, Traits
-from fastlinear.kernels.operands import ACTIVATIONS, FROM_OUTPUT
+from benchmarks.launches import LAYOUTS, Case, as_launched, call, launched
+from benchmarks.shapes import BATCH_SIZES, LAYERS, Layer
+from fastlinear.kernels.configs import TARGETS, Traits
+from fastlinear.kernels.operands import ACTIVATIONS
 from fastlinear.kernels.pairs import legal_pairs
 from fastlinear.kernels.tiles import legal_configs
 
-GPU_TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-POINTER = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-}
-
-# Strides that are 1, by product and layout: Triton compiles a kernel anew for those.
-FORWARD_LAYOUTS = {
-    "output": ("stride_ik", "stride_wk"),  # input (M, K) and weight (N, K), both contiguous
-    "grad_input": ("stride_ik", "stride_wn"),  # weight transposed
-    "columns": ("stride_im", "stride_wk"),  # input given as X.t()
-}
-
 LARGEST = ("gelu", "gelu_tanh", "tanh")  # of activations: the others do less of the same
-
-# By kind.
-FORWARD_KERNELS = {
-    "tiled": tiled.linear_forward_kernel,
-    "gemv": gemv.linear_gemv_kernel,
-    "split_k": split_k.linear_split_k_kernel,
-    "persistent": persistent.persistent_forward_kernel,
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel, as one call would compile it."""
-
-    target: str
-    # "output", "grad_input", "columns", "grad_weight", "grad_weight_split", "backward",
-    # "backward_of_two", "grad_preactivation", "gated_output" or "grad_products"
-    product: str
-    dtype: str
-    precision: str
-    config: Config | BackwardConfig | None
-    aligned: bool = True  # pointers, sizes and strides divisible by 16
-    wide: bool = False  # 64-bit offsets
-    activation: str | None = None
-    odd: bool = False  # as many outputs as may be, where `aligned` says nothing of them
-    accumulates: bool = False  # grad_weight is added to what is there
-
-    @property
-    def label(self) -> str:
-        configs = [config for config, _ in self.products()]
-        blocks, notes = "-", ""
-        if configs:
-            config = configs[0]
-            blocks = "+".join(f"{one.block_m}x{one.block_n}x{one.block_k}" for one in configs)
-            blocks += f" s{config.num_stages} w{config.num_warps}"
-            if config.kind != "tiled":
-                blocks = f"{config.kind} {blocks}"
-            notes += " splits" if config.splits > 1 else ""
-            notes += f" {config.epilogue_parts} parts" if config.epilogue_parts > 1 else ""
-        notes += ("" if self.aligned else " unaligned") + (" int64" if self.wide else "")
-        notes += " odd" if self.odd else ""
-        notes += " accumulates" if self.accumulates else ""
-        notes += f" {self.activation}" if self.activation else ""
-        return (
-            f"{self.target:7} {self.product:18} {self.dtype:9} {self.precision:6} {blocks}{notes}"
-        )
-
-    def products(self) -> list[tuple[Config, Kernel]]:
-        """Each product's configuration, and the kernel whose tile it is."""
-        if self.config is None:
-            return []
-        if isinstance(self.config, BackwardConfig):
-            return [(self.config.input, "forward"), (self.config.weight, "backward_weight")]
-        weight = self.product.startswith("grad_weight")
-        return [(self.config, "backward_weight" if weight else "forward")]
-
-    @property
-    def name(self) -> str:
-        """The label without its padding."""
-        return " ".join(self.label.split())
 
 
 def cases(targets: list[str]) -> list[Case]:
@@ -255,7 +158,7 @@ def persistent_cases(target: str) -> list[Case]:
     case = functools.partial(Case, target, dtype="bfloat16", precision="ieee")
     found = [case("output", config=shipped[0], wide=True)]
     for config in shipped:
-        found += [case(product, config=config) for product in FORWARD_LAYOUTS]
+        found += [case(product, config=config) for product in ("output", "grad_input", "columns")]
         found += [case("output", config=config, aligned=False)]
     found += [
         case("output", config=config, activation="gelu")
@@ -316,120 +219,58 @@ def _split_k_cases(target: str, dtype: str, precision: str) -> list[Case]:
     return found
 
 
-def compile_case(case: Case) -> Any:
-    """Compiles as Triton's own launcher would for these arguments.
+# What `chosen` asks for: dtype and precision of each arithmetic, as users set them.
+ARITHMETICS = (
+    ("bfloat16", "ieee"),
+    ("float32", "ieee"),
+    ("float32", "long bf16x6"),
+    ("float16", "ieee"),
+    ("float32", "tf32"),
+    ("float64", "ieee"),
+)
+ROWS = tuple(rows for rows in BATCH_SIZES if rows <= 16384)
+# The first has every layer at every number of rows. These layers have all of them, and operands
+# that lie in every way, at some numbers of rows.
+SAMPLED, SOME_ROWS = ("mnist-1", "bert-base-up"), (1, 64, 4096)
 
-    Returns Triton's CompiledKernel.
+
+def chosen(targets: list[str]) -> list[Case]:
+    """What is launched for the layers of shapes.py at ROWS, each specialisation once.
+
+    The configuration is the planners' choice.
     """
-    dtype = getattr(torch, case.dtype)
-    accumulator = "*fp64" if dtype == torch.float64 else "*fp32"
-    constants: dict[str, Any] = {
-        "HAS_BIAS": True,
-        "ACTIVATION": case.activation,
-        "SAVE_PREACTIVATION": case.activation is not None,
-        "OFFSET_DTYPE": tl.int64 if case.wide else tl.int32,
-    }
-    if case.activation is None:
-        constants["preactivation_ptr"] = None
-    pointers: dict[str, str] = {}
-    if case.product in ("grad_preactivation", "grad_products"):
-        kernel = (
-            activation_pass.activation_backward_kernel
-            if case.product == "grad_preactivation"
-            else gated_backward.gate_backward_kernel
-        )
-        constants |= {
-            "ACC_DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,
-            "FROM_OUTPUT": case.activation in FROM_OUTPUT,
-            "NESTED_GRAD_OUTPUT": False,
-            "stride_gn": 1,
-            "BLOCK_M": 1024 // activation_pass.ACTIVATION_BLOCK,
-            "BLOCK_N": activation_pass.ACTIVATION_BLOCK,
-        }
-        options = {}
-    else:
-        constants |= {
-            "ACC_DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,
-            "INPUT_PRECISION": case.precision,
-            "UPCAST": False,
-            "SUM_STEPS_APART": launch.sum_steps_apart(dtype, case.precision),
-            "SUM_BY_DOT": dtype.itemsize == 2,
-            "NESTED_GRAD_OUTPUT": False,
-            "NESTED_INPUT": False,
-        }
-        for config, product in case.products():
-            prefix = ""
-            if isinstance(case.config, BackwardConfig):
-                prefix = "INPUT_" if product == "forward" else "WEIGHT_"
-            constants |= {
-                f"{prefix}BLOCK_M": config.block_m,
-                f"{prefix}BLOCK_N": config.block_n,
-                f"{prefix}BLOCK_K": config.block_k,
-                f"{prefix}GROUP": config.group,
-            }
-            options = config.compile_options(TARGETS[case.target])
-        parts = {"partial_weight_ptr": accumulator, "partial_bias_ptr": accumulator}
-        parts["counter_ptr"] = "*i32"
-        if case.product.startswith(("grad_weight", "backward")):
-            constants |= {"stride_gn": 1, "stride_ik": 1, "ACCUMULATE": case.accumulates}
-            if case.product.startswith("grad_weight"):
-                kernel = backward_weight.linear_backward_weight_kernel
-                constants["SPLIT"] = case.product.endswith("split")
-            else:
-                # A launch that splits has all that another has, but for what it adds a tile to.
-                kernel = grouped.linear_backward_kernel
-                constants |= {"stride_wk": 1, "SPLIT": not case.accumulates}
-                constants["SECOND_PRODUCT"] = case.product == "backward_of_two"
-                if case.product == "backward":
-                    constants["second_weight_ptr"] = None
-            if constants["SPLIT"]:
-                pointers |= parts
-            else:
-                constants |= dict.fromkeys(parts)
-            if case.accumulates:
-                pointers["grad_weight_ptr"] = accumulator
-        elif case.product == "gated_output":
-            kernel = gated.gated_linear_forward_kernel
-            constants |= {
-                "HAS_GATE_BIAS": True,
-                "HAS_UP_BIAS": True,
-                "SAVE_PRODUCTS": True,
-                "stride_ik": 1,
-                "stride_gk": 1,
-                "stride_uk": 1,
-            }
-        else:
-            config = case.config
-            kernel = FORWARD_KERNELS[config.kind]
-            constants |= dict.fromkeys(FORWARD_LAYOUTS[case.product], 1)
-            split = config.splits > 1
-            constants["SPLIT"] = split
-            pointers = {"partial_ptr": accumulator, "counter_ptr": "*i32"}
-            if not split:
-                constants |= {"partial_ptr": None, "counter_ptr": None, "splits": 1}
-            constants |= {
-                "INPUT_TRANSPOSED": case.product == "columns",
-                "WEIGHT_TRANSPOSED": case.product == "grad_input",
-                "EPILOGUE_PARTS": config.epilogue_parts,
-            }
-            if case.product == "grad_input":
-                constants |= {"HAS_BIAS": False, "bias_ptr": None}
+    found: dict[object, Case] = {}
+    for target, (dtype, precision), layer in itertools.product(
+        targets, ARITHMETICS, LAYERS.values()
+    ):
+        every = (dtype, precision) in ARITHMETICS[:1]
+        if not every and layer.name not in SAMPLED:
+            continue
+        for layout, rows in itertools.product(LAYOUTS, ROWS):
+            if layout and not (every and layer.name in SAMPLED and rows in SOME_ROWS):
+                continue
+            sizes = (rows, layer.out_features, layer.in_features)
+            case = Case(target, "", dtype, precision, None, sizes=sizes, layout=layout)
+            for one in _calls(dataclasses.replace(case, bias=layer.bias), layer):
+                launches = launched(target, functools.partial(call, one))
+                if len(launches) == 1:  # else both gradients take a launch each
+                    key = (target, launches[0].specialization(target))
+                    found.setdefault(key, as_launched(one, launches[0]))
+    return list(found.values())
 
-    signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        if name == "zero":
-            signature[name] = "fp32"
-            continue
-        if name.endswith("_ptr"):
-            signature[name] = pointers.get(name, POINTER[dtype])
-        else:
-            signature[name] = "i64" if case.wide and name.startswith("stride_") else "i32"
-        if case.aligned and not (case.odd and name == "N"):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"enable_fp_fusion": True, **options}  # as kernels are launched
-    return triton.compile(source, target=GPU_TARGETS[case.target], options=options)
+
+def _calls(case: Case, layer: Layer) -> Iterator[Case]:
+    """A layer's forward and backward: plain, with its activation, and gated."""
+    of = functools.partial(dataclasses.replace, case)
+    yield from (of(product=one) for one in ("output", "grad_input", "grad_weight", "backward"))
+    if layer.activation is None:
+        return
+    of = functools.partial(of, activation=layer.activation)
+    yield of(product="output")
+    yield of(product="output", saves=False)
+    yield of(product="grad_preactivation")
+    if layer.activation == "silu":
+        yield of(product="gated_output")
+        yield of(product="gated_output", saves=False)
+        yield of(product="grad_products")
+        yield of(product="backward_of_two", activation=None)

@@ -1,16 +1,13 @@
 """What came of compiling a case: resources, matrix instructions, and what is wrong with them."""
 
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
-from benchmarks import occupancy
-from benchmarks.ahead_of_time import Case, compile_case
+from benchmarks import machine_code, occupancy
+from benchmarks.launches import Case, compile_case
 from fastlinear.kernels import launch
 from fastlinear.kernels.configs import TARGETS, Config, arithmetic
 from fastlinear.kernels.legality import persistent_shared_memory
@@ -92,25 +89,17 @@ def instructions_in_loops(assembly: str, kind: re.Pattern[str] = MATRIX_INSTRUCT
     return list(loops.values())
 
 
-def _usage(cubin: bytes) -> str:
-    """What cuobjdump says that `cubin` uses."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run(
-            [str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-
-
 def _number(pattern: str, text: str) -> int:
     found = re.search(pattern + r"(\d+)", text)
     assert found is not None, f"no {pattern} in {text}"
     return int(found[1])
 
 
-def read(case: Case) -> Row:
+def read(case: Case, steps: bool = False) -> Row:
     """Compiles `case`, and reads from the result what it takes.
+
+    Args:
+        steps: whether to read its machine code too, NVIDIA's.
 
     Returns:
         registers: of one thread.
@@ -130,7 +119,9 @@ def read(case: Case) -> Row:
         moved: whether a loop brings a tile of two dimensions to other threads.
         descriptor_loads: how many loads by descriptors there are.
         selects: how many numbers are chosen out of two, on NVIDIA's.
+        serialized: the assembler's note that products wait for one another, or None.
         error: the compiler's error; there is nothing else then. None where it compiles.
+        code: machine_code.analysis, if asked for.
     """
     try:
         compiled = compile_case(case)
@@ -145,7 +136,7 @@ def read(case: Case) -> Row:
         spilled = 4 * _number(r"\.vgpr_spill_count:\s+", text)
     else:
         text = compiled.asm["ptx"]
-        usage = _usage(compiled.asm["cubin"])
+        usage = machine_code.usage(compiled.asm["cubin"])
         registers = _number("REG:", usage)
         spilled = _number("STACK:", usage) + _number("LOCAL:", usage)
         buffers = re.findall(
@@ -159,6 +150,9 @@ def read(case: Case) -> Row:
         metadata.num_warps,
         getattr(metadata, "tmem_size", None) or 0,
     )
+    code = {}
+    if steps and "cubin" in compiled.asm:
+        code = machine_code.analysis(machine_code.disassemble(compiled.asm["cubin"]))
     return {
         "registers": registers,
         "spilled": spilled,
@@ -177,7 +171,9 @@ def read(case: Case) -> Row:
         "moved": bool(MOVED_TILE.search(gpu_loop)),
         "descriptor_loads": len(re.findall(r"cp\.async\.bulk\.tensor\S*global\b", text)),
         "selects": len(re.findall(r"\bselp\.f32\b", text)),
+        "serialized": machine_code.serialized(compiled.asm.get("ptx", "")),
         "error": None,
+        "code": code,
     }
 
 
@@ -263,6 +259,8 @@ def faults(case: Case, found: Row) -> list[str]:
     wrong = []
     if found["spilled"]:
         wrong.append(f"spills {found['spilled']} bytes a thread")
+    if found["serialized"]:
+        wrong.append(f"waits for each product before the next ({found['serialized']})")
     if found["shared"] > TARGETS[case.target].shared_memory:
         wrong.append(
             f"needs {found['shared']} bytes of shared memory "

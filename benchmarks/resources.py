@@ -10,13 +10,20 @@ With `--check` it also compares with benchmarks/results/resources.json, and name
 kernels/resources.json: of that table what the choice of a configuration goes by, the programs that
 share a multiprocessor.
 
-The table says of which sources it is. `--check --sample 6` compiles a sixth of the cases, drawn
+`--launches` compiles what is launched for the layers of shapes.py instead, as the planners choose
+it, and prints of each kernel's machine code (NVIDIA's): of a warp and step of its main loop the
+tensor-core instructions, the others, and how many products and copies of operands a wait leaves
+under way; and of what comes after the loop the instructions, the loads behind barriers, and the
+stores by width. `--check` and `--json` then mean benchmarks/results/launches.json.
+
+A table says of which sources it is. `--check --sample 6` compiles a sixth of the cases, drawn
 anew each time, where it is of those at hand: a compiler would say the same of the others again.
 Else it compiles all.
 """
 
 import argparse
 import collections
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -30,7 +37,8 @@ import torch
 import triton
 
 from benchmarks import compiled, occupancy
-from benchmarks.ahead_of_time import GPU_TARGETS, Case, cases
+from benchmarks.ahead_of_time import cases, chosen
+from benchmarks.launches import GPU_TARGETS, Case
 from fastlinear.kernels.configs import BackwardConfig, Config, Kernel, arithmetic
 from fastlinear.kernels.model import resident_key
 from fastlinear.kernels.pair_model import pair_key
@@ -39,8 +47,9 @@ Row = dict[str, Any]
 Table = dict[str, Row]  # by the case's name
 
 COMMITTED = Path(__file__).with_name("results") / "resources.json"
+LAUNCHES = COMMITTED.with_name("launches.json")
 SHIPPED = Path(__file__).parent.parent / "kernels" / "resources.json"
-READERS = ("ahead_of_time", "compiled", "occupancy")  # of benchmarks/
+READERS = ("ahead_of_time", "compiled", "launches", "machine_code", "occupancy", "shapes")
 # Which kernel's configurations a product's are.
 KERNELS: dict[str, Kernel] = {
     "output": "forward",
@@ -51,6 +60,7 @@ KERNELS: dict[str, Kernel] = {
     "gated_output": "gated_forward",
 }
 COLUMNS = ("registers", "spilled", "shared", "matrix", "resident", "occupancy", "waves")
+OF_CODE = ("matrix", "other", "in_flight", "copies", "tile", "late_loads", "stores")
 REGISTER_SLACK = 8  # the step that GPUs give registers out in
 # The columns that are compared: whether more of it is worse, and how much worse is let pass.
 # `resident` decides `occupancy` and `waves`.
@@ -60,6 +70,11 @@ COMPARED = {
     "matrix": (False, 0),
     "registers": (True, REGISTER_SLACK),
     "resident": (False, 0),
+    "other": (True, 0),
+    "in_flight": (False, 0),
+    "copies": (False, 0),
+    "tile": (True, 0),
+    "late_loads": (True, 0),
 }
 WORDS = {
     "registers": "registers a thread",
@@ -67,6 +82,11 @@ WORDS = {
     "shared": "bytes of shared memory",
     "matrix": "matrix instructions in the loop",
     "resident": "programs a multiprocessor",
+    "other": "other instructions a step",
+    "in_flight": "products under way after a wait",
+    "copies": "copies under way after a wait",
+    "tile": "instructions after the main loop",
+    "late_loads": "loads behind a barrier",
 }
 
 
@@ -77,10 +97,16 @@ def sources() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
+def columns_of(row: Row) -> Row:
+    """What the table has of a row: of its machine code too, where that was read."""
+    code = row.get("code", {})
+    return {name: row[name] for name in COLUMNS} | {name: code[name] for name in OF_CODE if code}
+
+
 def write_table(table: Table, path: Path) -> None:
     """One case a line, in the order of their names."""
     rows = ",\n".join(
-        f"  {json.dumps(name)}: {json.dumps({column: row[column] for column in COLUMNS})}"
+        f"  {json.dumps(name)}: {json.dumps(columns_of(row))}"
         for name, row in sorted(table.items())
         if not row.get("error")
     )
@@ -139,27 +165,39 @@ def worsened(table: Table, committed: Table) -> list[str]:
         if name not in committed:
             worse.append(f"{name}: new, not in the committed table")
             continue
+        read = row | row.get("code", {})
         for column, (more_is_worse, slack) in COMPARED.items():
-            before, after = committed[name][column], row[column]
+            before, after = committed[name].get(column), read.get(column)
+            if before is None or after is None:
+                continue  # of other instructions than these
             if (after - before if more_is_worse else before - after) > slack:
                 worse.append(f"{name}: {after} {WORDS[column]}, was {before}")
     return sorted(worse)
 
 
-def _run(case: Case) -> tuple[Case, Row]:
-    return case, compiled.read(case)
+def _run(steps: bool, case: Case) -> tuple[Case, Row]:
+    return case, compiled.read(case, steps)
 
 
-def measure(wanted: list[Case]) -> tuple[Table, list[str]]:
+def wanted_cases(targets: list[str], launches: bool) -> list[Case]:
+    if not launches:
+        return cases(targets)
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        found = pool.map(chosen, [[target] for target in targets], chunksize=1)
+    return [case for of_target in found for case in of_target]
+
+
+def measure(wanted: list[Case], launches: bool) -> tuple[Table, list[str]]:
     """Compiles, prints a line a case, and returns the table and what is at fault, in words."""
     table: Table = {}
     faults: list[str] = []
     print(
         f"{'target  product            dtype     prec.  tiles (M x N x K)':81} "
         "registers spilled  shared matrix resident occupancy  waves"
+        + (" |  " + " ".join(OF_CODE) if launches else "")
     )
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        for case, row in pool.imap(_run, wanted, chunksize=4):
+        for case, row in pool.imap(functools.partial(_run, launches), wanted, chunksize=4):
             table[case.name] = row
             wrong = compiled.faults(case, row)
             faults += [f"{case.name}: {fault}" for fault in wrong]
@@ -170,6 +208,7 @@ def measure(wanted: list[Case]) -> tuple[Table, list[str]]:
                     f"{row['registers']:9} {row['spilled']:7} {row['shared']:7} {row['matrix']:6} "
                     f"{row['resident']:8} {row['occupancy']:8}% {waves:>6}"
                 )
+                line += " |" + "".join(f" {one!s:>8}" for one in row["code"].values())
             print(line + "".join(f"  FAULT: {fault}" for fault in wrong), flush=True)
     return table, faults
 
@@ -196,14 +235,12 @@ def main() -> None:
         "--targets", nargs="+", default=list(GPU_TARGETS), choices=list(GPU_TARGETS)
     )
     parser.add_argument("--only", default="", help="the cases whose name contains this")
-    parser.add_argument("--json", type=Path, help="also write the table to this file")
     parser.add_argument(
-        "--check",
-        type=Path,
-        nargs="?",
-        const=COMMITTED,
-        help="compare with this table, the committed one unless another is named",
+        "--launches", action="store_true", help="what is launched for layers of models"
     )
+    for option, what in (("--json", "also write the table to"), ("--check", "compare with")):
+        whose = f"{what} this file, that of the repository unless another is named"
+        parser.add_argument(option, nargs="?", const="", help=whose)
     parser.add_argument(
         "--sample",
         type=int,
@@ -217,18 +254,23 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET"):
         sys.exit("TRITON_INTERPRET is set: nothing would be compiled; unset it")
 
-    committed = json.loads(arguments.check.read_text()) if arguments.check else None
-    wanted = [case for case in cases(arguments.targets) if arguments.only in case.name]
+    ours = LAUNCHES if arguments.launches else COMMITTED
+    checked, written = (
+        None if one is None else Path(one or ours) for one in (arguments.check, arguments.json)
+    )
+    committed = json.loads(checked.read_text()) if checked else None
+    every = wanted_cases(arguments.targets, arguments.launches)
+    wanted = [case for case in every if arguments.only in case.name]
     names = {case.name for case in wanted}
     known = committed is not None and committed.get("sources") == sources()
     if known and arguments.sample > 1:
         wanted = random.sample(wanted, -(-len(wanted) // arguments.sample))
         print(f"the table is of these sources: {len(wanted)} of {len(names)} are compiled again")
-    table, faults = measure(wanted)
+    table, faults = measure(wanted, arguments.launches)
     print_totals(table)
-    if arguments.json:
-        write_table(table, arguments.json)
-        if arguments.json.resolve() == COMMITTED:
+    if written:
+        write_table(table, written)
+        if written.resolve() == COMMITTED:
             SHIPPED.write_text(json.dumps(residents(table, wanted), indent=1) + "\n")
 
     failures = [f"FAULT: {fault}" for fault in faults]
@@ -243,7 +285,7 @@ def main() -> None:
         }
         worse = [] if incomparable else worsened(table, asked_for)
         failures += [f"WORSE: {one}" for one in worse]
-        print(incomparable or f"{len(asked_for)} compared, {len(worse)} worse ({arguments.check})")
+        print(incomparable or f"{len(asked_for)} compared, {len(worse)} worse ({checked})")
     print(*failures, f"{len(table)} compiled, {len(faults)} at fault", sep="\n")
     sys.exit(bool(failures))
 

@@ -83,7 +83,7 @@ def gated_linear_forward_kernel(
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
     fresh = gate + zero
     gate, up = empty_sum(gate, INPUT_PRECISION), empty_sum(up, INPUT_PRECISION)
-    for k in range(0, tl.cdiv(K, BLOCK_K)):
+    for k in range(0, max(tl.cdiv(K, BLOCK_K), 1)):  # at least one, as in tiled.py
         mask_k = offs_k < K - k * BLOCK_K
         input_tile = tl.load(input_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         gate_tile = tl.load(gate_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)

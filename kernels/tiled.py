@@ -37,7 +37,9 @@ def add_rows_by_rows(
     # A scalar of the offsets' type, so that BLOCK_K * stride cannot overflow
     # where offsets are 64 bits wide.
     step_k = tl.full((), BLOCK_K, OFFSET_DTYPE)
-    for k in range(0, tl.cdiv(K, BLOCK_K)):
+    # At least one step, though K may be 0: where a loop may be skipped, zeros are written between
+    # it and the wait for its products, and the assembler then waits for every product (C7515).
+    for k in range(0, max(tl.cdiv(K, BLOCK_K), 1)):
         mask_k = offs_k < K - k * BLOCK_K
         input_tile = tl.load(input_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         weight_tile = tl.load(weight_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
