@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.launches import LAYOUTS, Case, as_launched, call, launched
 from benchmarks.shapes import BATCH_SIZES, LAYERS, Layer
+from benchmarks.without_gpu import LAYOUTS, Case, as_launched, call, launched
 from fastlinear.kernels.configs import TARGETS, Traits
 from fastlinear.kernels.operands import ACTIVATIONS
 from fastlinear.kernels.pairs import legal_pairs

@@ -7,7 +7,7 @@ import torch
 import triton
 
 from benchmarks import machine_code, occupancy
-from benchmarks.launches import Case, compile_case
+from benchmarks.without_gpu import Case, compile_case
 from fastlinear.kernels import launch
 from fastlinear.kernels.configs import TARGETS, Config, arithmetic
 from fastlinear.kernels.legality import persistent_shared_memory

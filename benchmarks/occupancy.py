@@ -6,7 +6,7 @@ A prediction from what a kernel takes and what a multiprocessor has; nothing her
 import math
 from dataclasses import dataclass
 
-from benchmarks.launches import Case
+from benchmarks.without_gpu import Case
 from fastlinear.kernels.activation import ACTIVATION_BLOCK
 from fastlinear.kernels.configs import TARGETS
 

@@ -38,7 +38,7 @@ import triton
 
 from benchmarks import compiled, occupancy
 from benchmarks.ahead_of_time import cases, chosen
-from benchmarks.launches import GPU_TARGETS, Case
+from benchmarks.without_gpu import GPU_TARGETS, Case
 from fastlinear.kernels.configs import BackwardConfig, Config, Kernel, arithmetic
 from fastlinear.kernels.model import resident_key
 from fastlinear.kernels.pair_model import pair_key
@@ -49,7 +49,7 @@ Table = dict[str, Row]  # by the case's name
 COMMITTED = Path(__file__).with_name("results") / "resources.json"
 LAUNCHES = COMMITTED.with_name("launches.json")
 SHIPPED = Path(__file__).parent.parent / "kernels" / "resources.json"
-READERS = ("ahead_of_time", "compiled", "launches", "machine_code", "occupancy", "shapes")
+READERS = ("ahead_of_time", "compiled", "machine_code", "occupancy", "shapes", "without_gpu")
 # Which kernel's configurations a product's are.
 KERNELS: dict[str, Kernel] = {
     "output": "forward",

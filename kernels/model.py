@@ -4,6 +4,10 @@ Nothing here imports Triton or measures anything. The constants are fitted to on
 measurements, of the tiled kernels on an H100 (benchmarks/results/nvidia-h100-80gb-hbm3/
 kernels.json, 1,494 times): half of its times are met within 9% in 16 bits, 7% in float32 and 16% in
 TF32. For other GPUs, and for the other kinds of kernels, they are assumptions.
+
+That table's times of "output" in 16 bits by tiles of 128x256 are of a kernel whose products waited
+for one another, as Triton 3.6 compiled it then (ptxas's note C7515; tiled.py has why). They are in
+the fit: what the model says of that tile's forward is likely too long, by how much is not measured.
 """
 
 import functools

@@ -83,7 +83,7 @@ def compiling(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 OLD_LOOP = """
 from benchmarks import compiled
-from benchmarks.launches import Case
+from benchmarks.without_gpu import Case
 from fastlinear.kernels import tiled
 from fastlinear.kernels.configs import Config
 
