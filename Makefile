@@ -1,8 +1,9 @@
-# PYTHON makes the environments; ARGS is passed on to the command that a target runs; OUT is where results go; MINUTES is
-# how long `make fuzz` goes on.
+# PYTHON makes the environments; ARGS is passed on to the command that a target runs; OUT is where results go; CALL is
+# which half of `make gpu`; MINUTES is how long `make fuzz` goes on.
 PYTHON ?= python3
 ARGS ?=
 OUT ?=
+CALL ?=
 MINUTES ?= 30
 
 SUPPORTED = import sys; version = sys.version_info[:2]; (3, 10) <= version <= (3, 13) or sys.exit( \
@@ -13,7 +14,7 @@ VERSION_DEPENDENT = $(patsubst %,tests/test_%.py,backward compile compiled_launc
 	host_time in_use launch persistent pytorch_data shortcut transforms)
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-oldest test-newest test-versions test-ecosystem lint mutation fuzz resources demo bench bench-pytest report host-time gpu clean
+.PHONY: help test test-oldest test-newest test-versions test-ecosystem lint mutation fuzz resources demo bench bench-pytest report host-time gpu gpu-rehearsal clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -64,11 +65,16 @@ host-time: .venv/installed ## measure the microseconds that a call takes besides
 	.venv/bin/python -m benchmarks.host_time $(ARGS)
 
 # Nothing is downloaded: the machine's own torch and Triton are what is measured.
-gpu: ## check and measure everything on this machine's GPU, with its own Python; OUT=FOLDER takes the results
-	@test -n "$(OUT)" || { echo 'make gpu needs a folder for its results, as in: make gpu OUT=results'; exit 2; }
+gpu: ## check and measure everything on this machine's GPU, with its own Python: OUT=FOLDER CALL=1, then CALL=2
+	@test -n "$(OUT)" || { echo 'make gpu needs a folder for its results, as in: make gpu OUT=results CALL=1'; exit 2; }
+	@test -n "$(CALL)" || { echo 'make gpu is two calls of six minutes each; name one, as in: make gpu OUT=$(OUT) CALL=1'; exit 2; }
 	@$(PYTHON) -m benchmarks.gpu --check
 	$(PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps -e .
-	@$(PYTHON) -m benchmarks.gpu --out "$(OUT)" $(ARGS)
+	@$(PYTHON) -m benchmarks.gpu --call "$(CALL)" --out "$(OUT)" $(ARGS)
+
+gpu-rehearsal: .venv/installed ## both calls of `make gpu` where there is no GPU, on small shapes; OUT=FOLDER takes the results
+	@test -n "$(OUT)" || { echo 'make gpu-rehearsal needs a folder, as in: make gpu-rehearsal OUT=rehearsal'; exit 2; }
+	.venv/bin/python -m benchmarks.rehearsal --out "$(OUT)" $(ARGS)
 
 clean: ## remove the environments, caches and build products
 	rm -rf .venv .venv-oldest .venv-newest .venv-ecosystem build dist fastlinear.egg-info .pytest_cache .mypy_cache .ruff_cache

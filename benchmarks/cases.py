@@ -80,6 +80,7 @@ class Group:
     """Checks that one process makes: a family of products, for one arithmetic.
 
     small: one shape, and of configurations only the one that is chosen.
+    sizes: of whose shapes, where not of `device`'s.
     """
 
     family: str
@@ -87,6 +88,7 @@ class Group:
     device: str
     repeats: int
     small: bool
+    sizes: str | None = None
 
 
 class Case(NamedTuple):
@@ -111,10 +113,10 @@ def cases(group: Group) -> Iterator[Case]:
     if kind == "far":
         yield from far_cases(group)
         return
-    batch = (3,) if kind == "batched" else ()
+    batch, sizes = (3,) if kind == "batched" else (), group.sizes or group.device
     every = kind in ("linear", "gated") and not group.small
-    shapes = [SMALL[group.device]] if group.small else list(SHAPES)
-    if kind == "linear" and every and group.device != "cpu" and "float16" in group.arithmetic:
+    shapes = [SMALL[sizes]] if group.small else list(SHAPES)
+    if kind == "linear" and every and sizes != "cpu" and "float16" in group.arithmetic:
         shapes.append(MANY)
     if not strided:
         for shape in shapes:

@@ -1,16 +1,19 @@
-"""Everything that is to be known of the kernels on a GPU, in one command and ten minutes.
+"""Everything that is to be known of the kernels on a GPU, in two calls of at most six minutes.
 
-`python -m benchmarks.gpu --out FOLDER` runs the parts below one after another, each in a process
-and a time of its own, and prints a page on what came out. Whatever becomes of a part, the next one
-runs; killed at any time, FOLDER holds what there is by then:
+`python -m benchmarks.gpu --call 1 --out FOLDER`, and then `--call 2`, run the parts below one after
+another, each in a process and a time of its own, and print a page on what came out. Whatever
+becomes of a part, the next one runs; killed at any time, FOLDER holds what there is by then. Either
+call is of use without the other. FOLDER has, of both together, eight files:
 
-    summary.txt         the page, written anew after each part
-    run.json            how each part ended
-    log.txt             what the parts printed
-    environment.json, numerics.json, linear.json, kernels.json   what they measured
+    summary.txt                             the page, written anew after each part
+    run.json                                how each part ended
+    log.txt                                 what the parts printed
+    families.json, kernels.json, numerics.json, linear.json    what they measured
+    <device>.json                           the tuner's table, for kernels/tuned/
 
-`--only` runs some parts, into a FOLDER that may hold others already. It exits with 0 if all is
-well, 1 if anything failed, 2 if there is no GPU, and 130 if it was interrupted.
+The first part finds out which kernels are right at all; those that are not are left out of all
+that follows. `--only` runs some parts, those too that no call has of itself. It exits with 0 if all
+is well, 1 if anything failed, 2 if there is no GPU, and 130 if it was interrupted.
 """
 
 import argparse
@@ -31,10 +34,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from benchmarks.files import read_json, write_json
-from benchmarks.gpu_summary import failures, summary
+from benchmarks.files import put, read_json, write_json, write_rows
+from benchmarks.gpu_summary import failures, left_out, summary
+from benchmarks.setting import SETTING
 
 ROOT = Path(__file__).parent.parent
+ARCHIVE = ROOT / "benchmarks" / "gpu-cache.tar.xz"  # of compiled kernels, if somebody made one
+# Where Triton keeps what it compiles: what comes from elsewhere holds absolute paths.
+CACHE = "/tmp/fastlinear-triton-cache"
 GRACE = 5.0  # seconds from asking a part to end to ending it
 # A group of processes that `stop` reaches all of. Where it can, it stays in the session, so that
 # what ends this process and those of its session ends the part too.
@@ -54,7 +61,7 @@ class Run:
     @property
     def minutes(self) -> str:
         """The time that a part may measure, which leaves it some to start and to finish."""
-        return f"{max(0.0, 0.85 * self.seconds - 10) / 60:.3f}"
+        return f"{max(0.0, 0.9 * self.seconds - SETTING.start) / 60:.3f}"
 
 
 Command = Callable[[Run], list[str]]
@@ -62,66 +69,83 @@ Command = Callable[[Run], list[str]]
 
 @dataclass(frozen=True)
 class Part:
-    """name: its first word is what --only takes. share: of the time, in the parts' common measure.
+    """name: its first word is what --only takes. seconds: its share of the time, of what is left.
 
+    calls: in which it runs, when it is not asked for by name.
     needs: a program without which it is skipped.
     """
 
     name: str
-    share: float
+    seconds: float
+    calls: tuple[int, ...]
     command: Command
     needs: str | None = None
 
 
-def module(name: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", name, *arguments]
+def module(name: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-m", name, *map(str, arguments)]
 
 
-# Test files, less test_ and .py, that a GPU changes nothing about.
-WITHOUT_A_GPU = (
-    "benchmarks", "compile", "distributed", "gpu", "ranks", "sweep", "train_distributed"
-)  # fmt: skip
-
-
-def tests(run: Run) -> list[str]:
-    """The test suite, without what needs no GPU and takes long, or runs on the CPU in any case."""
-    command = module("pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider")
-    if importlib.util.find_spec("xdist"):
-        command += ["-n", "8", "-p", "no:benchmark"]
-    return [
-        *command,
-        *(f"--ignore=tests/test_{it}.py" for it in WITHOUT_A_GPU),
-    ]
-
-
-# Few points of every layer and of all sizes: a part has half a minute.
-SIZES = ("1", "16", "64", "256", "1024", "4096", "16384")
-UNCOMPILED = ("fastlinear auto", "fastlinear triton", "naive triton")
-
-
-def sweep(name: str, dtype: str, precision: str, *options: str) -> Command:
+def cache(deed: str) -> Command:
     def command(run: Run) -> list[str]:
-        written = run.scratch / f"sweep-{name}.json"
-        arguments = ["--dtype", dtype, "--precision", precision, "--minutes", run.minutes]
-        arguments += ["--rounds", "7", "--json", str(written), *options]
-        return module("benchmarks.linear", *arguments)
+        if ARCHIVE.exists():
+            return module("benchmarks.gpu_cache", deed)
+        return [sys.executable, "-c", "print('there is no archive of compiled kernels')"]
 
     return command
 
 
-def plain_sweep(dtype: str, precision: str = "highest") -> Command:
-    options = ("--arms", *UNCOMPILED, "--activation", "none", "--batch-sizes", *SIZES)
-    return sweep(f"{dtype}-{precision}", dtype, precision, *options)
+def families(run: Run) -> list[str]:
+    return module(
+        "benchmarks.families", "--json", run.out / "families.json", "--minutes", run.minutes
+    )
 
 
-# A compilation takes longer than all else of a point: few of them, at the end.
-COMPILED_SWEEP = sweep(
-    "compiled", "bfloat16", "highest",
-    "--arms", "fastlinear auto", "fastlinear triton",
-    "torch.compile", "torch.compile max-autotune",
-    "--shapes", "bert-base-up", "square", "--batch-sizes", "64", "4096",
-    "--activation", "model", "--mode", "forward", "forward+backward",
-)  # fmt: skip
+def times(run: Run) -> list[str]:
+    return module(
+        "benchmarks.kernels", "--out", run.out, "--minutes", run.minutes, "--dtypes", "bfloat16"
+    )
+
+
+def numerics(which: str) -> Command:
+    def command(run: Run) -> list[str]:
+        given = ("--json", run.out / "numerics.json", "--minutes", run.minutes, "--which", which)
+        return module("benchmarks.numerics", *given, *SETTING.numerics)
+
+    return command
+
+
+def tests(run: Run) -> list[str]:
+    """The tests whose result depends on a GPU: streams, graphs, threads."""
+    command = module("pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu")
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(6, os.cpu_count() or 1)), "-p", "no:benchmark"]
+    return [*command, "-p", "benchmarks.plugin"]
+
+
+def tune(run: Run) -> list[str]:
+    """Into the scratch folder, where its lock stays; `gather` takes the table from there."""
+    return module("benchmarks.tuning", "--folder", run.scratch, "--minutes", run.minutes)
+
+
+def sweep(name: str, dtype: str, *options: object) -> Command:
+    def command(run: Run) -> list[str]:
+        written = run.scratch / f"sweep-{name}.json"
+        arms = ["fastlinear triton"]
+        if table(run.out):  # else "auto" is nn.Linear
+            arms.insert(0, "fastlinear auto")
+        if name == "compiled":
+            arms.append("torch.compile")
+        given = ("--dtype", dtype, "--activation", "none", "--minutes", run.minutes)
+        given += ("--rounds", "7", "--json", str(written), "--arms", *arms)
+        return module("benchmarks.linear", *given, *options)
+
+    return command
+
+
+ALL = ("--shapes", *SETTING.layers) if SETTING.layers else ()
+PLAIN = (*ALL, "--batch-sizes", *SETTING.swept_rows)
+COMPILED = ("--shapes", *SETTING.compiled, "--batch-sizes", *SETTING.compiled_rows)
 
 
 def sanitizer(tool: str) -> Command:
@@ -136,24 +160,20 @@ def sanitizer(tool: str) -> Command:
 
 # What a part does not use is there for those after it.
 PARTS = [
-    Part("environment", 4, lambda run: module(
-        "benchmarks.environment", "--json", str(run.out / "environment.json")
-    )),
-    Part("numerics", 34, lambda run: module(
-        "benchmarks.numerics", "--json", str(run.out / "numerics.json"), "--minutes", run.minutes
-    )),
-    Part("tests", 26, tests),
-    Part("sweep bfloat16", 9, plain_sweep("bfloat16")),
-    Part("sweep float16", 6, plain_sweep("float16")),
-    Part("sweep float32", 7, plain_sweep("float32")),
-    Part("sweep float32 high", 6, plain_sweep("float32", "high")),
-    Part("sweep compiled", 6, COMPILED_SWEEP),
-    Part("tuner", 8, lambda run: module(
-        "benchmarks.kernels", "--out", str(run.out), "--minutes", run.minutes
-    )),
-    Part("sanitizer memcheck", 4, sanitizer("memcheck"), needs="compute-sanitizer"),
-    Part("sanitizer racecheck", 4, sanitizer("racecheck"), needs="compute-sanitizer"),
-]  # fmt: skip
+    Part("cache unpack", 10, (1, 2), cache("unpack")),
+    Part("families", 110, (1, 2), families),
+    Part("times", 75, (1,), times),
+    Part("numerics", 100, (1,), numerics("first")),
+    Part("tests", 60, (1,), tests),
+    Part("tuning", 110, (2,), tune),
+    Part("sweep bfloat16", 35, (2,), sweep("bfloat16", "bfloat16", *PLAIN)),
+    Part("sweep float32", 20, (2,), sweep("float32", "float32", *PLAIN)),
+    Part("sweep compiled", 25, (2,), sweep("compiled", "bfloat16", *COMPILED)),
+    Part("numerics rest", 45, (2,), numerics("rest")),
+    Part("cache hits", 3, (1, 2), cache("hits")),
+    Part("sanitizer memcheck", 60, (), sanitizer("memcheck"), needs="compute-sanitizer"),
+    Part("sanitizer racecheck", 60, (), sanitizer("racecheck"), needs="compute-sanitizer"),
+]
 
 
 class Interrupted(Exception):
@@ -166,18 +186,6 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     raise Interrupted
 
 
-def missing() -> str | None:
-    """What the machine lacks, in a sentence."""
-    for package in ("torch", "triton"):
-        if importlib.util.find_spec(package) is None:
-            return f"This measures kernels on a GPU, and {sys.executable} has no {package}."
-    import torch
-
-    if not torch.cuda.is_available():
-        return f"This measures kernels on a GPU, and torch {torch.__version__} finds none."
-    return None
-
-
 def stop(process: "subprocess.Popen[bytes]") -> None:
     """Asks a part and all its processes to end, and after GRACE seconds ends them."""
     for number in (signal.SIGINT, signal.SIGKILL):
@@ -187,8 +195,16 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
             process.wait(GRACE)
 
 
-def gather_sweeps(run: Run) -> None:
-    """One file from those of the sweeps of this run so far."""
+def table(folder: Path) -> Path | None:
+    """The tuner's table in a folder, which is the one file that says what it was measured with."""
+    tables = (path for path in sorted(folder.glob("*.json")) if "fastlinear" in read_json(path))
+    return next(tables, None)
+
+
+def gather(run: Run) -> None:
+    """The tuner's table so far, and one file from those of the sweeps of this run."""
+    if found := table(run.scratch):
+        put(run.out / found.name, found.read_text())
     sweeps = [read_json(path) for path in sorted(run.scratch.glob("sweep-*.json"))]
     if sweeps:
         merged: dict[str, Any] = {"environment": sweeps[0].get("environment")}
@@ -197,9 +213,9 @@ def gather_sweeps(run: Run) -> None:
             {key: value for key, value in one.items() if key not in ("points", "dropped")}
             for one in sweeps
         ]
-        for key in ("points", "dropped"):
+        for key in ("dropped", "points"):
             merged[key] = [row for one in sweeps for row in one.get(key, [])]
-        write_json(run.out / "linear.json", merged)
+        write_rows(run.out / "linear.json", merged, "points")
 
 
 FINDINGS = [  # lines that say what is wrong, in what pytest and compute-sanitizer print
@@ -228,6 +244,12 @@ def run_part(part: Part, run: Run, record: Callable[[dict[str, Any]], None]) -> 
     if part.needs and shutil.which(part.needs) is None:
         record({"status": "skipped", "last": f"there is no {part.needs}", "findings": []})
         return
+    environment = {
+        "PYTHONUNBUFFERED": "1",
+        "TRITON_CACHE_DIR": CACHE,
+        "FASTLINEAR_CACHE": str(run.out),  # its table is the only one
+        "FASTLINEAR_LEAVE_OUT": ";".join(left_out(run.out)),
+    }
     started, gathered = time.monotonic(), 0.0
     status = "interrupted"
     with (run.out / "log.txt").open("ab") as log:
@@ -239,21 +261,21 @@ def run_part(part: Part, run: Run, record: Callable[[dict[str, Any]], None]) -> 
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | environment,
             **APART,
         )
         try:
             while process.poll() is None and time.monotonic() - started < run.seconds:
                 time.sleep(0.1)
                 if time.monotonic() > gathered + 5:
-                    gather_sweeps(run)
+                    gather(run)
                     gathered = time.monotonic()
             code = process.poll()
             status = "stopped" if code is None else "failed" if code else "passed"
         finally:
             before = printed(run.out / "log.txt", begin)
             stop(process)
-            gather_sweeps(run)
+            gather(run)
             record(
                 {
                     "status": status,
@@ -276,17 +298,18 @@ def page(out: Path) -> tuple[str, bool]:
 
 def run_all(parts: list[Part], out: Path, minutes: float) -> None:
     """Runs the parts, and writes run.json and summary.txt after each."""
+    put(out / "summary.txt", page(out)[0])
     deadline = time.monotonic() + 60 * minutes
     done = read_json(out / "run.json")
     with tempfile.TemporaryDirectory() as scratch:
         for index, part in enumerate(parts):
             left = max(0.0, deadline - time.monotonic() - GRACE)
-            share = part.share / math.fsum(one.share for one in parts[index:])
+            share = part.seconds / math.fsum(one.seconds for one in parts[index:])
 
             def record(result: dict[str, Any], name: str = part.name) -> None:
                 done[name] = result
                 write_json(out / "run.json", done)
-                (out / "summary.txt").write_text(page(out)[0])
+                put(out / "summary.txt", page(out)[0])
                 print(f"{name}: {result['status']}, {result['last']}", flush=True)
 
             run_part(part, Run(out, Path(scratch), left * share), record)
@@ -296,16 +319,19 @@ def main() -> int:
     names = list(dict.fromkeys(part.name.split()[0] for part in PARTS))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="folder for results; made if it is not there")
+    parser.add_argument("--call", type=int, choices=[1, 2], help="which parts")
     parser.add_argument("--only", help=f"some of {','.join(names)}")
-    parser.add_argument("--minutes", type=float, default=9.5, help="for all parts together")
+    parser.add_argument("--minutes", type=float, default=5.7, help="for all parts together")
     parser.add_argument("--check", action="store_true", help="only say whether it could run")
     arguments = parser.parse_args()
     chosen = arguments.only.split(",") if arguments.only else names
+    if not (arguments.call or arguments.only or arguments.check):
+        parser.error("give --call 1 or --call 2, or the parts to run by --only")
     if unknown := set(chosen) - set(names):
         parser.error(f"--only takes {','.join(names)}, not {','.join(sorted(unknown))}")
     if arguments.out is None and not arguments.check:
         parser.error("give --out FOLDER")
-    if lacking := missing():
+    if lacking := SETTING.missing():
         print(lacking, file=sys.stderr)
         return 2
     if arguments.check:
@@ -317,12 +343,17 @@ def main() -> int:
         signal.signal(number, interrupt)
     interrupted = False
     try:
-        parts = [part for part in PARTS if part.name.split()[0] in chosen]
+        parts = [
+            part
+            for part in PARTS
+            if part.name.split()[0] in chosen
+            and (arguments.call in (None, *part.calls) or (arguments.only and not part.calls))
+        ]
         run_all(parts, out, arguments.minutes)
     except Interrupted:
         interrupted = True
     text, failed = page(out)
-    (out / "summary.txt").write_text(text)
+    put(out / "summary.txt", text)
     print("", text, sep="\n", end="", flush=True)
     return 130 if interrupted else int(failed)
 

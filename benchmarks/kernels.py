@@ -1,36 +1,35 @@
-"""The time of every product in every legal configuration, beside cuBLAS's, on the GPU at hand.
+"""The time of a layer's products in the configurations that the model ranks first, beside cuBLAS's.
 
 `python -m benchmarks.kernels --out FOLDER` writes FOLDER/kernels.json as it goes, so that an
-interrupted run keeps what it has measured, and prints a summary. Times are device times (CUDA
-events, median), in microseconds. Whether results are right says `benchmarks.numerics`.
+interrupted run keeps what it has measured, and prints a summary. Times are device times, in
+microseconds (`fastlinear.stopwatch`). Whether results are right says `benchmarks.numerics`.
 """
 
 import argparse
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
-from torch import Tensor
 
 from benchmarks.environment import environment
-from benchmarks.files import write_json
+from benchmarks.files import write_rows
+from benchmarks.setting import SETTING
+from benchmarks.watch import LeftOut, watch
 from fastlinear.kernels import launch
-from fastlinear.kernels.backward import linear_backward, linear_backward_input, plan_backward
-from fastlinear.kernels.backward_weight import linear_backward_weight, plan_backward_weight
-from fastlinear.kernels.choose import candidates
-from fastlinear.kernels.configs import BackwardConfig, Config, Traits
-from fastlinear.kernels.forward import linear_forward, plan_forward
-from fastlinear.kernels.pairs import legal_pairs
-from fastlinear.stopwatch import Flush
+from fastlinear.kernels.backward import plan_backward
+from fastlinear.kernels.configs import PYTORCH
+from fastlinear.stopwatch import Call, Measure
+from fastlinear.tune_layer import Layer, Products
 
 ARITHMETICS = [
     (torch.bfloat16, "ieee"),
@@ -40,188 +39,131 @@ ARITHMETICS = [
     (torch.float32, "tf32"),
     (torch.float64, "ieee"),
 ]
-LAYERS = [(3072, 768), (4096, 4096), (14336, 4096), (1024, 8192)]  # (N, K)
-ROUNDS = 3
-ROWS = [1, 16, 64, 256, 1024, 4096, 16384]
+# The products that are timed, and what results call them; grad_weight comes with grad_bias.
+PRODUCTS = {
+    "output": "output",
+    "grad_input": "grad_input",
+    "grad_weight": "grad_weight",
+    "gradients": "backward",
+}
+CANDIDATES = 4  # the chosen one, and those that the model has next
+TIMED = ("bfloat16",)  # in `make gpu`
+
+Row = dict[str, Any]
 
 
-def products(x: Tensor, w: Tensor, b: Tensor, g: Tensor) -> dict[str, Callable[[], Any]]:
-    """What PyTorch runs for each product of the layer; grad_weight comes with grad_bias.
+@dataclass(frozen=True)
+class Point(Layer):
+    """A layer, and how its products are formed, whatever is in force.
 
-    "backward" is both of them.
+    name: of dtype and that, in results.
     """
-    return {
-        "output": lambda: F.linear(x, w, b),
-        "grad_input": lambda: g @ w,
-        "grad_weight": lambda: (g.mT @ x, g.sum(0)),
-        "backward": lambda: (g @ w, g.mT @ x, g.sum(0)),
-    }
+
+    name: str
+    formed: str
+
+    @property
+    def precision(self) -> str:
+        return self.formed
 
 
-def kernel_call(
-    product: str, x: Tensor, w: Tensor, b: Tensor, g: Tensor, precision: str, config: Any
-) -> Callable[[], Any]:
-    def backward() -> Any:
-        if config is not None:
-            return linear_backward(g, x, w, True, precision=precision, config=config)
-        of_weight = linear_backward_weight(g, x, True, precision=precision)
-        return linear_backward_input(g, w, precision=precision), *of_weight
-
-    return {
-        "backward": backward,
-        "output": lambda: linear_forward(x, w, b, precision=precision, config=config),
-        "grad_input": lambda: linear_backward_input(g, w, precision=precision, config=config),
-        "grad_weight": lambda: linear_backward_weight(
-            g, x, True, precision=precision, config=config
-        ),
-    }[product]
+def points(dtypes: Sequence[str]) -> Iterator[Point]:
+    for dtype, precision in ARITHMETICS:
+        name = str(dtype)[6:] if precision == "ieee" else precision
+        if name in dtypes:
+            for m, (n, k) in itertools.product(SETTING.timed_rows, SETTING.timed):
+                yield Point(dtype, precision == "tf32", None, True, n, k, m, name, precision)
 
 
-Chosen = Config | BackwardConfig | None  # None: a launch for each product of "backward"
+def calls(products: Products, product: str, candidates: int = CANDIDATES) -> dict[str, Call]:
+    """What is launched for a product: the chosen configuration, and those that the model has next.
+
+    With each other's names: a launch for each of both gradients is None.
+    """
+    layer = products.layer
+    ranked = products.configs(product)
+    chosen = ranked[0]
+    if product == "gradients":
+        g, w, x = products.grad, products.weight, products.input
+        operands = launch.describe(g, w, x)
+        bias = layer.bias
+        plan = plan_backward(operands, None, bias, False, layer.precision, None, None)
+        chosen = plan.config
+    configs = [chosen, *(config for config in ranked if config != chosen)][:candidates]
+    return {str(config): products.by_kernel(product, config) for config in configs}
 
 
-def configs(
-    product: str, x: Tensor, w: Tensor, b: Tensor, g: Tensor, precision: str
-) -> tuple[Chosen, list[Chosen]]:
-    """The configuration that is chosen, and all that it is chosen among."""
-    if product == "backward":
-        return pairs(x, w, g, precision)
-    if product == "grad_weight":
-        plan = plan_backward_weight(launch.describe(g, x), True, False, precision, None, None)
-        operands, sizes = (g, x), (*g.shape, x.shape[1])
-    else:
-        operands = (x, w) if product == "output" else (g, w.mT)
-        bias = b if product == "output" else None
-        plan = plan_forward(launch.describe(*operands, bias), precision, None, False, None)
-        sizes = (operands[0].shape[0], *operands[1].shape)
-    described = [launch.Operand(*fields) for fields in launch.describe(*operands)[:2]]
-    found = candidates(
-        "backward_weight" if product == "grad_weight" else "forward",
-        1,
-        *sizes,
-        Traits(
-            x.dtype,
-            precision,
-            aligned=launch.aligned(*described),
-            target=launch.target_of(x.device),
-            descriptors=launch.describable(launch.rows_of(described[0]), described[1]),
-        ),
-        reads_outputs=product == "grad_input",
-    )
-    return plan.config, found
-
-
-def pairs(x: Tensor, w: Tensor, g: Tensor, precision: str) -> tuple[Chosen, list[Chosen]]:
-    """The same for both gradients, which may take one launch."""
-    operands = launch.describe(g, w, x)
-    chosen = plan_backward(operands, None, True, False, precision, None, None).config
-    aligned = launch.aligned(*(launch.Operand(*fields) for fields in operands))
-    legal = legal_pairs(Traits(x.dtype, precision, aligned, launch.target_of(x.device)))
-    return chosen, [None, *legal]
-
-
-def set_tf32(precision: str) -> None:
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-
-
-class Timer:
-    """Median device time of a call in microseconds, with the L2 cache flushed before each."""
-
-    def __init__(self) -> None:
-        # By an H100's data sheet that takes a third of a millisecond, in which the host launches
-        # what is timed.
-        self.flush = Flush(torch.device("cuda"), 2**30)
-
-    def __call__(self, call: Callable[[], Any]) -> float:
-        call()
-        times = self.times(call, 3)
-        if max(times) < 5:
-            times = self.times(call, 15)
-        return 1000 * statistics.median(times)
-
-    def times(self, call: Callable[[], Any], repeats: int) -> list[float]:
-        pairs = []
-        for _ in range(repeats):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self.flush()
-            start.record()
+def launchable(calls: dict[str, Call]) -> tuple[dict[str, Call], dict[str, str]]:
+    """Those that can be called, and why the others cannot."""
+    found: dict[str, Call] = {}
+    failed: dict[str, str] = {}
+    for name, call in calls.items():
+        try:
             call()
-            end.record()
-            pairs.append((start, end))
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in pairs]
+            found[name] = call
+        except LeftOut as error:  # it is known what is wrong there
+            print(f"without {name}: {error}", flush=True)
+        except Exception as error:  # Triton has many of its own
+            failed[name] = f"{type(error).__name__}: {error}"[:300]
+    return found, failed
 
 
 def measure(
-    record: Callable[[dict[str, Any]], None],
-    dtypes: list[str],
+    record: Callable[[Row], None],
+    dtypes: Sequence[str],
     deadline: float,
-    timer: Callable[[Callable[[], Any]], float],
-    device: str = "cuda",
+    stopwatch: Measure,
+    device: torch.device,
 ) -> None:
-    for dtype, precision in ARITHMETICS:
-        name = str(dtype)[6:] if precision == "ieee" else precision
-        if name not in dtypes:
-            continue
-        set_tf32(precision)
-        for (n, k), m in itertools.product(LAYERS, ROWS):
-            x, w, b, g = (
-                torch.randn(shape, device=device).to(dtype)
-                for shape in ((m, k), (n, k), (n,), (m, n))
-            )
-            for product, native in products(x, w, b, g).items():
-                if time.monotonic() > deadline:
-                    print("out of time: the rest is not measured")
-                    return
-                chosen, legal = configs(product, x, w, b, g, precision)
-                row: dict[str, Any] = {
-                    "part": "time",
-                    "product": product,
-                    "dtype": name,
-                    "m": m,
-                    "n": n,
-                    "k": k,
-                    "chosen": str(chosen),
-                }
-                calls = {
-                    str(config): kernel_call(product, x, w, b, g, precision, config)
-                    for config in legal
-                }
-                row["native_us"], row["kernel_us"] = [], {name: [] for name in calls}
-                for _ in range(ROUNDS):  # in turn, so that a slow moment of the machine is outvoted
-                    row["native_us"].append(timer(native))
-                    for config, call in calls.items():
-                        row["kernel_us"][config].append(timer(call))
-                record(row)
-            print(f"timed: {name}, M = {m}, N = {n}, K = {k}", flush=True)
+    for layer in points(dtypes):
+        torch.set_float32_matmul_precision("high" if layer.tf32 else "highest")
+        products = Products(layer, device)
+        for product, name in PRODUCTS.items():
+            if time.monotonic() > deadline:
+                print("out of time: the rest is not measured")
+                return
+            ours = calls(products, product)
+            usable, failed = launchable(ours)
+            times = stopwatch({PYTORCH: products.by_pytorch(product)} | usable, "device")
+            times = {key: [round(one, 3) for one in found] for key, found in times.items()}
+            row: Row = {"part": "time", "product": name, "dtype": layer.name}
+            row |= {"m": layer.m, "n": layer.n, "k": layer.k, "chosen": next(iter(ours))}
+            row |= {"native_us": times.pop(PYTORCH), "kernel_us": times}
+            record(row | ({"failed": failed} if failed else {}))
+        print(f"timed: {layer.name}, M = {layer.m}, N = {layer.n}, K = {layer.k}", flush=True)
+
+
+def ratio(row: Row) -> float | None:
+    """PyTorch's time over the chosen configuration's."""
+    times = row["kernel_us"].get(row["chosen"])
+    return statistics.median(row["native_us"]) / statistics.median(times) if times else None
 
 
 def table(results: dict[str, Any]) -> str:
     """PyTorch's time over the chosen tile's, as Markdown: above 1, the kernel is faster."""
-    timed = [row for row in results["rows"] if row["part"] == "time"]
+    timed = [row for row in results["rows"] if row["part"] == "time" and ratio(row)]
+    rows = sorted({row["m"] for row in timed})
     ratios: dict[tuple[Any, ...], dict[int, str]] = {}
     for row in timed:
         key = (row["dtype"], row["product"], row["n"], row["k"])
-        chosen_us = statistics.median(row["kernel_us"][row["chosen"]])
-        ratio = statistics.median(row["native_us"]) / chosen_us
-        ratios.setdefault(key, {})[row["m"]] = f"{ratio:.2f}"
+        ratios.setdefault(key, {})[row["m"]] = f"{ratio(row):.2f}"
     environment = results["environment"]
     lines = [
         f"{environment['device']}, driver {environment['driver']}, torch {environment['torch']}, "
         f"Triton {environment['triton']}, {results['date'][:10]}.",
         "",
-        "| dtype | product | N x K | " + " | ".join(f"M = {m}" for m in ROWS) + " |",
-        "|---|---|---|" + "---|" * len(ROWS),
+        "| dtype | product | N x K | " + " | ".join(f"M = {m}" for m in rows) + " |",
+        "|---|---|---|" + "---|" * len(rows),
     ]
     for (dtype, product, n, k), by_rows in ratios.items():
-        cells = " | ".join(by_rows.get(m, "") for m in ROWS)
+        cells = " | ".join(by_rows.get(m, "") for m in rows)
         lines.append(f"| {dtype} | {product} | {n} x {k} | {cells} |")
     return "\n".join(lines)
 
 
 def summary(results: dict[str, Any]) -> str:
     """How close the choice comes to the best tile."""
-    timed = [row for row in results["rows"] if row["part"] == "time"]
+    timed = [row for row in results["rows"] if row["part"] == "time" and ratio(row)]
     lines = []
     for dtype in dict.fromkeys(row["dtype"] for row in timed):
         of_best = [
@@ -251,9 +193,11 @@ def main() -> None:
         return
     if arguments.out is None:
         parser.error("give --out FOLDER to measure, or --read FILE to see what was measured")
-    if not torch.cuda.is_available():
-        sys.exit("no GPU found: benchmarks.kernels measures kernels on one")
+    if lacking := SETTING.missing():
+        sys.exit(lacking)
+    watch()
     torch.manual_seed(0)
+    device = torch.device(SETTING.device)
     deadline = time.monotonic() + 60 * arguments.minutes
     arguments.out.mkdir(parents=True, exist_ok=True)
     results = {
@@ -261,9 +205,9 @@ def main() -> None:
         "date": datetime.now(timezone.utc).isoformat(),
         "rows": [],
     }
-    written = time.monotonic()
+    written = -math.inf
 
-    def record(row: dict[str, Any]) -> None:
+    def record(row: Row) -> None:
         nonlocal written
         results["rows"].append(row)
         if time.monotonic() - written > 5:
@@ -271,11 +215,11 @@ def main() -> None:
             written = time.monotonic()
 
     def save() -> None:
-        write_json(arguments.out / "kernels.json", results)
+        write_rows(arguments.out / "kernels.json", results)
 
     print(json.dumps(results["environment"]), f"triton {triton.__version__}", flush=True)
     try:
-        measure(record, arguments.dtypes, deadline, Timer())
+        measure(record, arguments.dtypes, deadline, SETTING.clock(device).stopwatch, device)
     finally:
         save()
     print(table(results), summary(results), sep="\n\n")

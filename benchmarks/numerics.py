@@ -10,15 +10,12 @@ anything is at fault; FILE is written as it goes. Nothing is timed.
 import argparse
 import contextlib
 import dataclasses
-import json
+import itertools
 import math
 import os
-import queue
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +26,20 @@ if not torch.cuda.is_available():
 
 from torch import Tensor
 
-from benchmarks.cases import ARITHMETICS, FAMILIES, FAR_MEMORY, Group, cases
+from benchmarks.apart import Ended, Tell, apart
+from benchmarks.cases import ARITHMETICS, FAMILIES, FAR_MEMORY, Case, Group, cases
 from benchmarks.environment import environment
-from benchmarks.files import write_json
+from benchmarks.files import read_json, write_rows
 from benchmarks.products import Product, Results, largest_error
+from benchmarks.watch import LeftOut, watch
 from fastlinear.kernels import launch
 from fastlinear.kernels.configs import KINDS, BackwardConfig, Config, Traits
 from fastlinear.kernels.pairs import legal_pairs
 from fastlinear.kernels.tiles import legal_configs
 
-ROOT = Path(__file__).parent.parent
+# Those of the first call of benchmarks.gpu; its second checks the rest.
+FIRST_FAMILIES = ("linear", "gated", "activation", "batched")
+FIRST_ARITHMETICS = ("bfloat16", "float16", "float32")
 
 
 @contextlib.contextmanager
@@ -87,31 +88,43 @@ def configs(product: Product, group: Group) -> tuple[Config | BackwardConfig, ..
     return (*shipped, *split)
 
 
+def calls(
+    group: Group,
+) -> Iterator[tuple[Case, Product, tuple[Config | BackwardConfig | None, ...]]]:
+    """What a group launches: products, each in these configurations; None is the chosen one."""
+    for case in cases(group):
+        for product in case.products:
+            yield case, product, (None, *(configs(product, group) if case.every else ()))
+
+
 def check(group: Group) -> Iterator[dict[str, Any]]:
     """One row for each product, shape, layout and configuration, with its errors and budgets."""
     torch.set_float32_matmul_precision("high" if group.arithmetic == "tf32" else "highest")
     if group.family == "far" and torch.cuda.mem_get_info()[0] < FAR_MEMORY:
-        yield {"product": "far", "skipped": "too little memory for operands past 2**31 elements"}
+        little = "too little memory for operands past 2**31 elements"
+        yield {"family": "far", "product": "far", "skipped": little}
         return
-    for case in cases(group):
-        for product in case.products:
-            exact, native = product.exact(), product.native()
-            budgets = product.budgets(native, exact)
-            for config in (None, *(configs(product, group) if case.every else ())):
-                row: dict[str, Any] = {
-                    "product": product.name,
-                    "arithmetic": group.arithmetic,
-                    "shape": case.shape,
-                    "layout": case.layout,
-                    "config": str(config or "chosen"),
-                    "native_errors": list(map(largest_error, native, exact)),
-                    "budgets": budgets,
-                }
-                try:
-                    row |= compare(product, config, exact, native, budgets, group)
-                except Exception as error:  # a configuration that does not launch is a finding
-                    row["fault"] = f"{type(error).__name__}: {error}"[:400]
-                yield row
+    for case, product, configurations in calls(group):
+        exact, native = product.exact(), product.native()
+        budgets = product.budgets(native, exact)
+        for config in configurations:
+            row: dict[str, Any] = {
+                "family": group.family,
+                "product": product.name,
+                "arithmetic": group.arithmetic,
+                "shape": case.shape,
+                "layout": case.layout,
+                "config": str(config or "chosen"),
+                "native_errors": list(map(largest_error, native, exact)),
+                "budgets": budgets,
+            }
+            try:
+                row |= compare(product, config, exact, native, budgets, group)
+            except LeftOut as error:
+                row["skipped"] = str(error)
+            except Exception as error:  # a configuration that does not launch is a finding
+                row["fault"] = f"{type(error).__name__}: {error}"[:400]
+            yield row
 
 
 def compare(
@@ -141,53 +154,28 @@ def compare(
     return {"errors": errors, "fault": None}
 
 
+def check_group(group: Group, tell: Tell) -> None:
+    """In a process of its own."""
+    watch()
+    for row in check(group):
+        tell(row)
+
+
 def check_apart(groups: list[Group], jobs: int, deadline: float) -> Iterator[dict[str, Any]]:
     """The rows of all groups until `deadline`, `jobs` groups at a time, each in its own process.
 
     A kernel that faults takes its process with it, and says so in a row.
     """
-    waiting: queue.SimpleQueue[Group] = queue.SimpleQueue()
-    for group in groups:
-        waiting.put(group)
-    rows: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-    running: set[subprocess.Popen[str]] = set()
-
-    def work() -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                check_one(waiting.get_nowait())
-        rows.put(None)
-
-    def check_one(group: Group) -> None:
-        command = [sys.executable, "-m", "benchmarks.numerics", "--rows", "--device", group.device]
-        command += ["--families", group.family, "--arithmetics", group.arithmetic]
-        command += ["--repeats", str(group.repeats), *(["--small"] if group.small else [])]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-            running.add(process)
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("{"):
-                    rows.put(json.loads(line))
-        running.discard(process)
-        if process.returncode:
-            fault = f"the process that checks this ended with {process.returncode}"
-            rows.put({"product": group.family, "arithmetic": group.arithmetic, "fault": fault})
-
-    try:
-        for _ in range(jobs):
-            threading.Thread(target=work, daemon=True).start()
-        for _ in range(jobs):
-            while (
-                row := rows.get(timeout=max(0, min(deadline - time.monotonic(), 1e6)))
-            ) is not None:
-                yield row
-    except queue.Empty:
-        return  # out of time
-    finally:
-        while not waiting.empty():
-            waiting.get()
-        for process in list(running):
-            process.kill()
+    for group, told in apart(check_group, groups, jobs, deadline):
+        if not isinstance(told, Ended):
+            yield told
+        elif told.exit:
+            yield {
+                "family": group.family,
+                "product": group.family,
+                "arithmetic": group.arithmetic,
+                "fault": f"the process that checks this ended with {told.exit}",
+            }
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -195,60 +183,91 @@ def describe(row: dict[str, Any]) -> str:
     return ", ".join(str(one) for one in (row["product"], *where) if one) + f": {row['fault']}"
 
 
-def main() -> int:
+def groups_of(
+    families: Sequence[str], arithmetics: Sequence[str], which: str, **given: Any
+) -> list[Group]:
+    """The groups of those families and arithmetics that are the "first", the "rest", or "all"."""
+    first = set(itertools.product(FIRST_FAMILIES, FIRST_ARITHMETICS))
+    return [
+        Group(family, arithmetic, **given)
+        for family, arithmetic in itertools.product(families, arithmetics)
+        if which == "all" or ((family, arithmetic) in first) == (which == "first")
+        # One dtype's offsets are every dtype's; and they take a GPU's memory.
+        if family != "far"
+        or (given["device"] == "cuda" and arithmetic == "bfloat16" and not given["small"])
+    ]
+
+
+def parsed() -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--json", type=Path, help="file to write; what it has of others stays")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many")
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
     parser.add_argument("--arithmetics", nargs="+", choices=ARITHMETICS, default=ARITHMETICS)
+    parser.add_argument("--which", choices=["all", "first", "rest"], default="all")
     parser.add_argument("--repeats", type=int, default=20, help="calls to give the same bits")
     parser.add_argument("--small", action="store_true", help="one small shape, as it is chosen")
-    parser.add_argument("--jobs", type=int, default=max(1, min(12, (os.cpu_count() or 1) - 2)))
-    parser.add_argument("--rows", action="store_true", help="print each check as a line of JSON")
-    arguments = parser.parse_args()
+    parser.add_argument("--jobs", type=int, default=max(1, min(14, (os.cpu_count() or 1) - 2)))
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parsed()
     deadline = time.monotonic() + 60 * arguments.minutes
     if arguments.small:
         # Without torch's cache the ends of tensors are those of allocations, which are watched.
         os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    groups = [
-        Group(family, arithmetic, arguments.device, arguments.repeats, arguments.small)
-        for family in arguments.families
-        for arithmetic in arguments.arithmetics
-        # One dtype's offsets are every dtype's; and they take a GPU's memory.
-        if family != "far" or (gpu and arithmetic == "bfloat16" and not arguments.small)
-    ]
+    groups = groups_of(
+        arguments.families,
+        arguments.arithmetics,
+        arguments.which,
+        device=arguments.device,
+        repeats=arguments.repeats,
+        small=arguments.small,
+    )
+    watch()
     checks = (
         (row for group in groups for row in check(group))
-        if arguments.rows or arguments.jobs == 1
+        if arguments.jobs == 1
         else check_apart(groups, arguments.jobs, deadline)
     )
-    results: dict[str, Any] = {"environment": environment(), "complete": False, "rows": []}
-    written = -math.inf
+    before = read_json(arguments.json) if arguments.json else {}
+    anew = {(group.family, group.arithmetic) for group in groups}
+    kept = [
+        row
+        for row in before.get("rows", [])
+        if (row.get("family"), row.get("arithmetic")) not in anew
+    ]
+    rows: list[dict[str, Any]] = []
+
+    def save(complete: bool) -> None:
+        if arguments.json:
+            all_of = complete and (not kept or before.get("complete", False))
+            found = {"environment": environment(), "complete": all_of, "rows": [*kept, *rows]}
+            write_rows(arguments.json, found)
+
+    written, complete = -math.inf, False
     try:
         for row in checks:
-            results["rows"].append(row)
-            if arguments.rows:
-                print(json.dumps(row), flush=True)
-            elif row.get("fault"):
+            rows.append(row)
+            if row.get("fault"):
                 print("FAULT", describe(row), flush=True)
-            if arguments.json and time.monotonic() > written + 3:
-                write_json(arguments.json, results)
+            if time.monotonic() > written + 3:
+                save(False)
                 written = time.monotonic()
             if time.monotonic() > deadline:
                 break
-        results["complete"] = time.monotonic() < deadline
+        complete = time.monotonic() < deadline
     finally:
         checks.close()
-        if arguments.json:
-            write_json(arguments.json, results)
-    faults = sum(bool(row.get("fault")) for row in results["rows"])
-    skipped = sum("skipped" in row for row in results["rows"])
-    if not arguments.rows:
-        cut = "" if results["complete"] else ", stopped for want of time"
-        print(f"{len(results['rows'])} checks, {faults} at fault, {skipped} skipped{cut}")
-    return 0 if arguments.rows else int(faults > 0)
+        save(complete)
+    faults = sum(bool(row.get("fault")) for row in rows)
+    skipped = sum("skipped" in row for row in rows)
+    cut = "" if complete else ", stopped for want of time"
+    print(f"{len(rows)} checks, {faults} at fault, {skipped} skipped{cut}")
+    return int(faults > 0)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,13 @@ def run(arguments: argparse.Namespace, measure: Measure | None = None) -> int:
         wanted = layers(arguments)
     except ValueError as error:
         return _refuse(str(error), 2)
+    return tune(wanted, arguments.output, arguments.minutes, measure)
+
+
+def tune(
+    wanted: list[Layer], output: Path | None, minutes: float, measure: Measure | None = None
+) -> int:
+    """Measures those layers in turn; the other arguments are as the command and `run` have them."""
     if measure is None and not torch.cuda.is_available():
         return _refuse("measures kernels on a GPU, and finds none", 1)
     device = torch.device("cpu")
@@ -128,11 +135,11 @@ def run(arguments: argparse.Namespace, measure: Measure | None = None) -> int:
         return _refuse("measures no interpreted kernels: unset TRITON_INTERPRET", 1)
     try:
         backend.launchers().forward.launch.target_of(device)
-        path = arguments.output or tuned.user_folder() / tables.file_name(name)
+        path = output or tuned.user_folder() / tables.file_name(name)
     except RuntimeError as error:  # no Triton, no kernels for this GPU, or no home folder
         return _refuse(str(error), 1)
     try:
-        store = Store(path, device, own=arguments.output is None)
+        store = Store(path, device, own=output is None)
     except (OSError, ValueError) as error:
         return _refuse(f"cannot use {path} for the table: {error}", 1)
     measure = measure or Stopwatch(device)
@@ -141,7 +148,7 @@ def run(arguments: argparse.Namespace, measure: Measure | None = None) -> int:
     print(f"{len(wanted)} layers on {name}, to {path}")
     new: list[Row] = []
     try:
-        for row in _rows(wanted, device, measure, store, 60 * arguments.minutes):
+        for row in _rows(wanted, device, measure, store, 60 * minutes):
             store.add(row)
             new.append(row)
     except KeyboardInterrupt:

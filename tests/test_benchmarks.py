@@ -1,10 +1,10 @@
 """The benchmarks run, and write what they print."""
 
+import dataclasses
 import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from benchmarks import kernels
+from fastlinear.kernels import forward, launch
+from fastlinear.stopwatch import Call
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,25 +36,40 @@ def test_host_time_writes_what_it_prints(tmp_path: Path) -> None:
     assert len(found["rows"]) == 8
 
 
-def test_kernels_are_timed_in_every_configuration(
+def test_kernels_are_timed_in_the_configurations_that_the_model_ranks_first(
     monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    """By a clock that counts calls: all of them run, and the table finds the chosen one's time."""
-    monkeypatch.setattr(kernels, "LAYERS", [(48, 32)])
-    monkeypatch.setattr(kernels, "ROWS", [1, 40])
-    monkeypatch.setattr(kernels, "ROUNDS", 1)
+    """By a clock that counts calls, with one kernel that does not launch."""
+    setting = dataclasses.replace(kernels.SETTING, timed=((48, 32),), timed_rows=(1, 40))
+    monkeypatch.setattr(kernels, "SETTING", setting)
     rows: list[dict[str, Any]] = []
     count = itertools.count(1)
+    asked: list[str] = []
 
-    def clock(call: Callable[[], Any]) -> float:
-        call()
-        return float(next(count))
+    def stopwatch(calls: dict[str, Call], clock: str) -> dict[str, list[float]]:
+        asked.append(clock)
+        for call in calls.values():
+            call()
+        return {name: [float(next(count))] for name in calls}
 
-    kernels.measure(rows.append, ["bfloat16", "bf16x6"], float("inf"), clock, device.type)
+    def persistent(*given: Any, **options: Any) -> Any:
+        raise launch.CannotLaunch("no such kernel")
+
+    monkeypatch.setitem(forward.KINDS, "persistent", persistent)
+    forward.plan_forward.cache_clear()
+    kernels.measure(rows.append, ["bfloat16", "bf16x6"], float("inf"), stopwatch, device)
+    forward.plan_forward.cache_clear()
     found = {(row["dtype"], row["product"], row["m"]) for row in rows}
     assert len(found) == len(rows) == 2 * 2 * 4
+    assert set(asked) == {"device"}
+    failed = [why for row in rows for why in row.get("failed", {}).values()]
+    assert set(failed) == {"CannotLaunch: no such kernel"}
     for row in rows:
         assert row["chosen"] in row["kernel_us"]
+        assert len(row["kernel_us"]) <= kernels.CANDIDATES
+    output = next(row for row in rows if row["product"] == "output" and row["m"] == 1)
+    assert next(iter(output["kernel_us"])) == output["chosen"]
+    assert len(output["kernel_us"]) + len(output.get("failed", {})) == 3, "tiled, gemv and split_k"
     results = {"environment": dict.fromkeys(("device", "driver", "torch", "triton"))}
     table = kernels.table(results | {"date": "2000-01-01", "rows": rows})
     assert table.count("| bf16x6 | backward | 48 x 32 |") == 1

@@ -23,7 +23,7 @@ from fastlinear.kernels import backward, forward, launch, shared_sums
 
 THREADS = 4
 ALLOCATE = launch.allocate  # as users have it: memory of what is gone is used again
-on_a_gpu = pytest.mark.skipif(launch.INTERPRETING, reason="there are no streams on a CPU")
+needs_streams = pytest.mark.skipif(launch.INTERPRETING, reason="there are no streams on a CPU")
 
 
 @pytest.fixture
@@ -62,6 +62,7 @@ def assert_same_bits(found: list[tuple[Tensor, ...]], expected: tuple[Tensor, ..
             assert torch.equal(result, one)
 
 
+@pytest.mark.gpu
 @pytest.mark.usefixtures("hurried", "triton_backend")
 def test_threads_get_what_each_would_alone(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -267,7 +268,8 @@ def split(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[tuple[A
     return cases
 
 
-@on_a_gpu
+@pytest.mark.gpu
+@needs_streams
 # Threads that share layers share the nodes that gather their gradients; torch says that they wait.
 @pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
 @pytest.mark.usefixtures("triton_backend")
@@ -289,7 +291,8 @@ def test_threads_on_streams_of_their_own_get_the_same_bits(split: list[tuple[Any
     assert all(not counted.any() for counted in shared_sums._counters.values())
 
 
-@on_a_gpu
+@pytest.mark.gpu
+@needs_streams
 @pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("most", [shared_sums.MOST_STREAMS, 2], ids=["kept", "forgotten"])
 def test_streams_that_come_and_go_get_the_same_bits(
@@ -310,7 +313,8 @@ def test_streams_that_come_and_go_get_the_same_bits(
         assert_same_bits(results, one)
 
 
-@on_a_gpu
+@pytest.mark.gpu
+@needs_streams
 @pytest.mark.usefixtures("triton_backend")
 def test_graphs_and_eager_calls_share_nothing(split: list[tuple[Any, Tensor]]) -> None:
     expected = [step(*case) for case in split]

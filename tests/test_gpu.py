@@ -1,8 +1,9 @@
-"""`make gpu` without a GPU: how parts are run, the page, and the checks of the kernels' numbers."""
+"""`make gpu` without a GPU: its rehearsal, how parts run, the page, and the checks of numbers."""
 
 import dataclasses
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -20,8 +21,8 @@ from fastlinear.kernels import forward, launch
 ROOT = Path(__file__).parent.parent
 
 
-def part(gpu: ModuleType, name: str, code: str, share: float = 1.0) -> Any:
-    return gpu.Part(name, share, lambda run: [sys.executable, "-c", code, str(run.scratch)])
+def part(gpu: ModuleType, name: str, code: str, calls: tuple[int, ...] = (1,)) -> Any:
+    return gpu.Part(name, 1, calls, lambda run: [sys.executable, "-c", code, str(run.scratch)])
 
 
 @pytest.fixture
@@ -30,7 +31,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     import benchmarks.gpu
 
     monkeypatch.setattr(benchmarks.gpu, "GRACE", 0.5)
-    monkeypatch.setattr(benchmarks.gpu, "missing", lambda: None)
+    setting = dataclasses.replace(benchmarks.gpu.SETTING, missing=lambda: None)
+    monkeypatch.setattr(benchmarks.gpu, "SETTING", setting)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield benchmarks.gpu
     for number, handler in before.items():  # main sets its own
@@ -41,6 +43,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 def run(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
     def main(parts: list[Any], *arguments: str) -> int:
         monkeypatch.setattr(gpu, "PARTS", parts)
+        arguments = arguments or ("--call", "1")
         monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "out"), *arguments])
         return gpu.main()
 
@@ -52,6 +55,11 @@ def results(tmp_path: Path) -> dict[str, Any]:
 
 
 HANG = "import time; print('began', flush=True); time.sleep(60)"
+UNCHECKED = """
+import dataclasses, sys
+from benchmarks import gpu
+gpu.SETTING = dataclasses.replace(gpu.SETTING, missing=lambda: None)
+"""
 DEAF = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN);" + HANG
 
 
@@ -65,7 +73,7 @@ def test_gpu_runs_every_part_whatever_becomes_of_those_before(
         part(gpu, "ends", "print('all is well')"),
     ]
     began = time.monotonic()
-    assert run(parts, "--minutes", "0.1") == 1
+    assert run(parts, "--call", "1", "--minutes", "0.1") == 1
     assert time.monotonic() - began < 10
     found = results(tmp_path)
     statuses = [found[one.name]["status"] for one in parts]
@@ -76,6 +84,37 @@ def test_gpu_runs_every_part_whatever_becomes_of_those_before(
     assert "dies: failed, exit -11" in page
     assert "hangs: not finished in its" in page
     assert "began" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_gpu_call_runs_its_own_parts_and_those_of_both(
+    gpu: ModuleType, run: Callable[..., int], tmp_path: Path
+) -> None:
+    parts = [
+        part(gpu, "both", "", (1, 2)),
+        part(gpu, "one", "", (1,)),
+        part(gpu, "two", "", (2,)),
+        part(gpu, "asked for", "", ()),
+    ]
+    assert run(parts, "--call", "2") == 0
+    assert list(results(tmp_path)) == ["both", "two"]
+    assert run(parts, "--call", "1", "--only", "one,asked") == 0
+    assert list(results(tmp_path)) == ["both", "two", "one", "asked for"]
+    with pytest.raises(SystemExit):
+        run(parts, "--minutes", "1")
+
+
+def test_make_gpu_asks_for_a_call() -> None:
+    found = subprocess.run(["make", "gpu", "OUT=x"], capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 2
+    assert "make gpu OUT=x CALL=1" in found.stdout
+
+
+def test_gpu_parts_fit_six_minutes_and_no_sanitizer_runs_unasked(gpu: ModuleType) -> None:
+    for call in (1, 2):
+        own = [one for one in gpu.PARTS if call in one.calls]
+        assert sum(one.seconds for one in own) <= 360
+        assert not any(one.needs for one in own)
+        assert [one.name for one in own][:2] == ["cache unpack", "families"]
 
 
 def test_gpu_only_runs_those_parts_and_keeps_what_was_there(
@@ -104,7 +143,7 @@ def test_gpu_only_runs_those_parts_and_keeps_what_was_there(
 
 def test_gpu_without_one_says_so_and_writes_nothing(tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "out")],
+        [sys.executable, "-m", "benchmarks.gpu", "--call=1", f"--out={tmp_path / 'out'}"],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -129,15 +168,13 @@ def test_gpu_interrupted_ends_the_part_and_writes_the_page(
     number: signal.Signals, tmp_path: Path
 ) -> None:
     script = f"""
-import sys
-from benchmarks import gpu
-gpu.missing = lambda: None
+{UNCHECKED}
 gpu.PARTS = [
-    gpu.Part("ends", 1, lambda run: [sys.executable, "-c", "print('all is well')"]),
-    gpu.Part("hangs", 1, lambda run: [sys.executable, "-c", {HANG!r}]),
-    gpu.Part("never", 1, lambda run: [sys.executable, "-c", "print('too late')"]),
+    gpu.Part("ends", 1, (1,), lambda run: [sys.executable, "-c", "print('all is well')"]),
+    gpu.Part("hangs", 1, (1,), lambda run: [sys.executable, "-c", {HANG!r}]),
+    gpu.Part("never", 1, (1,), lambda run: [sys.executable, "-c", "print('too late')"]),
 ]
-sys.argv = ["gpu", "--out", {str(tmp_path / "out")!r}]
+sys.argv = ["gpu", "--call=1", "--out", {str(tmp_path / "out")!r}]
 sys.exit(gpu.main())
 """
     command = [sys.executable, "-c", script]
@@ -155,13 +192,78 @@ sys.exit(gpu.main())
     assert [found[name]["status"] for name in found] == ["passed", "interrupted"]
 
 
-def test_gpu_gathers_the_sweeps_and_what_tests_found(
+# Writes results again and again, as a part does, with a few kilobytes in each.
+WRITES = """
+import sys, pathlib
+from benchmarks.files import write_json, write_rows
+out, scratch = map(pathlib.Path, sys.argv[1:])
+rows = [{"family": str(i), "new": True, "verdict": "right", "launches": []} for i in range(99)]
+point = {"arm": "fastlinear auto", "batch_size": 1, "dtype": "float32", "mode": "forward",
+         "ratio": 1.0, "shape": "a", "device_us": 1.0, "wall_us": 1.0}
+while True:
+    write_rows(out / "families.json", {"environment": {"device": "a GPU"}, "rows": rows})
+    write_json(scratch / "sweep-a.json", {"points": [point] * 99, "dropped": []})
+"""
+
+
+def test_gpu_killed_at_any_moment_leaves_a_report(tmp_path: Path) -> None:
+    """The whole session is, as where the time of a machine is over."""
+    script = f"""
+{UNCHECKED}
+def part(name):
+    return gpu.Part(name, 1, (1,), lambda run: [
+        sys.executable, "-c", {WRITES!r}, str(run.out), str(run.scratch)
+    ])
+gpu.GRACE = 0.1
+gpu.PARTS = [part("one"), part("two"), part("three")]
+sys.argv = ["gpu", "--call=1", "--minutes=0.06", "--out", sys.argv[1]]
+gpu.main()
+"""
+    for turn in range(3):
+        out = tmp_path / str(turn)
+        command = [sys.executable, "-c", script, str(out)]
+        environment = os.environ | {"TMPDIR": str(tmp_path)}
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, cwd=ROOT, env=environment, start_new_session=True
+        )
+        deadline = time.monotonic() + 60
+        while not (out / "summary.txt").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 3))
+        kill_session(process.pid)
+        process.communicate()
+        page = (out / "summary.txt").read_text()
+        assert page.startswith("fastlinear on ")
+        assert "PARTS" in page
+        for path in out.glob("*.json"):
+            json.loads(path.read_text())
+        assert len(list(out.iterdir())) <= 8
+
+
+def kill_session(leader: int) -> None:
+    """Its processes, which may be in groups of their own."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            session = stat.read_text().rpartition(")")[2].split()[3]
+        except OSError:  # it has ended
+            continue
+        if int(session) == leader:
+            os.kill(int(stat.parent.name), signal.SIGKILL)
+
+
+def test_gpu_gathers_the_sweeps_the_table_and_what_tests_found(
     gpu: ModuleType, run: Callable[..., int], tmp_path: Path
 ) -> None:
     sweep = "import sys, pathlib; pathlib.Path(sys.argv[1], 'sweep-{0}.json').write_text('{1}')"
     tests = "print('[gw0] FAILED tests/test_a.py::test_b[one of each] ');"
     tests += "print('FAILED tests/test_a.py::test_b[one of each] - AssertionError'); exit(1)"
+    table = {"fastlinear": "0.1.0", "rows": []}
+    tuner = "import sys, pathlib; folder = pathlib.Path(sys.argv[1]);"
+    tuner += "(folder / 'a-gpu.json.lock').touch();"
+    tuner += f"(folder / 'a-gpu.json').write_text('{json.dumps(table)}')"
     parts = [
+        part(gpu, "tuning", tuner),
         part(gpu, "sweep a", sweep.format("a", json.dumps({"points": [point()]}))),
         part(gpu, "sweep b", sweep.format("b", json.dumps({"points": [point()], "dropped": []}))),
         part(gpu, "tests", tests),
@@ -170,7 +272,39 @@ def test_gpu_gathers_the_sweeps_and_what_tests_found(
     assert len(json.loads((tmp_path / "out" / "linear.json").read_text())["points"]) == 2
     expected = ["test_a.py::test_b[one of each] - AssertionError"]
     assert results(tmp_path)["tests"]["findings"] == [f"tests/{one}" for one in expected]
-    assert len(list((tmp_path / "out").iterdir())) <= 8
+    assert json.loads((tmp_path / "out" / "a-gpu.json").read_text()) == table
+    assert gpu.table(tmp_path / "out") == tmp_path / "out" / "a-gpu.json"
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"a-gpu.json", "linear.json", "log.txt", "run.json", "summary.txt"}
+
+
+def test_sweep_has_no_arm_that_cannot_differ(gpu: ModuleType, tmp_path: Path) -> None:
+    """Without a table backend "auto" is nn.Linear."""
+    (sweep,) = [one for one in gpu.PARTS if one.name == "sweep bfloat16"]
+    (compiled,) = [one for one in gpu.PARTS if one.name == "sweep compiled"]
+    run = gpu.Run(tmp_path, tmp_path, 60.0)
+    assert "fastlinear auto" not in sweep.command(run)
+    (tmp_path / "a-gpu.json").write_text('{"fastlinear": "0.1.0"}')
+    assert "fastlinear auto" in sweep.command(run)
+    assert "torch.compile" not in sweep.command(run)
+    assert "torch.compile" in compiled.command(run)
+
+
+def test_gpu_parts_are_told_what_to_leave_out(
+    gpu: ModuleType, run: Callable[..., int], tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    rows = [
+        {"family": "a", "new": True, "verdict": "right", "said": "", "launches": ["good"]},
+        {"family": "b", "new": True, "verdict": "wrong", "said": "", "launches": ["x", "y"]},
+        {"family": "c", "new": True, "verdict": "hangs", "said": "", "launches": ["good", "z"]},
+    ]
+    write(tmp_path / "out", families={"rows": rows})
+    names = "FASTLINEAR_LEAVE_OUT", "TRITON_CACHE_DIR"
+    code = f"import os; print(*(os.environ[name] for name in {names}))"
+    assert run([part(gpu, "after", code)]) == 1
+    said = results(tmp_path)["after"]["last"]
+    assert said == "x;y;z /tmp/fastlinear-triton-cache"
 
 
 # The page.
@@ -200,7 +334,9 @@ def write(folder: Path, **files: Any) -> None:
         (folder / f"{name}.json").write_text(json.dumps(value))
 
 
-def test_page_has_failures_then_ratios_then_worst_points(gpu: ModuleType, tmp_path: Path) -> None:
+def test_page_has_what_is_wrong_then_new_then_ratios_worst_points_and_commands(
+    gpu: ModuleType, tmp_path: Path
+) -> None:
     points = [
         point(shape="a", ratio=0.5),
         point(shape="b", ratio=2.0),
@@ -212,31 +348,56 @@ def test_page_has_failures_then_ratios_then_worst_points(gpu: ModuleType, tmp_pa
     fault = {"product": "linear_forward", "config": "chosen", "fault": "off by 1"}
     dropped = [{"arm": "fastlinear triton", "dtype": "float16", "reason": "wrong"}] * 2
     dropped += [{"arm": "quack", "dtype": "float32", "reason": "no such layer"}]
+    tried = [
+        {"family": family, "new": new, "verdict": verdict, "said": "so", "launches": ["k"]}
+        for family, new, verdict in (
+            ("gemv", True, "hangs"), ("pair", True, "right"), ("tiles", False, "right"),
+        )
+    ]  # fmt: skip
+    time = {"product": "backward", "dtype": "tf32", "m": 64, "n": 3, "k": 4, "chosen": "None"}
+    time |= {"native_us": [6.0, 8.0, 7.0], "kernel_us": {"None": [2.0]}, "failed": {"c": "no"}}
     write(
         tmp_path,
         linear={"points": points, "dropped": dropped},
         numerics={"rows": [fault], "complete": True},
+        kernels={"rows": [time]},
+        families={"environment": {"device": "NVIDIA H200"}, "rows": tried},
     )
+    (tmp_path / "nvidia-h200.json").write_text('{"fastlinear": "0.1.0"}')
     page = gpu.summary(tmp_path)
-    places = [page.index(word) for word in ("FAILURES: 2", "PARTS", "RATIOS", "WORST TEN POINTS")]
+    words = "FAILURES: 5", "NEW", "RATIOS", "WORST TEN POINTS", "TO COMMIT IT", "PARTS"
+    places = [page.index(word) for word in words]
     assert places == sorted(places)
+    assert "gemv: hangs: so" in page[: places[1]]
+    assert "left out since: k" in page[: places[1]]
+    assert "times: backward, tf32, M = 64, c: no" in page[: places[1]]
+    assert "hangs: gemv\nright: pair\n" in page[places[1] : places[2]]
+    assert "fastlinear kernel, tf32, backward      -  3.50" in page
+    assert "cp " + str(tmp_path / "nvidia-h200.json") + " kernels/tuned/nvidia-h200.json" in page
+    added = page[page.index("git add ") :].splitlines()[0].split()[2:]
+    folder = "benchmarks/results/nvidia-h200"
+    assert added == [
+        *(f"{folder}/{name}.json" for name in ("families", "numerics", "kernels", "linear")),
+        "kernels/tuned/nvidia-h200.json",
+    ]
     assert "numerics: linear_forward, chosen: off by 1" in page
     assert "sweep: fastlinear triton dropped 2 times in float16: wrong" in page[: places[1]]
-    assert "sweep: quack dropped 1 times in float32: no such layer" in page[places[1] :]
+    assert "sweep: quack dropped 1 times in float32: no such layer" in page[places[-1] :]
     row = next(line for line in page.splitlines() if line.startswith("fastlinear auto, bfloat16"))
     assert row.split()[-1] == "1.00", "the geometric mean of 0.5 and 2"
     assert "fastlinear auto, float32 high, backward" in page
-    listed = page[places[-1] :].splitlines()[1:]
+    listed = page[places[3] : places[4]].strip().splitlines()[1:]
     assert len(listed) == 10
     assert listed[0].startswith("0.50 (0.90 to 1.10)  fastlinear auto, a, batch 64")
-    assert "torch.compile" not in page[places[-1] :], "only what is ours is to be made faster"
+    assert "torch.compile" not in page[places[3] :], "only what is ours is to be made faster"
 
 
 def test_page_without_results_says_so(gpu: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "linear.json").write_text('{"points": [')  # as a kill may leave it
     page = gpu.summary(tmp_path)
     assert "FAILURES: none" in page
-    assert "no sweep has been measured" in page
+    assert "nothing has been measured" in page
+    assert "nothing is to be committed" in page
 
 
 def test_page_that_cannot_be_made_ends_no_run(
@@ -267,7 +428,9 @@ def test_page_keeps_under_its_limit(gpu: ModuleType, tmp_path: Path) -> None:
     ]
     ended = {"status": "failed", "exit": 1, "last": "w" * 200, "findings": ["v" * 300] * 50}
     runs = {f"part {index}": ended for index in range(12)}
-    write(tmp_path, numerics={"rows": [fault] * 500}, linear={"points": many}, run=runs)
+    wrong = {"family": "u" * 90, "new": True, "verdict": "wrong", "said": "", "launches": []}
+    files = {"families": {"rows": [wrong] * 90}, "numerics": {"rows": [fault] * 500}}
+    write(tmp_path, **files, linear={"points": many}, run=runs)
     page = gpu.summary(tmp_path)
     assert len(page) < 12_000
     assert "more" in page
@@ -353,38 +516,247 @@ def test_numerics_layouts_are_what_they_are_called(numerics: ModuleType) -> None
     assert [one.stride() for one in made.values()] == [(5, 1), (1, 6), (26, 2), (0, 1)]
 
 
-def test_numerics_write_what_each_process_finds(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.numerics", "--json", str(tmp_path / "it.json")]
-    command += ["--small", "--families", "linear", "--arithmetics", "float32", "--repeats", "1"]
-    command += ["--jobs", "2"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_numerics_write_what_each_process_finds(
+    numerics: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["numerics", "--json", str(tmp_path / "it.json"), "--small", "--families", "linear"]
+    command += ["--arithmetics", "float32", "--repeats", "1", "--jobs", "2"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert numerics.main() == 0
     found = json.loads((tmp_path / "it.json").read_text())
     assert found["complete"]
     assert len(found["rows"]) == 8
-    assert result.stdout == "8 checks, 0 at fault, 0 skipped\n"
+    assert capsys.readouterr().out == "8 checks, 0 at fault, 0 skipped\n"
 
 
-def test_numerics_out_of_time_end_their_processes(
-    numerics: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def hang(job: str, tell: Callable[[Any], None]) -> None:
+    tell(job)
+    if job == "hangs":
+        time.sleep(60)
+    if job == "dies":
+        os._exit(7)
+
+
+def test_jobs_apart_end_by_themselves_or_when_their_time_is_over() -> None:
+    from benchmarks.apart import Ended, apart
+
+    jobs = ["hangs", "ends", "dies"]
+    found = list(apart(hang, jobs, 2, time.monotonic() + 100, seconds=5))
+    assert {told for told in found if isinstance(told[1], str)} == {(job, job) for job in jobs}
+    ends = {job: told.exit for job, told in found if isinstance(told, Ended)}
+    assert ends == {"hangs": None, "ends": 0, "dies": 7}
+    assert found[-1] == ("hangs", Ended(None))
+
+
+def test_jobs_apart_are_ended_where_the_time_of_all_is_over() -> None:
+    from benchmarks.apart import FORKS, apart
+
     begun: list[Any] = []
+    start = FORKS.Process.start
 
-    class Hanging(subprocess.Popen):  # type: ignore[type-arg]
-        def __init__(self, command: list[str], **options: Any) -> None:
-            super().__init__([sys.executable, "-c", HANG], **options)
+    class Noted(FORKS.Process):  # type: ignore[name-defined, misc]
+        def start(self) -> None:
             begun.append(self)
+            start(self)
 
-    monkeypatch.setattr(numerics.subprocess, "Popen", Hanging)
-    group = numerics.Group("linear", "float32", "cpu", 1, True)
-    assert list(numerics.check_apart([group] * 5, 2, time.monotonic() + 0.5)) == []
-    assert [one.wait(10) for one in begun] == [-signal.SIGKILL] * 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FORKS, "Process", Noted)
+        told = list(apart(hang, ["hangs"] * 5, 2, time.monotonic() + 1))
+    assert told in ([], [("hangs", "hangs")], [("hangs", "hangs")] * 2)
+    for process in begun:
+        process.join(10)
+    assert [process.exitcode for process in begun] == [-signal.SIGKILL] * 2
 
 
 def test_numerics_report_a_process_that_dies(
     numerics: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(numerics, "ROOT", ROOT / "tests")  # where there is no such module
-    group = numerics.Group("linear", "float32", "cpu", 1, True)
-    (row,) = numerics.check_apart([group], 1, float("inf"))
-    assert row["fault"] == "the process that checks this ended with 1"
+    ended = [(numerics.Group("linear", "float32", "cpu", 1, True), numerics.Ended(-11))]
+    monkeypatch.setattr(numerics, "apart", lambda *given: iter(ended))
+    (row,) = numerics.check_apart([], 1, float("inf"))
+    assert row["fault"] == "the process that checks this ended with -11"
+
+
+def test_numerics_of_two_calls_are_all_and_kept_in_one_file(
+    numerics: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"device": "cpu", "repeats": 1, "small": True}
+    names = numerics.FAMILIES, numerics.ARITHMETICS
+    first, rest, every = (
+        set(numerics.groups_of(*names, which, **given)) for which in ("first", "rest", "all")
+    )
+    assert first | rest == every
+    assert not first & rest
+    assert {group.arithmetic for group in first} == {"bfloat16", "float16", "float32"}
+    path = tmp_path / "it.json"
+    old = {"family": "linear", "arithmetic": "float64", "product": "kept"}
+    write(tmp_path, it={"complete": True, "rows": [old, old | {"arithmetic": "float32"}]})
+    command = ["numerics", "--json", str(path), "--small", "--families", "linear"]
+    monkeypatch.setattr(sys, "argv", [*command, "--arithmetics", "float32", "--jobs", "1"])
+    monkeypatch.setattr(numerics, "check", lambda group: iter([{"product": "new"}]))
+    assert numerics.main() == 0
+    found = json.loads(path.read_text())
+    assert [row["product"] for row in found["rows"]] == ["kept", "new"]
+    assert found["complete"]
+
+
+# What is left out, and what a rehearsal plants.
+
+
+@pytest.fixture
+def watched(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    from benchmarks import watch
+
+    def begin(**environment: str) -> list[str]:
+        launched: list[str] = []
+        monkeypatch.setattr(launch, "run", launch.run)  # put back afterwards
+        for name, value in environment.items():
+            monkeypatch.setenv(f"FASTLINEAR_{name}", value)
+        watch.watch(launched.append)
+        return launched
+
+    return begin
+
+
+def test_left_out_kernels_are_not_launched_and_no_fault(
+    numerics: ModuleType, watched: Callable[..., list[str]], device: torch.device
+) -> None:
+    launched = watched(LEAVE_OUT="linear_forward_kernel;linear_gemv_kernel;linear_backward_kernel")
+    found = rows(numerics, "linear", "float32", device)
+    assert "linear_forward_kernel" not in launched
+    assert "linear_backward_weight_kernel" in launched
+    assert [row["product"] for row in found if row.get("fault")] == []
+    skipped = [row["skipped"] for row in found if "skipped" in row]
+    assert "linear_forward_kernel is left out" in skipped
+
+
+def test_planted_faults_are_found_and_named(
+    numerics: ModuleType, watched: Callable[..., list[str]], device: torch.device
+) -> None:
+    watched(PLANT="linear_backward_weight_kernel=wrong;linear_forward_kernel=cannot launch")
+    found = {row["product"]: row["fault"] for row in rows(numerics, "linear", "float32", device)}
+    assert "CannotLaunch" in found["linear_forward"]
+    assert (
+        "off by nan" in found["linear_backward_weight"] or "off" in found["linear_backward_weight"]
+    )
+    assert found["linear_backward_weight, 3 splits"] is None, "which is another kernel"
+    from benchmarks import watch
+
+    with pytest.raises(ValueError, match="not breaks"):
+        watch.planted("linear_forward_kernel=breaks")
+
+
+def test_every_kernel_is_of_a_family(gpu: ModuleType, device: torch.device) -> None:
+    from benchmarks import families, watch
+
+    launched: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        named = lambda kernel, one, pointers: launched.append(  # noqa: E731
+            watch.name_of(kernel, one.constants)
+        )
+        patch.setattr(launch, "run", named)
+        for family in families.FAMILIES.values():
+            before = len(launched)
+            for product, config in families.calls(family, families.group_of(family, device.type)):
+                product.call(config)
+            assert len(launched) > before, family.name
+    expected = {path.stem for path in (ROOT / "kernels").glob("*.py")}
+    defined = {
+        line.split("def ")[1].split("(")[0]
+        for name in expected
+        for line in (ROOT / "kernels" / f"{name}.py").read_text().splitlines()
+        if line.startswith("def ") and "_kernel(" in line
+    }
+    assert {name.split(",")[0] for name in launched} == defined
+
+
+def test_launches_are_those_that_the_parts_make(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """So that whoever compiles the ones has the others compiled."""
+    from benchmarks import kernels, launches, setting, tuning
+    from fastlinear.tune_layer import Products
+    from fastlinear.tune_rows import measure_layer
+
+    for module in (kernels, launches, tuning):
+        monkeypatch.setattr(module, "SETTING", setting.REHEARSED)
+    made: set[Any] = set()
+    original = launch.run
+
+    def note(kernel: Any, launched: launch.Launch, pointers: Any) -> None:
+        made.add((kernel.fn.__name__, launched.grid, launched.scalars))
+        original(kernel, launched, pointers)
+
+    def stopwatch(calls: dict[str, Any], clock: str) -> dict[str, list[float]]:
+        for call in calls.values():
+            call()
+        return {name: [2.0 if name == "pytorch" else 1.0] for name in calls}
+
+    monkeypatch.setattr(launch, "run", note)
+    kernels.measure(lambda row: None, kernels.TIMED, float("inf"), stopwatch, device)
+    by_part, _ = made.copy(), made.clear()
+    for _, call in launches.timed(device.type, device.type):
+        call()
+    assert by_part == made
+    made.clear()
+    list(measure_layer(next(tuning.layers()), device, stopwatch, {}))
+    by_part, _ = made.copy(), made.clear()
+    for _, call in launches.tuned(device.type, device.type):
+        call()
+    assert by_part <= made
+    assert Products  # whose operands both have
+
+
+def test_rehearsal_names_what_is_planted_and_writes_nowhere_else(tmp_path: Path) -> None:
+    """A kernel that hangs, one that is wrong and one that does not launch."""
+
+    def listing() -> dict[str, float]:
+        return {
+            str(path): path.stat().st_mtime
+            for folder in ("benchmarks", "fastlinear", "kernels", "tests")
+            for path in (ROOT / folder).rglob("*")
+            if "__pycache__" not in path.parts
+        }
+
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    faults = {
+        "linear_gemv_kernel, activated": ("hangs", "activation by gemv"),
+        "linear_gemv_kernel": ("wrong", "output by gemv"),
+        "gate_backward_kernel": ("cannot launch", "gated gradients"),
+    }
+    plant = ";".join(f"{kernel}={fault}" for kernel, (fault, _) in faults.items())
+    before = listing()
+    command = [sys.executable, "-m", "benchmarks.rehearsal", "--out", str(tmp_path / "out")]
+    command += ["--calls", "1", "--only", "families,times", "--plant", plant, "--minutes", "3"]
+    found = subprocess.run(
+        command,
+        env=os.environ | {"TMPDIR": str(temporary)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    page = (tmp_path / "out" / "summary.txt").read_text()
+    assert found.returncode == 1, found.stderr
+    assert found.stdout.endswith(page)
+    assert page.startswith("A REHEARSAL")
+    wrong, new = page.split("FAILURES")[1].split("NEW")
+    assert {line.split(":")[0] for line in wrong.splitlines()[1:] if line} == {
+        *(family for _, family in faults.values()),
+        "grad_input by gemv",  # which is the same kernel
+        "families",
+        "left out since",
+    }
+    for kernel, (fault, family) in faults.items():
+        assert f"{family}: {fault}" in wrong
+        assert kernel in wrong.split("left out since: ")[1].splitlines()[0].split("; ")
+        assert family in next(line for line in new.splitlines() if line.startswith(fault))
+    times = json.loads((tmp_path / "out" / "kernels.json").read_text())["rows"]
+    assert len(times) == 8
+    assert not any("gemv" in config for row in times for config in row["kernel_us"])
+    assert "linear_gemv_kernel is left out" in (tmp_path / "out" / "log.txt").read_text()
+    assert listing() == before
+    assert list(temporary.iterdir()) == []

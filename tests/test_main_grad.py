@@ -451,6 +451,7 @@ def test_batch_invariant_rows(monkeypatch: pytest.MonkeyPatch, device: torch.dev
     assert asked == [True]
 
 
+@pytest.mark.gpu
 def test_threads_lose_nothing(device: torch.device) -> None:
     layer = accumulating(400, 300, device, dtype=torch.bfloat16)
     layer.weight.main_grad.zero_()

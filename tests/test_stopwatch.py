@@ -97,6 +97,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     return gpu
 
 
+@pytest.mark.gpu
 def test_flush_reads_all_of_its_bytes(device: torch.device) -> None:
     flush = stopwatch.Flush(device, 4096)
     flush.read.fill_(1)

@@ -968,6 +968,7 @@ def warmed_up(step: Function) -> None:
     torch.cuda.current_stream().wait_stream(stream)
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.usefixtures("plain_outputs")  # guards would be written by the graph, again and again
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -985,6 +986,7 @@ def test_cuda_graph_of_a_forward_replays(dtype: torch.dtype, device: torch.devic
             torch.testing.assert_close(output, model(input.clone()))
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.usefixtures("plain_outputs")
 @pytest.mark.parametrize("rows", [40, 5000], ids=["one sum", "split sums"])
@@ -1015,6 +1017,7 @@ def test_cuda_graph_of_a_training_step_replays(rows: int, device: torch.device) 
         )
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.usefixtures("plain_outputs")
 def test_compiled_with_cuda_graphs_trains_as_eager(device: torch.device) -> None:
@@ -1034,6 +1037,7 @@ def test_compiled_with_cuda_graphs_trains_as_eager(device: torch.device) -> None
         )
 
 
+@pytest.mark.gpu
 @needs_gpu
 # torch's own warm-up and capture are on two streams.
 @pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")

@@ -1,0 +1,57 @@
+"""Tunes the layers of benchmarks/shapes.py into a table that can be shipped.
+
+`python -m benchmarks.tuning --folder FOLDER` writes FOLDER/<device>.json as `python -m fastlinear
+tune` does, after each product, under the name that it has in kernels/tuned/.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.setting import SETTING
+from benchmarks.shapes import LAYERS
+from benchmarks.watch import watch
+from fastlinear import lookup, tune
+from fastlinear.kernels import tables
+from fastlinear.tune_layer import Layer
+
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def layers() -> Iterator[Layer]:
+    """What is tuned, the most valuable first: by batch size, dtype and then size.
+
+    The batch sizes of training and decoding come before those between, and of one
+    bfloat16, in which both mostly run. Of one dtype the larger layer is worth more: the time that a
+    model spends in a layer goes by the elements of its weight, at any batch size.
+    """
+    chosen = [LAYERS[name] for name in SETTING.layers or LAYERS]
+    chosen.sort(key=lambda layer: -layer.in_features * layer.out_features)
+    for m in SETTING.tuned_rows:
+        for dtype in DTYPES:
+            for one in chosen:
+                sizes = one.out_features, one.in_features, m
+                yield Layer(dtype, False, None, one.bias, *sizes)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True, help="where the table goes")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many")
+    arguments = parser.parse_args()
+    if lacking := SETTING.missing():
+        sys.exit(lacking)
+    watch()
+    torch.manual_seed(0)
+    device = torch.device(SETTING.device)
+    path = arguments.folder / tables.file_name(lookup.device_name(device) or str(device))
+    wanted = list(dict.fromkeys(layers()))
+    return tune.tune(wanted, path, arguments.minutes, SETTING.clock(device).stopwatch)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
