@@ -7,10 +7,11 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -372,7 +373,8 @@ def test_page_has_what_is_wrong_then_new_then_ratios_worst_points_and_commands(
     assert "left out since: k" in page[: places[1]]
     assert "times: backward, tf32, M = 64, c: no" in page[: places[1]]
     assert "hangs: gemv\nright: pair\n" in page[places[1] : places[2]]
-    assert "fastlinear kernel, tf32, backward      -  3.50" in page
+    row = next(line for line in page.splitlines() if line.startswith("fastlinear kernel, tf32"))
+    assert row.split()[-3:] == ["backward", "-", "3.50"]
     assert "cp " + str(tmp_path / "nvidia-h200.json") + " kernels/tuned/nvidia-h200.json" in page
     added = page[page.index("git add ") :].splitlines()[0].split()[2:]
     folder = "benchmarks/results/nvidia-h200"
@@ -552,19 +554,18 @@ def test_jobs_apart_end_by_themselves_or_when_their_time_is_over() -> None:
 
 
 def test_jobs_apart_are_ended_where_the_time_of_all_is_over() -> None:
-    from benchmarks.apart import FORKS, apart
+    from benchmarks import apart
 
     begun: list[Any] = []
-    start = FORKS.Process.start
 
-    class Noted(FORKS.Process):  # type: ignore[name-defined, misc]
-        def start(self) -> None:
-            begun.append(self)
-            start(self)
+    def noted(**given: Any) -> Any:
+        begun.append(forks.Process(**given))
+        return begun[-1]
 
+    forks = apart.FORKS
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FORKS, "Process", Noted)
-        told = list(apart(hang, ["hangs"] * 5, 2, time.monotonic() + 1))
+        patch.setattr(apart, "FORKS", SimpleNamespace(Pipe=forks.Pipe, Process=noted))
+        told = list(apart.apart(hang, ["hangs"] * 5, 2, time.monotonic() + 1))
     assert told in ([], [("hangs", "hangs")], [("hangs", "hangs")] * 2)
     for process in begun:
         process.join(10)
@@ -639,9 +640,7 @@ def test_planted_faults_are_found_and_named(
     watched(PLANT="linear_backward_weight_kernel=wrong;linear_forward_kernel=cannot launch")
     found = {row["product"]: row["fault"] for row in rows(numerics, "linear", "float32", device)}
     assert "CannotLaunch" in found["linear_forward"]
-    assert (
-        "off by nan" in found["linear_backward_weight"] or "off" in found["linear_backward_weight"]
-    )
+    assert "is off by" in found["linear_backward_weight"]
     assert found["linear_backward_weight, 3 splits"] is None, "which is another kernel"
     from benchmarks import watch
 
@@ -678,17 +677,14 @@ def test_launches_are_those_that_the_parts_make(
 ) -> None:
     """So that whoever compiles the ones has the others compiled."""
     from benchmarks import kernels, launches, setting, tuning
-    from fastlinear.tune_layer import Products
-    from fastlinear.tune_rows import measure_layer
+    from fastlinear import tune_rows
 
     for module in (kernels, launches, tuning):
         monkeypatch.setattr(module, "SETTING", setting.REHEARSED)
     made: set[Any] = set()
-    original = launch.run
 
     def note(kernel: Any, launched: launch.Launch, pointers: Any) -> None:
         made.add((kernel.fn.__name__, launched.grid, launched.scalars))
-        original(kernel, launched, pointers)
 
     def stopwatch(calls: dict[str, Any], clock: str) -> dict[str, list[float]]:
         for call in calls.values():
@@ -696,18 +692,21 @@ def test_launches_are_those_that_the_parts_make(
         return {name: [2.0 if name == "pytorch" else 1.0] for name in calls}
 
     monkeypatch.setattr(launch, "run", note)
+    monkeypatch.setattr(tune_rows, "as_exact", lambda *given: True)
     kernels.measure(lambda row: None, kernels.TIMED, float("inf"), stopwatch, device)
     by_part, _ = made.copy(), made.clear()
     for _, call in launches.timed(device.type, device.type):
         call()
     assert by_part == made
     made.clear()
-    list(measure_layer(next(tuning.layers()), device, stopwatch, {}))
+    layers = list(tuning.layers())
+    for layer in layers:
+        list(tune_rows.measure_layer(layer, device, stopwatch, {}))
     by_part, _ = made.copy(), made.clear()
     for _, call in launches.tuned(device.type, device.type):
         call()
-    assert by_part <= made
-    assert Products  # whose operands both have
+    assert by_part == made
+    assert [layer.m for layer in layers] == [4, 4, 1, 1], "the most valuable first"
 
 
 def test_rehearsal_names_what_is_planted_and_writes_nowhere_else(tmp_path: Path) -> None:
@@ -721,8 +720,7 @@ def test_rehearsal_names_what_is_planted_and_writes_nowhere_else(tmp_path: Path)
             if "__pycache__" not in path.parts
         }
 
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))
     faults = {
         "linear_gemv_kernel, activated": ("hangs", "activation by gemv"),
         "linear_gemv_kernel": ("wrong", "output by gemv"),
@@ -759,4 +757,4 @@ def test_rehearsal_names_what_is_planted_and_writes_nowhere_else(tmp_path: Path)
     assert not any("gemv" in config for row in times for config in row["kernel_us"])
     assert "linear_gemv_kernel is left out" in (tmp_path / "out" / "log.txt").read_text()
     assert listing() == before
-    assert list(temporary.iterdir()) == []
+    temporary.rmdir()  # which is empty
