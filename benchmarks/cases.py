@@ -77,10 +77,11 @@ def far_rows(make: Make, shape: Shape) -> Tensor:
 
 @dataclass(frozen=True)
 class Group:
-    """Checks that one process makes: a family of products, for one arithmetic.
+    """Checks that one process makes: a family of products, for one arithmetic, or a part of it.
 
     small: one shape, and of configurations only the one that is chosen.
     sizes: of whose shapes, where not of `device`'s.
+    turn, of: every so many-th product, starting with this one.
     """
 
     family: str
@@ -89,6 +90,8 @@ class Group:
     repeats: int
     small: bool
     sizes: str | None = None
+    turn: int = 0
+    of: int = 1
 
 
 class Case(NamedTuple):

@@ -40,6 +40,7 @@ from fastlinear.kernels.tiles import legal_configs
 # Those of the first call of benchmarks.gpu; its second checks the rest.
 FIRST_FAMILIES = ("linear", "gated", "activation", "batched")
 FIRST_ARITHMETICS = ("bfloat16", "float16", "float32")
+PROCESSES = {"linear": 4, "gated": 2, "linear strided": 2}  # that share the longest families
 
 
 @contextlib.contextmanager
@@ -92,9 +93,12 @@ def calls(
     group: Group,
 ) -> Iterator[tuple[Case, Product, tuple[Config | BackwardConfig | None, ...]]]:
     """What a group launches: products, each in these configurations; None is the chosen one."""
+    number = 0
     for case in cases(group):
         for product in case.products:
-            yield case, product, (None, *(configs(product, group) if case.every else ()))
+            if number % group.of == group.turn:
+                yield case, product, (None, *(configs(product, group) if case.every else ()))
+            number += 1
 
 
 def check(group: Group) -> Iterator[dict[str, Any]]:
@@ -189,8 +193,10 @@ def groups_of(
     """The groups of those families and arithmetics that are the "first", the "rest", or "all"."""
     first = set(itertools.product(FIRST_FAMILIES, FIRST_ARITHMETICS))
     return [
-        Group(family, arithmetic, **given)
+        Group(family, arithmetic, **given, turn=turn, of=of)
         for family, arithmetic in itertools.product(families, arithmetics)
+        for of in [1 if given["small"] else PROCESSES.get(family, 1)]
+        for turn in range(of)
         if which == "all" or ((family, arithmetic) in first) == (which == "first")
         # One dtype's offsets are every dtype's; and they take a GPU's memory.
         if family != "far"

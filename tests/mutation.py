@@ -85,6 +85,27 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
+        "a wrong kernel is launched again",
+        "benchmarks/gpu_summary.py",
+        '        if row["verdict"] not in TRUSTED:\n            names.update(',
+        '        if row["verdict"] == "hangs":\n            names.update(',
+        ("tests/test_gpu.py::test_gpu_parts_are_told_what_to_leave_out",),
+    ),
+    Mutant(
+        "a kernel that is split passes for one that is not",
+        "benchmarks/watch.py",
+        "    marks = [mark for constant, mark in _MARKS.items() if constants.get(constant)]\n",
+        "    marks: list[str] = []\n",
+        ("tests/test_gpu.py::test_planted_faults_are_found_and_named",),
+    ),
+    Mutant(
+        "a job that hangs is left to",
+        "benchmarks/apart.py",
+        "                    process.kill()\n                    del running",
+        "                    del running",
+        ("tests/test_gpu.py::test_jobs_apart_end_by_themselves_or_when_their_time_is_over",),
+    ),
+    Mutant(
         "store mask dropped, forward",
         "kernels/tiled.py",
         "    mask = mask_m[:, None] & mask_n[None, :]\n",
@@ -1349,11 +1370,12 @@ def notices(mutant: Mutant) -> tuple[Mutant, bool, str]:
         package = Path(folder, "fastlinear")
         shutil.copytree(ROOT / "fastlinear", package)
         shutil.copytree(ROOT / "kernels", package / "kernels")
-        shutil.copytree(ROOT / "tests", Path(folder, "tests"))
+        for name in ("tests", "benchmarks"):
+            shutil.copytree(ROOT / name, Path(folder, name))
         shutil.copy(ROOT / "pyproject.toml", folder)
-        changed = package / Path(mutant.file).relative_to(
-            "fastlinear" if "fastlinear/" in mutant.file else "."
-        )
+        changed = Path(folder, mutant.file)
+        if mutant.file.startswith("kernels/"):
+            changed = package / mutant.file
         text = changed.read_text()
         if text.count(mutant.old) != 1:
             return (

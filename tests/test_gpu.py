@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -537,7 +538,7 @@ def test_numerics_write_what_each_process_finds(
 def hang(job: str, tell: Callable[[Any], None]) -> None:
     tell(job)
     if job == "hangs":
-        time.sleep(60)
+        time.sleep(20)
     if job == "dies":
         os._exit(7)
 
@@ -551,6 +552,9 @@ def test_jobs_apart_end_by_themselves_or_when_their_time_is_over() -> None:
     ends = {job: told.exit for job, told in found if isinstance(told, Ended)}
     assert ends == {"hangs": None, "ends": 0, "dies": 7}
     assert found[-1] == ("hangs", Ended(None))
+    for process in multiprocessing.active_children():
+        process.join(5)
+    assert not multiprocessing.active_children()
 
 
 def test_jobs_apart_are_ended_where_the_time_of_all_is_over() -> None:
@@ -589,6 +593,14 @@ def test_numerics_of_two_calls_are_all_and_kept_in_one_file(
     first, rest, every = (
         set(numerics.groups_of(*names, which, **given)) for which in ("first", "rest", "all")
     )
+    shared = numerics.groups_of(
+        ["linear"], ["float64"], "all", device="cpu", repeats=1, small=False
+    )
+    assert [(group.turn, group.of) for group in shared] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    small = dataclasses.replace(shared[0], small=True, of=1)
+    parts = [dataclasses.replace(small, turn=turn, of=3) for turn in range(3)]
+    counts = [len(list(numerics.calls(group))) for group in (small, *parts)]
+    assert counts == [8, 3, 3, 2]
     assert first | rest == every
     assert not first & rest
     assert {group.arithmetic for group in first} == {"bfloat16", "float16", "float32"}
