@@ -90,7 +90,7 @@ def calls(family: Family, group: Any) -> Iterator[tuple[Any, Any]]:
 def group_of(family: Family, device: str) -> Any:
     from benchmarks.cases import Group
 
-    return Group(family.group, family.arithmetic, device, repeats=3, small=True)
+    return Group(family.group, family.arithmetic, device, repeats=2, small=True)
 
 
 def trial(name: str, tell: Tell) -> None:
@@ -130,30 +130,41 @@ def new_row(name: str) -> Row:
     }
 
 
-def try_all(rows: dict[str, Row], jobs: int, deadline: float, save: Callable[[], None]) -> None:
-    """Fills `rows` in; of those that take too long at the same time, each has a second try alone.
+def try_some(
+    rows: dict[str, Row], names: list[str], jobs: int, deadline: float, save: Callable[[], None]
+) -> list[str]:
+    """Fills in the rows of `names`; returns those that were not done in time."""
+    slow = []
+    for name, told in apart(trial, names, jobs, deadline, SETTING.trial):
+        row = rows[name]
+        if isinstance(told, Ended):
+            if told.exit is None:
+                slow.append(name)
+                row["said"] = f"not done after {SETTING.trial:.0f} s"
+            elif told.exit:
+                row |= {"verdict": "dies", "said": f"its process ended with {told.exit}"}
+            save()
+        elif "launching" in told:
+            row["launches"] = list(dict.fromkeys([*row["launches"], told["launching"]]))
+        else:
+            row |= told
+    return slow
 
-    A kernel that hangs may have held up the others.
+
+def try_all(rows: dict[str, Row], jobs: int, deadline: float, save: Callable[[], None]) -> None:
+    """Fills in what was not tried yet.
+
+    A kernel that hangs may hold up the others: where several are not done in time, each has a
+    second try alone, unless what it launched last is known to hang.
     """
     untried = [name for name, row in rows.items() if row["verdict"] == "not tried"]
-    for at_once in (jobs, 1):
-        names = untried
-        if at_once == 1:
-            names = [name for name in untried if rows[name]["verdict"] == "hangs"]
-            if len(names) < 2:
-                return
-        for name, told in apart(trial, names, at_once, deadline, SETTING.trial):
-            row = rows[name]
-            if isinstance(told, Ended):
-                if told.exit is None:
-                    row |= {"verdict": "hangs", "said": f"not done after {SETTING.trial:.0f} s"}
-                elif told.exit:
-                    row |= {"verdict": "dies", "said": f"its process ended with {told.exit}"}
-                save()
-            elif "launching" in told:
-                row["launches"] = list(dict.fromkeys([*row["launches"], told["launching"]]))
-            else:
-                row |= told
+    slow = try_some(rows, untried, jobs, deadline, save)
+    hung: set[str] = set()
+    for name in slow:
+        last = (rows[name]["launches"] or [name])[-1]
+        if len(slow) == 1 or last in hung or try_some(rows, [name], 1, deadline, save):
+            rows[name]["verdict"] = "hangs"
+            hung.add(last)
 
 
 def main() -> int:

@@ -107,6 +107,6 @@ REHEARSED = Setting(
     swept_rows=(1, 4),
     compiled=("mnist-2",),
     compiled_rows=(4,),
-    numerics=("--small", "--repeats", "2"),
+    numerics=("--small", "--repeats", "2", "--families", "linear", "gated", "activation"),
 )
 SETTING = REHEARSED if os.environ.get(REHEARSAL) == "1" else ON_A_GPU
