@@ -96,14 +96,14 @@ MUTANTS = [
         "benchmarks/watch.py",
         "    marks = [mark for constant, mark in _MARKS.items() if constants.get(constant)]\n",
         "    marks: list[str] = []\n",
-        ("tests/test_gpu.py::test_planted_faults_are_found_and_named",),
+        ("tests/test_gpu_checks.py::test_planted_faults_are_found_and_named",),
     ),
     Mutant(
         "a job that hangs is left to",
         "benchmarks/apart.py",
         "                    process.kill()\n                    del running",
         "                    del running",
-        ("tests/test_gpu.py::test_jobs_apart_end_by_themselves_or_when_their_time_is_over",),
+        ("tests/test_gpu_checks.py::test_jobs_apart_end_by_themselves_or_when_their_time_is_over",),
     ),
     Mutant(
         "store mask dropped, forward",
