@@ -4,7 +4,8 @@ Each launch is a name and a closure, from the lists that the parts themselves go
 PyTorch's is called, no truth made in float64, no clock asked. So whoever wants all of it compiled
 beforehand calls the closures where no GPU is needed: `device` is where operands lie and `sizes`
 whose shapes they have, both "cuda" in the parts. Operands come from torch.randn, which may as well
-give memory that nobody has written.
+give memory that nobody has written; `launch.target_of` says for which GPU the choices are. With
+TRITON_INTERPRET=0 in the environment nothing is interpreted where there is no GPU.
 """
 
 import functools

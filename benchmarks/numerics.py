@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anyone imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anyone imports triton
 
 from torch import Tensor
 
