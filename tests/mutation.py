@@ -99,6 +99,13 @@ MUTANTS = [
         ("tests/test_gpu_checks.py::test_planted_faults_are_found_and_named",),
     ),
     Mutant(
+        "a kernel that was held up hangs",
+        "benchmarks/families.py",
+        " or try_some(rows, [name], 1, deadline, save):",
+        " or True:",
+        ("tests/test_gpu_checks.py::test_family_that_was_held_up_has_a_second_try_alone",),
+    ),
+    Mutant(
         "a job that hangs is left to",
         "benchmarks/apart.py",
         "                    process.kill()\n                    del running",

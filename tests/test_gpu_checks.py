@@ -250,6 +250,35 @@ def test_every_kernel_is_of_a_family(device: torch.device) -> None:
     assert {name.split(",")[0] for name in launched} == defined
 
 
+@pytest.mark.parametrize("time_is_left", [True, False])
+def test_family_that_was_held_up_has_a_second_try_alone(
+    time_is_left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`a` and `b` hang in one kernel, and beside them `c` is not done in time; `d` is."""
+    tries: list[tuple[str, int]] = []
+
+    def jobs(work: Any, names: list[str], at_once: int, *limits: float) -> Any:
+        for name in names if at_once > 1 or time_is_left else ():
+            tries.append((name, at_once))
+            yield name, {"launching": {"a": "k", "b": "k"}.get(name, name)}
+            if name in "ab" or (name == "c" and at_once > 1):
+                yield name, apart.Ended(None)
+            else:
+                yield name, {"verdict": "right", "said": ""}
+                yield name, apart.Ended(0)
+
+    monkeypatch.setattr(families, "apart", jobs)
+    row = {"new": True, "verdict": "not tried", "said": "", "launches": []}
+    tried = {name: row | {"family": name, "launches": []} for name in "abcd"}
+    families.try_all(tried, 4, float("inf"), lambda: None)
+    verdicts = [one["verdict"] for one in tried.values()]
+    if time_is_left:
+        assert verdicts == ["hangs", "hangs", "right", "right"]
+        assert tries[4:] == [("a", 1), ("c", 1)], "b's kernel is known to hang"
+    else:
+        assert verdicts == ["not tried", "not tried", "not tried", "right"]
+
+
 def test_launches_are_those_that_the_parts_make(
     monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
