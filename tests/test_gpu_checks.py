@@ -322,7 +322,7 @@ def test_rehearsal_names_what_is_planted_and_writes_nowhere_else(tmp_path: Path)
             str(path): path.stat().st_mtime
             for folder in ("benchmarks", "fastlinear", "kernels", "tests")
             for path in (ROOT / folder).rglob("*")
-            if "__pycache__" not in path.parts
+            if path.is_file() and "__pycache__" not in path.parts
         }
 
     temporary = Path(tempfile.mkdtemp(dir="/tmp"))
