@@ -132,7 +132,7 @@ def sweep(name: str, dtype: str, *options: object) -> Command:
     def command(run: Run) -> list[str]:
         written = run.scratch / f"sweep-{name}.json"
         arms = ["fastlinear triton"]
-        if table(run.out):  # else "auto" is nn.Linear
+        if kernel_wins(run.out, dtype):  # else "auto" is nn.Linear
             arms.insert(0, "fastlinear auto")
         if name == "compiled":
             arms.append("torch.compile")
@@ -199,6 +199,12 @@ def table(folder: Path) -> Path | None:
     """The tuner's table in a folder, which is the one file that says what it was measured with."""
     tables = (path for path in sorted(folder.glob("*.json")) if "fastlinear" in read_json(path))
     return next(tables, None)
+
+
+def kernel_wins(folder: Path, dtype: str) -> bool:
+    """Whether the table there has "auto" take a kernel for that dtype."""
+    rows = read_json(found)["rows"] if (found := table(folder)) else []
+    return any(row["dtype"] == dtype and row["candidate"] != "pytorch" for row in rows)
 
 
 def gather(run: Run) -> None:

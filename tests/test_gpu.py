@@ -276,13 +276,18 @@ def test_gpu_gathers_the_sweeps_the_table_and_what_tests_found(
 
 
 def test_sweep_has_no_arm_that_cannot_differ(gpu: ModuleType, tmp_path: Path) -> None:
-    """Without a table backend "auto" is nn.Linear."""
+    """Without a kernel of this dtype in the table backend "auto" is nn.Linear."""
     (sweep,) = [one for one in gpu.PARTS if one.name == "sweep bfloat16"]
     (compiled,) = [one for one in gpu.PARTS if one.name == "sweep compiled"]
     run = gpu.Run(tmp_path, tmp_path, 60.0)
     assert "fastlinear auto" not in sweep.command(run)
-    (tmp_path / "a-gpu.json").write_text('{"fastlinear": "0.1.0"}')
-    assert "fastlinear auto" in sweep.command(run)
+    rows = [{"dtype": "float32", "candidate": "kernels"}]
+    for dtype, candidate, differs in (
+        ("bfloat16", "pytorch", False), ("bfloat16", "kernels", True),
+    ):  # fmt: skip
+        rows.append({"dtype": dtype, "candidate": candidate})
+        (tmp_path / "a-gpu.json").write_text(json.dumps({"fastlinear": "0.1.0", "rows": rows}))
+        assert ("fastlinear auto" in sweep.command(run)) == differs
     assert "torch.compile" not in sweep.command(run)
     assert "torch.compile" in compiled.command(run)
 
