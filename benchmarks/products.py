@@ -124,14 +124,14 @@ def roundings(dtype: torch.dtype) -> float:
 def linear(x: Tensor, w: Tensor, b: Tensor, g: Tensor, precision: str) -> Iterator[Product]:
     """The layer, or B of them, without an activation."""
     batched = w.dim() == 3
-    bias_scale = sum_scale(g, g.dtype, dim=-2)
+    bias_scale = functools.cache(lambda: sum_scale(g, g.dtype, dim=-2))
     native = functools.cache(lambda: native_backward(g, x, w))
     exact = functools.cache(lambda: exact_backward(g, x, w))
 
     def scales(which: slice, exact: Results) -> list[float]:
         sizes = native_backward(*sizes_of(g, x, w))[which]
         few = sizes_of_few(sizes, exact)
-        return few if which.stop < 3 else [*few[:-1], max(few[-1], bias_scale)]
+        return few if which.stop < 3 else [*few[:-1], max(few[-1], bias_scale())]
 
     yield Product(
         "linear_forward",
