@@ -1,6 +1,7 @@
-# PYTHON makes the environments; ARGS is passed on to the command that a target runs; OUT is where results go; CALL is
-# which half of `make gpu`; MINUTES is how long `make fuzz` goes on.
+# PYTHON makes the environments, GPU_PYTHON that of `make gpu-cache`; ARGS is passed on to the command that a target runs;
+# OUT is where results go; CALL is which half of `make gpu`; MINUTES is how long `make fuzz` goes on.
 PYTHON ?= python3
+GPU_PYTHON ?= python3.12
 ARGS ?=
 OUT ?=
 CALL ?=
@@ -14,7 +15,7 @@ VERSION_DEPENDENT = $(patsubst %,tests/test_%.py,backward compile compiled_launc
 	host_time in_use launch persistent pytorch_data shortcut transforms)
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-oldest test-newest test-versions test-ecosystem lint mutation fuzz resources demo bench bench-pytest report host-time gpu gpu-rehearsal clean
+.PHONY: help test test-oldest test-newest test-versions test-ecosystem lint mutation fuzz resources demo bench bench-pytest report host-time gpu gpu-cache gpu-rehearsal clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -72,12 +73,15 @@ gpu: ## check and measure everything on this machine's GPU, with its own Python:
 	$(PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps -e .
 	@$(PYTHON) -m benchmarks.gpu --call "$(CALL)" --out "$(OUT)" $(ARGS)
 
+gpu-cache: .venv-gpu/installed ## compile here what `make gpu` launches on Hopper, into benchmarks/gpu-cache.tar.xz
+	.venv-gpu/bin/python -m benchmarks.gpu_cache make $(ARGS)
+
 gpu-rehearsal: .venv/installed ## both calls of `make gpu` where there is no GPU, on small shapes; OUT=FOLDER takes the results
 	@test -n "$(OUT)" || { echo 'make gpu-rehearsal needs a folder, as in: make gpu-rehearsal OUT=rehearsal'; exit 2; }
 	.venv/bin/python -m benchmarks.rehearsal --out "$(OUT)" $(ARGS)
 
 clean: ## remove the environments, caches and build products
-	rm -rf .venv .venv-oldest .venv-newest .venv-ecosystem build dist fastlinear.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-ecosystem .venv-gpu build dist fastlinear.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment: the pinned packages, and this checkout in editable mode. `unfinished` lies in it while it is being
@@ -87,8 +91,11 @@ clean: ## remove the environments, caches and build products
 .venv-newest/installed: requirements-newest.txt setup.py pyproject.toml
 # A machine's pip may be configured to hold torch back, by a file of constraints.
 .venv-newest/installed: export PIP_CONSTRAINT = /dev/null
+# Triton finds a kernel again that the same Triton has compiled under the same Python: those of the GPU's machine.
+.venv-gpu/installed: PYTHON = $(GPU_PYTHON)
+.venv-gpu/installed: requirements-oldest.txt setup.py pyproject.toml
 .venv-ecosystem/installed: requirements-ecosystem.txt requirements.txt setup.py pyproject.toml
-.venv/installed .venv-oldest/installed .venv-newest/installed .venv-ecosystem/installed:
+.venv/installed .venv-oldest/installed .venv-newest/installed .venv-gpu/installed .venv-ecosystem/installed:
 	@$(PYTHON) -c '$(SUPPORTED)'
 	@if test -e $(@D)/unfinished; then rm -rf $(@D); fi
 	@mkdir -p $(@D) && touch $(@D)/unfinished

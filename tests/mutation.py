@@ -85,6 +85,27 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
+        "products that wait for one another are no fault",
+        "benchmarks/compiled.py",
+        '    if found["serialized"]:\n',
+        '    if found["spilled"]:\n',
+        ("tests/test_compile.py::test_serialised_products_are_a_fault",),
+    ),
+    Mutant(
+        "loads before a barrier count as those behind it",
+        "benchmarks/machine_code.py",
+        "        late += barrier and name",
+        "        late += name",
+        ("tests/test_compile.py::test_machine_code_is_counted_by_step_and_tile",),
+    ),
+    Mutant(
+        "kernels are looked for where they were compiled",
+        "benchmarks/gpu_cache.py",
+        "str(path.parent / one) for one in files",
+        "files[one] for one in files",
+        ("tests/test_gpu_cache.py::test_kernels_compiled_beforehand_are_found_in_another_folder",),
+    ),
+    Mutant(
         "a wrong kernel is launched again",
         "benchmarks/gpu_summary.py",
         '        if row["verdict"] not in TRUSTED:\n            cut',

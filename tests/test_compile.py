@@ -9,13 +9,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import triton
 
-from benchmarks import machine_code, resources
+from benchmarks import compiled, machine_code, resources
 from benchmarks.compiled import MOVED_TILE, STREAMED, instructions_in_loops
 from benchmarks.occupancy import resident_programs
+from benchmarks.without_gpu import Case
 
 ROOT = Path(__file__).parent.parent
 ROW = {"registers": 100, "spilled": 0, "shared": 4096, "matrix": 8, "resident": 2}
@@ -102,6 +104,14 @@ def test_loop_that_may_be_skipped_is_found_where_it_serialises() -> None:
     serialised = triton.__version__.startswith("3.6.")
     found = "['waits for each product before the next (C7515)']" if serialised else "[]"
     assert result.stdout.strip() == found, result.stderr
+
+
+def test_serialised_products_are_a_fault() -> None:
+    case = Case("sm_90", "grad_preactivation", "bfloat16", "ieee", None, activation="gelu")
+    found: dict[str, Any] = ROW | {"error": None, "serialized": None}
+    assert compiled.faults(case, found) == []
+    found["serialized"] = "C7515"
+    assert compiled.faults(case, found) == ["waits for each product before the next (C7515)"]
 
 
 PRODUCTS = """
