@@ -44,6 +44,7 @@ PLANNERS: list[Any] = [
 ]
 SIZE = 4096  # rows, outputs and inputs of a case that says nothing of them
 UNALIGNED = SIZE - 3
+DESCRIBED = SIZE - 8  # inputs that descriptors can describe and that 16 does not divide
 LAYOUTS = ("", "offset", "sliced", "nested", "transposed")
 
 _current = "sm_90"  # the target that stands in
@@ -146,6 +147,12 @@ class Case:
         weight = self.product.startswith("grad_weight")
         return [(self.config, "backward_weight" if weight else "forward")]
 
+    @property
+    def described(self) -> bool:
+        """Whether operands are unaligned in the way that descriptors allow."""
+        persistent = isinstance(self.config, Config) and self.config.kind == "persistent"
+        return persistent and not self.aligned
+
     def extents(self) -> tuple[int, int, int]:
         """M, N and K."""
         if self.sizes:
@@ -154,7 +161,7 @@ class Case:
         rows, outputs = size, UNALIGNED if self.odd else size
         if isinstance(self.config, Config) and self.config.kind == "gemv":
             rows = self.config.block_m
-        return rows, outputs, size
+        return rows, outputs, DESCRIBED if self.described else size
 
 
 class Operands:
@@ -168,7 +175,7 @@ class Operands:
     def tensor(self, *shape: int) -> Tensor:
         """A contiguous one, whose address divides by 16 unless that is what the case is about."""
         case = self.case
-        off = case.layout == "offset" or not (case.aligned or case.sizes)
+        off = case.layout == "offset" or not (case.aligned or case.sizes or case.described)
         storage = torch.empty(math.prod(shape) + off, dtype=self.dtype, device="meta")
         return storage[int(off) :].view(shape)
 
@@ -176,7 +183,8 @@ class Operands:
         """(M, features), or (2, M / 2, features) on two strides."""
         case, m = self.case, self.m
         if case.wide:
-            stride = 16 * (2**31 // max(1, m - 1) // 16 + 1) + (not case.aligned)
+            stride = 16 * (2**31 // max(1, m - 1) // 16 + 1)
+            stride += 0 if case.aligned else 8 if case.described else 1
             return self.tensor((m - 1) * stride + features).as_strided((m, features), (stride, 1))
         if case.layout == "sliced":
             return self.tensor(m, 2 * features)[:, :features]
