@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton.backends.nvidia.compiler import get_ptxas  # of the several in Triton's wheel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);")
@@ -161,9 +162,7 @@ def usage(cubin: bytes) -> str:
 def serialized(ptx: str) -> str | None:
     """The assembler's notes on asynchronous products that wait for one another, or None."""
     if "wgmma" not in ptx:
-        return None  # it says so of no other instructions
-    architecture = re.search(r"^\.target (\w+)", ptx, re.M)
-    assert architecture is not None
-    options = ("-v", f"--gpu-name={architecture[1]}", "-o", "/dev/null")
-    notes = SERIALIZED.findall(run("ptxas", ptx.encode(), ".ptx", *options))
+        return None  # Hopper's, of which alone it says so
+    options = ("-v", "--gpu-name=sm_90a", "-o", "/dev/null")
+    notes = SERIALIZED.findall(run(get_ptxas(90).path, ptx.encode(), ".ptx", *options))
     return ", ".join(sorted(set(notes))) or None
