@@ -159,10 +159,13 @@ def persistent_cases(target: str) -> list[Case]:
     found = [case("output", config=shipped[0], wide=True)]
     for config in shipped:
         found += [case(product, config=config) for product in ("output", "grad_input", "columns")]
-        found += [case("output", config=config, aligned=False)]
     found += [
         case("output", config=config, activation="gelu")
         for config in legal_configs("forward", traits._replace(activation=True), "persistent")
+    ]
+    found += [
+        case("output", config=config, aligned=False)
+        for config in legal_configs("forward", traits._replace(aligned=False), "persistent")
     ]
     far = legal_configs("forward", traits._replace(aligned=False, wide=True), "persistent")
     found += [case("output", config=far[0], aligned=False, wide=True)]

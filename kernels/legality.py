@@ -204,8 +204,11 @@ def _why_persistent_illegal(kernel: Kernel, config: Config, traits: Traits) -> s
     # As measured by compiling, for any number of outputs: more than these spill. An activation is
     # applied to one part at a time, and so are addresses found, which take registers where they are
     # 64 bits wide and not of whole rows.
+    parts = config.epilogue_parts
+    if target.family == "sm_100" and not traits.aligned and accumulators > 32 * parts:
+        return f"in {parts} parts unaligned outputs spill on sm_100, as Triton 3.9 compiles them"
     claims = (traits.activation, traits.wide and not traits.aligned).count(True)
-    most = min(128, 32 * config.epilogue_parts // claims) if claims else 128
+    most = min(128, 32 * parts // claims) if claims else 128
     if accumulators > most:
         return (
             f"accumulators take {accumulators} registers a thread, "
