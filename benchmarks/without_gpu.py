@@ -73,6 +73,17 @@ class Made(NamedTuple):
         constants = sorted(self.launch.constants.items(), key=lambda item: item[0])
         return self.kernel.__name__, *pointers, *scalars, str(constants)
 
+    def compile(self) -> Any:
+        """Triton's CompiledKernel, for the target that is current."""
+        return self.kernel.run(
+            *self.pointers,
+            *self.launch.scalars,
+            grid=self.launch.grid,
+            warmup=True,
+            enable_fp_fusion=True,  # as launches are made
+            **self.launch.constants,
+        )
+
 
 def is_small(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() < 2**31
@@ -82,8 +93,9 @@ def is_small(tensor: Tensor) -> bool:
 class Case:
     """One launch, as one call makes it.
 
-    product: "output", "grad_input", "grad_weight", "grad_weight_split", "backward",
-        "backward_of_two", "grad_preactivation", "gated_output" or "grad_products".
+    product: "output", "columns" (that of an input given as X.t()), "grad_input", "grad_weight",
+        "grad_weight_split", "backward", "backward_of_two", "grad_preactivation", "gated_output" or
+        "grad_products".
     config: None where the kernel has none.
     aligned: pointers, sizes and strides divide by 16.
     wide: operands lie so far apart that offsets take 64 bits.
@@ -329,11 +341,4 @@ def launched(target: str, calls: Callable[[], Any]) -> list[Made]:
 def compile_case(case: Case) -> Any:
     """Triton's CompiledKernel of the one launch of `case`."""
     (made,) = launched(case.target, lambda: call(case))
-    return made.kernel.run(
-        *made.pointers,
-        *made.launch.scalars,
-        grid=made.launch.grid,
-        warmup=True,
-        enable_fp_fusion=True,
-        **made.launch.constants,
-    )
+    return made.compile()
