@@ -30,8 +30,7 @@ setup(
         "fastlinear.kernels": ["resources.json", "tuned/*.json"],
     },
     # The tests pass, interpreted and compiled for GPUs that are not there, on torch 2.11.0 with
-    # Triton 3.6.0, 2.13.0 with 3.7.1 and 2.15.0 with 3.9.0; on 2.14.1 with 3.8.0 but for a kernel
-    # that spills 8 bytes there.
+    # Triton 3.6.0, 2.13.0 with 3.7.1, 2.14.1 with 3.8.0 and 2.15.0 with 3.9.0.
     install_requires=["torch>=2.11"],
     extras_require={"triton": ["triton>=3.6"], "tune": ["triton>=3.6", "tqdm"]},
 )
