@@ -23,7 +23,12 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # A top-level package named `kernels` would collide with the one of that name on PyPI.
-    packages=["fastlinear", "fastlinear.kernels"],
+    packages=[
+        "fastlinear",
+        "fastlinear.choice",
+        "fastlinear.tuning",
+        "fastlinear.kernels",
+    ],
     package_dir={"fastlinear": "fastlinear", "fastlinear.kernels": "kernels"},
     package_data={
         "fastlinear": ["py.typed"],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastlinear
 from benchmarks.names import NATIVE
-from fastlinear.activations import ACTIVATIONS
+from fastlinear.elementwise import ACTIVATIONS
 
 Call = Callable[[Tensor], Tensor]
 
@@ -99,14 +99,17 @@ def _why_no_import(module: str) -> str | None:
     return None
 
 
-def arms(device: torch.device) -> dict[str, Arm]:
-    """Every arm, by name, nn.Linear first; those that cannot run here say why."""
+def arms(device: torch.device, tuned: bool = False) -> dict[str, Arm]:
+    """Every arm, by name, nn.Linear first; those that cannot run here say why.
+
+    tuned: whether there will be a table of what is measured.
+    """
     no_gpu = None if device.type == "cuda" else "needs a GPU"
     found = [
         Arm(NATIVE, _native),
         Arm("torch.compile", _compiled("default"), no_gpu),
         Arm("torch.compile max-autotune", _compiled("max-autotune-no-cudagraphs"), no_gpu),
-        Arm("fastlinear auto", _fastlinear),
+        Arm("fastlinear tuned" if tuned else "fastlinear auto", _fastlinear),
         Arm("fastlinear triton", _fastlinear, no_gpu, backend="triton"),
         Arm("naive triton", _naive, no_gpu),
     ]

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.kernels --out FOLDER` writes FOLDER/kernels.json as it goes, so that an
 interrupted run keeps what it has measured, and prints a summary. Times are device times, in
-microseconds (`fastlinear.stopwatch`). Whether results are right says `benchmarks.numerics`.
+microseconds (`fastlinear.tuning.stopwatch`). Whether results are right says `benchmarks.numerics`.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from benchmarks.environment import environment
 from benchmarks.files import write_rows
 from benchmarks.setting import SETTING
 from benchmarks.watch import LeftOut, watch
+from fastlinear.choice.table import PYTORCH
 from fastlinear.kernels import launch
 from fastlinear.kernels.backward import plan_backward
-from fastlinear.kernels.configs import PYTORCH
-from fastlinear.stopwatch import Call, Measure
-from fastlinear.tune_layer import Layer, Products
+from fastlinear.tuning.products import Layer, Products
+from fastlinear.tuning.stopwatch import Call, Measure
 
 ARITHMETICS = [
     (torch.bfloat16, "ieee"),
@@ -59,11 +59,10 @@ class Point(Layer):
     name: of dtype and that, in results.
     """
 
-    name: str
-    formed: str
+    name: str = ""
+    formed: str = ""
 
-    @property
-    def precision(self) -> str:
+    def precision(self, device: torch.device) -> str:
         return self.formed
 
 
@@ -72,7 +71,8 @@ def points(dtypes: Sequence[str]) -> Iterator[Point]:
         name = str(dtype)[6:] if precision == "ieee" else precision
         if name in dtypes:
             for m, (n, k) in itertools.product(SETTING.timed_rows, SETTING.timed):
-                yield Point(dtype, precision == "tf32", None, True, n, k, m, name, precision)
+                sizes, of = (n, k, m), {"name": name, "formed": precision}
+                yield Point(dtype, precision == "tf32", None, True, *sizes, **of)
 
 
 def calls(products: Products, product: str, candidates: int = CANDIDATES) -> dict[str, Call]:
@@ -87,7 +87,7 @@ def calls(products: Products, product: str, candidates: int = CANDIDATES) -> dic
         g, w, x = products.grad, products.weight, products.input
         operands = launch.describe(g, w, x)
         bias = layer.bias
-        plan = plan_backward(operands, None, bias, False, layer.precision, None, None)
+        plan = plan_backward(operands, None, bias, False, layer.formed, None, None)
         chosen = plan.config
     configs = [chosen, *(config for config in ranked if config != chosen)][:candidates]
     return {str(config): products.by_kernel(product, config) for config in configs}

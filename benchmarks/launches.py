@@ -19,8 +19,8 @@ from benchmarks.cases import ARITHMETICS, Group
 from benchmarks.cases import FAMILIES as CHECKED
 from benchmarks.setting import SETTING
 from benchmarks.shapes import LAYERS
-from fastlinear.kernels.tables import PRODUCTS
-from fastlinear.tune_layer import Layer, Products
+from fastlinear.choice.table import PRODUCTS
+from fastlinear.tuning.products import Layer, Products
 
 Launches = Iterator[tuple[str, Callable[[], Any]]]
 

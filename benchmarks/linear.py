@@ -39,7 +39,11 @@ from benchmarks.setting import SETTING
 from benchmarks.shapes import BATCH_SIZES, LAYERS, Layer, least_bytes, memory, operations
 from benchmarks.watch import LeftOut, watch
 from fastlinear import use_backend
-from fastlinear.activations import ACTIVATIONS
+from fastlinear.choice.table import bucket
+from fastlinear.elementwise import ACTIVATIONS
+from fastlinear.tuning import products as tuned
+from fastlinear.tuning.products import ALL
+from fastlinear.tuning.tune import measure_all, table_of
 
 MODES = ("forward", "backward", "forward+backward")
 QUICK_LAYERS = ("mnist-1", "dlrm-2", "vit-b-qkv", "bert-base-up")
@@ -307,6 +311,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--bias", default="model", choices=["model", "yes", "no"])
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="besides nn.Linear")
+    parser.add_argument(
+        "--tune", action="store_true", help="before all, tune fastlinear for what is measured"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
     parser.add_argument("--rounds", type=_positive, help="of all arms at a point")
     parser.add_argument("--seed", type=int, default=0)
@@ -336,7 +343,7 @@ def main() -> int:
         print("--device cuda needs a GPU, and torch sees none", file=sys.stderr)
         return 2
     dtype = getattr(torch, chosen.dtype or ("bfloat16" if gpu else "float32"))
-    everything = arms(device)
+    everything = arms(device, chosen.tune)
     unknown = set(chosen.arms or ()) - set(everything)
     if unknown:
         print(f"--arms takes {', '.join(everything)}, not {min(unknown)}", file=sys.stderr)
@@ -364,6 +371,20 @@ def main() -> int:
     return 130 if results["interrupted"] else int(ours)
 
 
+def tune(wanted: list[Point], device: torch.device, dtype: torch.dtype) -> None:
+    """Has fastlinear's table know what is to be measured, as `fastlinear.tune` would."""
+    layers = []
+    for point in wanted:
+        layer, rows = point["layer"], point["rows"]
+        what = point["activation"], point["bias"], layer.out_features, layer.in_features
+        for mode in point["modes"]:
+            gradients = "" if mode == "forward" else ALL
+            layers.append(tuned.Layer(dtype, None, *what, bucket(rows), gradients, rows))
+    path = table_of(device)
+    measure_all(list(dict.fromkeys(layers)), device, path, math.inf)
+    print(f"tuned: {path}")
+
+
 def sweep(
     chosen: argparse.Namespace, contestants: list[Arm], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -382,6 +403,8 @@ def sweep(
         dtype.itemsize,
     )
     clock = SETTING.clock(device)
+    if chosen.tune:
+        tune(wanted, device, dtype)
     results: dict[str, Any] = {
         "environment": environment(device),
         "date": date.today().isoformat(),

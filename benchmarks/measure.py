@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlinear.stopwatch import Flush, Measure, Stopwatch
+from fastlinear.tuning.stopwatch import Flush, Measure, Stopwatch
 
 Step = Callable[[], object]
 

@@ -28,7 +28,7 @@ from oracle import (
     sum_scale,
 )
 
-from fastlinear.activations import ACTIVATIONS, GRADIENTS
+from fastlinear.elementwise import ACTIVATIONS, GRADIENTS
 from fastlinear.kernels import (
     activation,
     backward,

@@ -15,9 +15,9 @@ import torch
 from benchmarks.setting import SETTING
 from benchmarks.shapes import LAYERS
 from benchmarks.watch import watch
-from fastlinear import lookup, tune
-from fastlinear.kernels import tables
-from fastlinear.tune_layer import Layer
+from fastlinear.choice import known, table
+from fastlinear.tuning import command
+from fastlinear.tuning.products import Layer
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -48,9 +48,9 @@ def main() -> int:
     watch()
     torch.manual_seed(0)
     device = torch.device(SETTING.device)
-    path = arguments.folder / tables.file_name(lookup.device_name(device) or str(device))
+    path = arguments.folder / table.file_name(known.device_name(device) or str(device))
     wanted = list(dict.fromkeys(layers()))
-    return tune.tune(wanted, path, arguments.minutes, SETTING.clock(device).stopwatch)
+    return command.tune(wanted, path, arguments.minutes, SETTING.clock(device).stopwatch)
 
 
 if __name__ == "__main__":

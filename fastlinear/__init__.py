@@ -10,6 +10,7 @@ from fastlinear.modules import BatchedLinear, GatedLinear, Linear
 if TYPE_CHECKING:
     from fastlinear.conversion import Report, convert, revert
     from fastlinear.explanation import Explanation, explain
+    from fastlinear.tuning.tune import Tuned, tune
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "GatedLinear",
     "Linear",
     "Report",
+    "Tuned",
     "__version__",
     "batch_invariant",
     "batched_linear",
@@ -27,6 +29,7 @@ __all__ = [
     "gated_linear",
     "linear",
     "revert",
+    "tune",
     "use_backend",
     "use_float32_products",
 ]
@@ -34,6 +37,7 @@ __all__ = [
 # Whoever only runs layers does without these, a third of the time that the import takes.
 _ON_DEMAND = dict.fromkeys(("Report", "convert", "revert"), "conversion")
 _ON_DEMAND |= dict.fromkeys(("Explanation", "explain"), "explanation")
+_ON_DEMAND |= dict.fromkeys(("Tuned", "tune"), "tuning.tune")
 
 
 def __getattr__(name: str) -> object:

@@ -4,8 +4,8 @@ import argparse
 import json
 import sys
 
-from fastlinear import tune
 from fastlinear.explanation import info
+from fastlinear.tuning import command as tuning
 
 
 def main() -> None:
@@ -13,16 +13,16 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("info", help="versions, settings, and what can run here")
     command.add_argument("--json", action="store_true", help="print it as JSON")
-    tune.add_arguments(
+    tuning.add_arguments(
         commands.add_parser(
             "tune",
-            help="measure what is fastest on this GPU, for backend 'auto' to go by",
-            description=tune.__doc__,
+            help="measure what is fastest on this device, for backend 'auto' to go by",
+            description=tuning.__doc__,
         )
     )
     arguments = parser.parse_args()
     if arguments.command == "tune":
-        sys.exit(tune.run(arguments))
+        sys.exit(tuning.run(arguments))
     found = info()
     if arguments.json:
         print(json.dumps(found, indent=2))

@@ -240,6 +240,37 @@ def _no_rows(columns: torch.Size, dtype: torch.dtype, device: torch.device) -> T
 
 # `torch.backends.cuda.matmul.fp32_precision`, in a fifth of the time.
 float32_matmul_precision = functools.partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
+_onednn_precision = functools.partial(torch._C._get_fp32_precision_getter, "mkldnn", "matmul")
+_onednn_enabled: Callable[[], bool] = torch._C._get_mkldnn_enabled
+
+
+def product_settings() -> tuple[str, str, bool, int]:
+    """What PyTorch's products depend on.
+
+    How float32 ones are formed on GPUs and on CPUs, whether oneDNN may, and a CPU's threads.
+    """
+    return (
+        float32_matmul_precision(),
+        _onednn_precision(),
+        _onednn_enabled(),
+        torch.get_num_threads(),
+    )
+
+
+def float32_precision_on_cpu() -> str:
+    """How PyTorch forms float32 products on a CPU: "ieee", also where unset, "tf32" or "bf16"."""
+    precision = _onednn_precision()
+    return precision if precision in ("tf32", "bf16") else "ieee"
+
+
+def default_group() -> object:
+    """The default process group, or None."""
+    return None if _world is None else _world.default_pg
+
+
+_world: Any = (
+    torch.distributed.distributed_c10d._world if torch.distributed.is_available() else None
+)
 
 
 Linear = torch.nn.modules.linear.Linear  # also where torch.nn.Linear has come to be another
@@ -270,6 +301,33 @@ def has_hooks(module: torch.nn.Module) -> bool:
         or _module._global_backward_hooks
         or _module._global_backward_pre_hooks
     )
+
+
+@contextlib.contextmanager
+def without_accumulation_hooks(parameters: Sequence[Tensor]) -> Any:
+    """Within it, no hook is called when a parameter's gradient is there: some step optimizers."""
+    hooks = [(one._post_accumulate_grad_hooks or {}) for one in parameters]
+    kept = [dict(one) for one in hooks]
+    for one in hooks:
+        one.clear()
+    try:
+        yield
+    finally:
+        for one, before in zip(hooks, kept, strict=True):
+            one.update(before)
+
+
+def own_random_state(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Puts torch's random numbers back at its end."""
+    devices = [] if device.index is None or device.type != "cuda" else [device.index]
+    return torch.random.fork_rng(devices)
+
+
+def uncompiled() -> contextlib.AbstractContextManager[object]:
+    """Within it, compiled functions run as if they were not."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and it takes a second
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 # Whether autocast is on, for any kind of device.

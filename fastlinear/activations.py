@@ -11,11 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend, implementations, tuned
+from fastlinear import backend, implementations
 from fastlinear.autograd import (
     LIBRARY,
     TAGS,
@@ -32,6 +31,8 @@ from fastlinear.autograd import (
     to_front,
     wanted_gradients,
 )
+from fastlinear.choice import known
+from fastlinear.elementwise import GRADIENTS
 from fastlinear.kernels.operands import (
     FROM_OUTPUT,
     check_activation,
@@ -39,40 +40,7 @@ from fastlinear.kernels.operands import (
     check_saved_shape,
 )
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda output: F.gelu(output, approximate="tanh"),
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "leaky_relu": F.leaky_relu,
-    "relu_squared": lambda output: F.relu(output).square(),
-}
-
-
-def _silu_gradient(grad: Tensor, input: Tensor) -> Tensor:
-    sigmoid = torch.sigmoid(input)
-    return grad * sigmoid * (1 + input * (1 - sigmoid))
-
-
-# By activation, the gradient of the pre-activation from the output's and what was saved, the output
-# or the pre-activation (FROM_OUTPUT): PyTorch's own, which have derivatives in turn.
-_aten = torch.ops.aten
-GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "relu": lambda grad, output: _aten.threshold_backward(grad, output, 0),
-    "gelu": lambda grad, input: _aten.gelu_backward(grad, input),
-    "gelu_tanh": lambda grad, input: _aten.gelu_backward(grad, input, approximate="tanh"),
-    # Not silu_backward, which has no derivative.
-    "silu": _silu_gradient,
-    "sigmoid": lambda grad, output: _aten.sigmoid_backward(grad, output),
-    "tanh": lambda grad, output: _aten.tanh_backward(grad, output),
-    "leaky_relu": lambda grad, output: _aten.leaky_relu_backward(grad, output, 0.01, True),
-    # Cut off as in relu's own, so that no infinite gradient becomes NaN where relu is 0.
-    "relu_squared": lambda grad, input: _aten.threshold_backward(
-        grad * (2 * F.relu(input)), input, 0
-    ),
-}
+Compute = Callable[[Tensor, Tensor, Tensor | None, str], tuple[Tensor, Tensor]]
 
 _OPERANDS = "Tensor input, Tensor weight, Tensor? bias, str activation"
 LIBRARY.define(f"linear_activation({_OPERANDS}) -> Tensor", tags=TAGS)
@@ -122,6 +90,16 @@ def _backward_fake(
     return linear_backward_fake(grad_output, input, weight, bias, batched)
 
 
+def _below_autograd(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    with internals.below_autograd():
+        if internals.transforming():
+            with internals.next_level_differentiates():
+                return forward_op(input, weight, bias, activation)
+        return forward_op(input, weight, bias, activation)
+
+
 class LinearActivationFunction(internals.SingleLevelFunction):
     """Derivatives of the output and of the pre-activation, in terms of the ops."""
 
@@ -132,19 +110,9 @@ class LinearActivationFunction(internals.SingleLevelFunction):
         weight: Tensor,
         bias: Tensor | None,
         activation: str,
-        plain: bool,
+        compute: Compute,
     ) -> tuple[Tensor, Tensor]:
-        if plain:
-            output, preactivation = implementations.activation_forward(
-                input, weight, bias, activation
-            )
-        else:
-            with internals.below_autograd():
-                if internals.transforming():
-                    with internals.next_level_differentiates():
-                        output, preactivation = forward_op(input, weight, bias, activation)
-                else:
-                    output, preactivation = forward_op(input, weight, bias, activation)
+        output, preactivation = compute(input, weight, bias, activation)
         saved = preactivation
         if activation in FROM_OUTPUT:
             saved = output
@@ -155,7 +123,7 @@ class LinearActivationFunction(internals.SingleLevelFunction):
         if internals.forward_ad_active():
             ctx.save_for_forward(input, weight, saved)
         ctx.batched, ctx.activation = weight.dim() == 3, activation
-        ctx.auto = tuned.available and backend.takes_pytorch()
+        ctx.auto = backend.takes_pytorch() if known.available else None
         ctx.set_materialize_grads(False)
         return output, preactivation
 
@@ -189,7 +157,7 @@ class LinearActivationFunction(internals.SingleLevelFunction):
         weight_tangent: Tensor | None,
         bias_tangent: Tensor | None,
         activation_tangent: None,
-        plain_tangent: None,
+        compute_tangent: None,
     ) -> tuple[Tensor | None, Tensor | None]:
         with internals.next_level_in_forward_mode(*ctx.saved_tensors) as (input, weight, saved):
             tangent = tangent_of(
@@ -211,12 +179,20 @@ def _differentiated(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
+def _recorded(
+    plain: bool, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    compute = implementations.activation_forward if plain else _below_autograd
+    operands = (input, weight, bias)
+    return internals.apply(LinearActivationFunction, *operands, activation, compute)
+
+
 def _autograd(
     keys: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:
     plain = not keys.raw_repr() & internals.BEYOND_PLAIN
     if _differentiated(input, weight, bias):
-        return internals.apply(LinearActivationFunction, input, weight, bias, activation, plain)[0]
+        return _recorded(plain, input, weight, bias, activation)[0]
     if plain:
         return implementations.activation_output(input, weight, bias, activation)
     with internals.below_autograd():
@@ -228,7 +204,7 @@ def _forward_autograd(
 ) -> tuple[Tensor, Tensor]:
     plain = not keys.raw_repr() & internals.BEYOND_PLAIN
     if _differentiated(input, weight, bias):
-        return internals.apply(LinearActivationFunction, input, weight, bias, activation, plain)
+        return _recorded(plain, input, weight, bias, activation)
     with internals.below_autograd():
         return forward_op(input, weight, bias, activation)
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend, implementations, tuned
+from fastlinear import backend, implementations
+from fastlinear.choice import known
 from fastlinear.kernels.operands import (
     DTYPES,
     check_backward_shapes,
@@ -96,7 +97,7 @@ class LinearFunction(internals.SingleLevelFunction):
             ctx.batched = True  # to set an attribute takes 0.1 us: of a single layer there is none
         if internals.forward_ad_active():
             ctx.save_for_forward(input, weight)
-        if tuned.available:
+        if known.available:
             ctx.auto = backend.takes_pytorch()
         ctx.set_materialize_grads(False)  # no gradient of the output is none of a parameter either
         return compute(input, weight, bias)
@@ -107,9 +108,10 @@ class LinearFunction(internals.SingleLevelFunction):
             return None, None, None, None
         input, weight = ctx.saved_tensors
         wanted, batched = internals.wanted(ctx), getattr(ctx, "batched", False)
-        if not tuned.available:
+        auto = getattr(ctx, "auto", None)
+        if auto is None:  # there was no table
             return *wanted_gradients(grad_output, input, weight, wanted, batched), None
-        with backend.as_its_forward(getattr(ctx, "auto", False)):
+        with backend.as_its_forward(auto):
             return *wanted_gradients(grad_output, input, weight, wanted, batched), None
 
     @staticmethod

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from fastlinear import _torch_internals as internals
-from fastlinear import ranks, tuned
+from fastlinear.choice import known, ranks
 from fastlinear.kernels.operands import DTYPES
 
 if TYPE_CHECKING:
-    from fastlinear.kernels.tables import Row
+    from fastlinear.choice.table import Row
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -211,6 +212,15 @@ def launchers() -> Launchers:
     return Launchers(forward, backward, backward_weight, activation, gated, gated_backward)
 
 
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether Triton is there, and knows the device."""
+    try:
+        launchers().forward.launch.target_of(device)
+    except RuntimeError:
+        return False
+    return True
+
+
 def float32_precision() -> str:
     """How float32 products are to be formed, as the launchers take it.
 
@@ -223,12 +233,12 @@ def float32_precision() -> str:
 
 
 def _all_settings() -> Hashable:
-    precision = internals.float32_matmul_precision()
-    return precision, float32_products, invariant, current, tuned.generation
+    ours = float32_products, invariant, current, known.generation
+    return internals.product_settings(), ours
 
 
 def _settings_now() -> Callable[[], Hashable]:
-    default = not invariant and float32_products == "ieee" and not tuned.available
+    default = not invariant and float32_products == "ieee" and not known.available
     return internals.float32_matmul_precision if default else _all_settings
 
 
@@ -241,45 +251,62 @@ def _choose_settings() -> None:
     settings = _settings_now()
 
 
+known.watchers.append(_choose_settings)
+
+
 def use_tables(rows: dict[torch.device, tuple[Row, ...]] | None = None) -> None:
     """Goes by the tables that there are now, or by these rows alone."""
-    tuned.reload(rows)
-    _choose_settings()
+    known.reload(rows)
 
 
 def expect_ranks() -> None:
     """Looks for the tables of other ranks, where there have come to be any."""
-    if not tuned.available and ranks.expected():
-        settled = tuned.settled is not None and tuned.settled == ranks.group()
-        if not settled:
-            use_tables()
+    if not known.available and ranks.expected() and not known.settled():
+        use_tables()
 
 
-def use_no_tables() -> None:
-    """Asks for tables no more: no rank has one."""
-    tuned.settle()
-    _choose_settings()
-
-
-def table_precision(dtype: torch.dtype) -> str:
+def table_precision(dtype: torch.dtype, device: torch.device) -> str:
     """By which tables know how products of `dtype` are formed."""
-    return float32_precision() if dtype == torch.float32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    if device.type == "cpu" and known.device_name(device) != known.INTERPRETER:
+        return internals.float32_precision_on_cpu()
+    return float32_precision()
+
+
+class _Forward(threading.local):
+    """Within a backward, whether its forward ran in "auto"; None where no forward says so."""
+
+    auto: bool | None = None
+
+
+_forward = _Forward()
+
+
+def by_tables() -> bool:
+    """Whether tables have a say in the ops that run now."""
+    return (known.available or _forward.auto is not None) and not invariant
 
 
 def takes_pytorch() -> bool:
-    """Whether the ops that run now may take PyTorch's products: those of "auto" may."""
-    from fastlinear.by_table import rule
+    """Whether the ops that run now may take PyTorch's products: those of "auto" may.
 
-    return rule.takes_pytorch
+    A backward goes by the backend of its forward.
+    """
+    return current == "auto" if _forward.auto is None else _forward.auto
 
 
-def as_its_forward(auto: bool) -> AbstractContextManager[None]:
-    """Within it, a backward whose forward ran in "auto" or did not.
+@contextmanager
+def as_its_forward(auto: bool | None) -> Iterator[None]:
+    """Within it, a backward whose forward ran in "auto" or did not; None is not known.
 
     One that compiled autograd traces follows the backend in force when it runs.
     """
-    if not tuned.available or torch.compiler.is_dynamo_compiling():
-        return nullcontext()
-    from fastlinear.by_table import backward_of
-
-    return backward_of(auto)
+    if auto is None or torch.compiler.is_dynamo_compiling():
+        yield
+        return
+    before, _forward.auto = _forward.auto, auto
+    try:
+        yield
+    finally:
+        _forward.auto = before

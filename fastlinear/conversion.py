@@ -1,7 +1,7 @@
 """Converts models in place: every `nn.Linear` becomes a `fastlinear.Linear`, and back."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 from torch.nn.modules.linear import LazyLinear
@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 from fastlinear import _torch_internals as internals
 from fastlinear import backend
 from fastlinear._torch_internals import Linear as TorchLinear
+from fastlinear.choice import way
 from fastlinear.fold import FOLD, find_pairs, fold, stay_folded, unfold
 from fastlinear.gated_mlp import gate, gated_layers, ungate
 from fastlinear.modules import Linear, is_as_written
@@ -29,12 +30,15 @@ class Report:
         compute, or that `revert` has computed by its own forward again.
     folded: (layer's name, module's name, activation) of each activation that `convert` folded into
         a layer, or `revert` took out of it.
+    faster: of how many converted layers a table says that they have a faster way on their device,
+        for some batch; None of `revert`.
     """
 
     converted: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...]
     gated: tuple[tuple[str, str], ...] = ()
     folded: tuple[tuple[str, str, str], ...] = ()
+    faster: int | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         rows = [(name, "converted") for name in self.converted]
@@ -47,6 +51,9 @@ class Report:
         lines = [f"{name or '(model)':{width}}  {outcome}" for name, outcome in rows]
         counts = f"{len(self.converted)} converted, {len(self.skipped)} skipped"
         counts += f", {len(self.folded)} folded" if self.folded else ""
+        if self.converted and self.faster is not None:
+            counts += f"; a faster way is known for {self.faster} here"
+            counts += ", fastlinear.tune(model, batch) finds more"
         return "\n".join([*lines, counts])
 
 
@@ -119,7 +126,8 @@ def convert(
     fold(pairs)
     skipped = {layer: reason for layer, reason in skipped.items() if layer not in pairs}
     skipped |= {layer: f"activation not folded: {why}" for layer, why in not_folded.items()}
-    return _report(model, layers, skipped, gated, pairs)
+    report = _report(model, layers, skipped, gated, pairs)
+    return replace(report, faster=sum(way.known_faster(layer.weight) for layer in layers))
 
 
 def revert(model: nn.Module, *, made: bool = False) -> Report:

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend, main_grad, tuned
+from fastlinear import backend, main_grad
 from fastlinear._torch_internals import Linear as TorchLinear
+from fastlinear.choice import known
+from fastlinear.choice.table import LIBRARIES
 from fastlinear.functional import tables_say_so, why_not
 from fastlinear.kernels.configs import Config
 from fastlinear.kernels.operands import FROM_OUTPUT
@@ -34,8 +36,9 @@ class Product:
         where there is one, "grad_input", "grad_weight" (with grad_bias) or, where that alone is
         wanted, "grad_bias".
     kernel: the Triton kernel's name, or None where PyTorch computes it; "linear_backward_kernel"
-        computes both grad_input and grad_weight, in one launch.
-    config: its blocks, warps and stages, or None where PyTorch computes it.
+        computes both grad_input and grad_weight, in one launch. "onednn" and "epilogue" are
+        PyTorch's own linear of oneDNN's and its product with cuBLASLt's epilogue.
+    config: its blocks, warps and stages, or None where no kernel of ours computes it.
     splits: programs that share a sum; the last of them adds the parts.
     precision: how its float32 products are formed: "ieee", "tf32" or "bf16x6"; None where
         PyTorch computes it. Other dtypes have one way, "ieee".
@@ -63,7 +66,8 @@ class Explanation:
     """What a layer would do with an input; printed, it is a page of text.
 
     backend: the setting: "auto", "triton" or "torch".
-    path: "fastlinear.kernels", "torch.nn.functional.linear", or None where the call would raise.
+    path: "fastlinear.kernels", "onednn", "epilogue", "torch.nn.functional.linear", or None where
+        the call would raise.
     reason: why that path, or what the call would raise.
     device, dtype: where and in what the products are computed.
     input_shape, weight_shape: (*, in_features), (out_features, in_features).
@@ -140,6 +144,8 @@ def explain(layer: nn.Linear, input: Tensor) -> Explanation:
                 from fastlinear.planned import plans_of
 
                 plans = plans_of(input, weight, bias, activation, dtype)
+                if plans["output"].kernel in LIBRARIES:
+                    path = plans["output"].kernel
             products = _products(input, weight, bias, activation, dtype, plans)
             if isinstance(layer, Linear) and layer.accumulate_into_main_grad:
                 by = "the kernel" if main_grad.by_the_kernels(input) else "PyTorch"
@@ -192,7 +198,7 @@ def _path(
     if backend.current == "auto":
         if unsupported is not None:
             return PYTORCH, f"the kernels take {unsupported}", False
-        if tuned.available and tables_say_so(input, weight, bias, activation_of(layer)):
+        if known.available and tables_say_so(input, weight, bias, activation_of(layer)):
             return KERNELS, "a table says that it is faster here", True
         return PYTORCH, "no measurement says that a kernel is faster here", False
     if unsupported is not None:
@@ -253,11 +259,9 @@ def _launches() -> dict[str, str]:
 
 
 def _tables_of(device: torch.device) -> str:
-    if not tuned.available:
+    if not known.available:
         return "none"
-    from fastlinear import lookup
-
-    files = lookup.files(device)
+    files = known.files(device)
     return ", ".join(f"{path} ({_counted(rows, 'row')})" for path, rows in files.items()) or "none"
 
 
@@ -321,16 +325,15 @@ def _counted(number: int, noun: str) -> str:
 
 def _launch_in_words(product: Product) -> str:
     config = product.config
-    measured = []
+    measured: list[str] = []
     if product.microseconds is not None:
         source = product.table or "by the model"
         measured = [f"{product.microseconds:.4g} us ({source})"]
-    if product.kernel is None:
-        return ", ".join(["PyTorch", *measured])
     if config is None:
-        return product.kernel
+        named: str = product.kernel or "PyTorch"
+        return ", ".join([named, *measured])
     words = [
-        product.kernel,
+        str(product.kernel),
         f"blocks {config.block_m} x {config.block_n} x {config.block_k}",
         _counted(config.num_warps, "warp"),
         _counted(config.num_stages, "stage"),

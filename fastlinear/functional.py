@@ -20,9 +20,11 @@ from torch.overrides import (
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend, shortcut, tuned
-from fastlinear.activations import ACTIVATIONS, linear_activation_op
+from fastlinear import backend, implementations
+from fastlinear.activations import LinearActivationFunction, linear_activation_op
 from fastlinear.autograd import LinearFunction, linear_op
+from fastlinear.choice import known, way
+from fastlinear.elementwise import ACTIVATIONS
 from fastlinear.gated import gated_linear_op
 from fastlinear.kernels.operands import DTYPES, check_activation
 
@@ -30,6 +32,18 @@ _PLAIN = frozenset({Tensor, Parameter})
 _linear = internals.unwrapped(linear_op)
 _linear_activation = internals.unwrapped(linear_activation_op)
 _gated_linear = internals.unwrapped(gated_linear_op)
+
+
+# Called with each call: the function, its operands and its activation.
+observers: list[Callable[[Callable[..., Tensor], Sequence[Any], str | None], None]] = []
+
+
+def observe(
+    function: Callable[..., Tensor], operands: Sequence[Any], activation: str | None
+) -> None:
+    """Tells the observers of a call."""
+    for observer in observers:
+        observer(function, operands, activation)
 
 
 def linear(
@@ -67,12 +81,14 @@ def linear(
     """
     if activation is not None:
         check_activation(activation)
+    if observers:
+        observe(linear, (input, weight, bias), activation)
     if has_torch_function_variadic(input, weight, bias):
         output = of_operands(linear, (input, weight, bias), activation)
         if output is not NotImplemented:
             return output
     if backend.current != "triton" and not (
-        tuned.available and tables_say_so(input, weight, bias, activation)
+        known.available and tables_say_so(input, weight, bias, activation)
     ):
         output = F.linear(input, weight, bias)
         return output if activation is None else ACTIVATIONS[activation](output)
@@ -86,12 +102,15 @@ def linear(
         # looked into when the op has refused them. Within a transform it sees other shapes than the
         # caller, and a compiler sees no exception.
         try:
-            if activation is None:
-                way = shortcut.find(input, weight, bias)
-                if way is not None:
-                    if way.requires_grad and torch.is_grad_enabled():
-                        return LinearFunction.apply(input, weight, bias, way.output)
-                    return way.output(input, weight, bias)
+            found = way.find(input, weight, bias, activation)
+            if found is not None and found.output is not None:
+                if not (found.requires_grad and torch.is_grad_enabled()):
+                    return found.output(input, weight, bias)
+                if activation is None:
+                    return LinearFunction.apply(input, weight, bias, found.recorded)
+                return LinearActivationFunction.apply(
+                    input, weight, bias, activation, found.recorded
+                )[0]
             if (
                 weight.dim() == 2
                 and not internals.transforming()
@@ -99,9 +118,10 @@ def linear(
             ):
                 if activation is None:
                     output = _linear(input, weight, bias)
-                    shortcut.remember(input, weight, bias)
-                    return output
-                return _linear_activation(input, weight, bias, activation)
+                else:
+                    output = _linear_activation(input, weight, bias, activation)
+                way.remember(input, weight, bias, activation, implementations.straight)
+                return output
         except RuntimeError:
             if why_not(input, weight, bias) is None and not _broadcasts(weight, bias):
                 raise
@@ -146,6 +166,7 @@ def batched_linear(
     if activation is not None:
         check_activation(activation)
     operands = (input, weight, bias)
+    observe(batched_linear, operands, activation)
     if has_torch_function(operands):
         output = of_operands(batched_linear, operands, activation)
         if output is not NotImplemented:
@@ -196,6 +217,7 @@ def gated_linear(
     """
     check_activation(activation, optional=False)
     operands = (input, gate_weight, up_weight, gate_bias, up_bias)
+    observe(gated_linear, operands, activation)
     if has_torch_function(operands):
         output = of_operands(gated_linear, operands, activation)
         if output is not NotImplemented:
@@ -351,13 +373,24 @@ def tables_say_so(
         or type(input) not in _PLAIN
         or type(weight) not in _PLAIN
         or (bias is not None and type(bias) not in _PLAIN)
-        or internals.transforming()
-        or internals.tracing() is not None
     ):
         return False
-    from fastlinear import by_table
-
-    return by_table.kernels_win(input, weight, bias, activation)
+    if is_dynamo_compiling():
+        return way.takes_ours(input, weight, bias, activation)
+    try:
+        if way.elsewhere(input, weight):
+            return False
+        found = way.find(input, weight, bias, activation)
+    except (RuntimeError, TypeError):  # nested tensors have no shape, and no symbol a hash
+        return False
+    if found is not None:
+        return found.output is not None
+    if internals.transforming() or internals.tracing() is not None:
+        return False
+    ours = way.takes_ours(input, weight, bias, activation)
+    if not ours:
+        way.remember(input, weight, bias, activation, None)
+    return ours
 
 
 def _changes_meaning(tensor: Tensor) -> bool:

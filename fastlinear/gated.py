@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fastlinear import _torch_internals as internals
 from fastlinear import implementations
-from fastlinear.activations import ACTIVATIONS, GRADIENTS
 from fastlinear.autograd import (
     LIBRARY,
     TAGS,
@@ -32,6 +31,7 @@ from fastlinear.autograd import (
     to_front,
     wanted_gradients,
 )
+from fastlinear.elementwise import ACTIVATIONS, GRADIENTS
 from fastlinear.kernels.operands import (
     FROM_OUTPUT,
     check_activation,

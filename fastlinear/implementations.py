@@ -3,14 +3,18 @@
 PyTorch where a table says so; the ops of gated pairs know no tables.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlinear import backend, tuned
-from fastlinear.kernels.configs import PYTORCH
+from fastlinear import _torch_internals as internals
+from fastlinear import backend
+from fastlinear.elementwise import ACTIVATIONS, GRADIENTS
 from fastlinear.kernels.operands import (
     FROM_OUTPUT,
     check_backward_shapes,
@@ -18,43 +22,90 @@ from fastlinear.kernels.operands import (
     check_saved_shape,
 )
 
+Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
 
 def _of_output(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
 ) -> Any:
-    """What a table says of the output: PYTORCH, a kernel's configuration, or None for neither."""
-    if not tuned.available or backend.invariant:
+    """What a table says of the output; None for the kernel that the launcher chooses."""
+    if not backend.by_tables():
         return None
-    from fastlinear import by_table
+    from fastlinear.choice import way
 
-    return by_table.output_candidate(input, weight, bias, activation)
+    return way.of_output(input, weight, bias, activation)
 
 
-def plan(input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-    """The plan that `forward` follows; None where that is PyTorch's."""
-    config = _of_output(input, weight, bias)
-    if config == PYTORCH:
-        return None
+def straight(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Functions of operands like these that do at once what the ops would come to do.
+
+    The first gives the output, the second is what the ops' Functions compute by.
+    """
+    candidate = _of_output(input, weight, bias, activation)
+    if activation is not None:
+        output = functools.partial(_activation_output, candidate, activation=activation)
+        return output, functools.partial(_activation_forward, candidate)
+    if isinstance(candidate, str):
+        return (functools.partial(_forward, candidate),) * 2
     kernels = backend.launchers().forward
-    operands = kernels.launch.describe(input, weight, bias)
-    return kernels.plan_forward(
-        operands, backend.float32_precision(), None, False, config, backend.invariant
+    plan = kernels.plan_forward(
+        kernels.launch.describe(input, weight, bias),
+        backend.float32_precision(),
+        None,
+        False,
+        candidate,
+        backend.invariant,
     )
+    by_plan = not plan.copy_input and plan.launch.launch.grid != (0,)
+    return (kernels.as_planned(plan) if by_plan else forward,) * 2
 
 
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The op `linear` by the kernels, or by PyTorch where a table says so."""
-    config = _of_output(input, weight, bias)
-    if config == PYTORCH:
-        return F.linear(input, weight, bias)
+    return _forward(_of_output(input, weight, bias), input, weight, bias)
+
+
+def _forward(candidate: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if isinstance(candidate, str):
+        return _by_pytorch(candidate, input, weight, bias)
     return backend.launchers().forward.linear_forward(
         input,
         weight,
         bias,
         precision=backend.float32_precision(),
-        config=config,
+        config=candidate,
         batch_invariant=backend.invariant,
     )
+
+
+def _by_pytorch(
+    candidate: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+) -> Tensor:
+    """By F.linear, or by what else PyTorch has."""
+    from fastlinear.choice.table import LIBRARIES
+
+    if candidate in LIBRARIES:
+        output = LIBRARIES[candidate].output(input, weight, bias, activation)
+    else:
+        output = _product(input, weight, bias)
+        if activation is not None:
+            output = ACTIVATIONS[activation](output)
+    # A view could not change in place, were it the output of a Function.
+    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
+
+
+def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if weight.dim() == 2:
+        return F.linear(input, weight, bias)
+    if bias is None:
+        return torch.bmm(input, weight.mT)
+    return torch.baddbmm(bias.unsqueeze(1), input, weight.mT)
 
 
 def backward(
@@ -71,11 +122,12 @@ def backward(
 def _backward(
     grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool, batched: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = None
-    if tuned.available and not batched and not backend.invariant:
-        from fastlinear import by_table
-
-        gradients = by_table.gradients(grad_output, input, weight, bias)
+    gradients: Any = None
+    if backend.by_tables():
+        if not batched:
+            gradients = _gradients_by_rows(grad_output, input, weight, bias)
+        elif backend.takes_pytorch():
+            gradients = _gradients_by_pytorch(grad_output, input, weight)
     if gradients is None:
         gradients = backend.launchers().backward.linear_backward(
             grad_output,
@@ -87,6 +139,66 @@ def _backward(
             batch_invariant=backend.invariant,
         )
     return _with_empty(grad_output, gradients, bias, batched)
+
+
+def _as_they_are(device_type: str) -> AbstractContextManager[object]:
+    """Lets PyTorch's products take operands as they are: a backward may run under autocast."""
+    if not internals.autocasting() or backend.autocast_dtype(device_type) is None:
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def _gradients_by_pytorch(
+    grad_output: Tensor, input: Tensor | None, weight: Tensor | None
+) -> Sequence[Tensor | None]:
+    """Those of B layers, without their bias's."""
+    with _as_they_are(grad_output.device.type):
+        grad_input = None if weight is None else torch.bmm(grad_output, weight)
+        return grad_input, None if input is None else torch.bmm(grad_output.mT, input), None
+
+
+def _gradients_by_rows(
+    grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool
+) -> Sequence[Tensor | None] | None:
+    """The gradients as tables say; None where they say nothing of them."""
+    from fastlinear.choice import way
+    from fastlinear.choice.table import PYTORCH
+
+    if weight is not None and input is not None:
+        pair = way.of_pair(grad_output, input, weight, bias)
+        if pair is not None:
+            precision = backend.float32_precision()
+            together = backend.launchers().backward.linear_backward
+            return together(grad_output, input, weight, bias, precision=precision, config=pair)
+    operand = weight if weight is not None else input
+    if operand is None:
+        return (None, None, None) if backend.takes_pytorch() else None
+    n, k = grad_output.shape[-1], operand.shape[-1]
+    of_input = of_weight = None
+    if weight is not None:
+        of_input = way.of_product("grad_input", grad_output, weight, n, k)
+    if input is not None:
+        of_weight = way.of_product("grad_weight", grad_output, input, n, k, bias=bias)
+    if of_input is None and of_weight is None:
+        return None
+    grad_input = grad_weight = grad_bias = None
+    with _as_they_are(grad_output.device.type):
+        if of_input == PYTORCH and weight is not None:
+            grad_input = torch.matmul(grad_output, weight)
+        if of_weight == PYTORCH and input is not None:
+            m = input.shape[:-1].numel()
+            grad_weight = grad_output.reshape(m, n).mT @ input.reshape(m, k)
+            grad_bias = sum_rows(grad_output, batched=False) if bias else None
+    precision = backend.float32_precision()
+    if of_input != PYTORCH and weight is not None:
+        grad_input = backend.launchers().backward.linear_backward_input(
+            grad_output, weight, precision=precision, config=of_input
+        )
+    if of_weight != PYTORCH and input is not None:
+        grad_weight, grad_bias = backend.launchers().backward_weight.linear_backward_weight(
+            grad_output, input, bias, precision=precision, config=of_weight
+        )
+    return grad_input, grad_weight, grad_bias
 
 
 def _check_backward_shapes(
@@ -120,52 +232,65 @@ def activation_output(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:
     """The op `linear_activation` by the kernels, or by PyTorch where a table says so."""
-    config = _of_output(input, weight, bias, activation)
-    if config == PYTORCH:
-        return _activated(F.linear(input, weight, bias), activation)
-    kernels, precision = backend.launchers().forward, backend.float32_precision()
-    return kernels.linear_activation_forward(
-        input,
-        weight,
-        bias,
-        activation,
-        False,
-        precision=precision,
-        config=config,
-        batch_invariant=backend.invariant,
-    )[0]
+    candidate = _of_output(input, weight, bias, activation)
+    return _activation_output(candidate, input, weight, bias, activation)
 
 
-def _activated(preactivation: Tensor, activation: str) -> Tensor:
-    from fastlinear.activations import ACTIVATIONS  # which needs this module
-
-    return ACTIVATIONS[activation](preactivation)
+def _activation_output(
+    candidate: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    if isinstance(candidate, str):
+        return _by_pytorch(candidate, input, weight, bias, activation)
+    return _activated_by_kernel(candidate, input, weight, bias, activation, False)[0]
 
 
 def activation_forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """The op `linear_activation_forward` by the kernels.
+    """The op `linear_activation_forward`, as `activation_output`.
 
     The pre-activation comes back empty where the derivative is taken from the output.
     """
-    config = _of_output(input, weight, bias, activation)
-    if config == PYTORCH:
-        preactivation = F.linear(input, weight, bias)
-        output = _activated(preactivation, activation)
-        return output, output.new_empty(0) if activation in FROM_OUTPUT else preactivation
-    kernels, precision = backend.launchers().forward, backend.float32_precision()
-    output, preactivation = kernels.linear_activation_forward(
+    candidate = _of_output(input, weight, bias, activation)
+    return _activation_forward(candidate, input, weight, bias, activation)
+
+
+def _activation_forward(
+    candidate: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    keep = activation not in FROM_OUTPUT
+    preactivation: Tensor | None = None
+    if not isinstance(candidate, str):
+        output, preactivation = _activated_by_kernel(
+            candidate, input, weight, bias, activation, keep
+        )
+    elif keep:
+        preactivation = _by_pytorch(candidate, input, weight, bias)
+        output = ACTIVATIONS[activation](preactivation)
+    else:
+        output = _by_pytorch(candidate, input, weight, bias, activation)
+    return output, output.new_empty(0) if preactivation is None else preactivation
+
+
+def _activated_by_kernel(
+    config: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The output and, if it is to be kept, the pre-activation."""
+    return backend.launchers().forward.linear_activation_forward(
         input,
         weight,
         bias,
         activation,
-        activation not in FROM_OUTPUT,
-        precision=precision,
+        keep,
+        precision=backend.float32_precision(),
         config=config,
         batch_invariant=backend.invariant,
     )
-    return output, output.new_empty(0) if preactivation is None else preactivation
 
 
 def activation_backward(
@@ -180,10 +305,8 @@ def activation_backward(
     """The op `linear_activation_backward` by the kernels, as `backward`."""
     _check_backward_shapes(grad_output, input, weight, batched)
     check_saved_shape(saved.shape, grad_output.shape)
-    if tuned.available and not batched and not backend.invariant:
-        grad = backend.launchers().activation.activation_backward(
-            grad_output, saved.contiguous(), activation
-        )
+    if backend.by_tables():
+        grad = _grad_preactivation(grad_output, saved, activation)
         return _backward(grad, input, weight, bias, batched)
     *gradients, grad = backend.launchers().activation.linear_activation_backward(
         grad_output,
@@ -197,6 +320,15 @@ def activation_backward(
         batch_invariant=backend.invariant,
     )
     return _with_empty(grad, gradients, bias, batched)
+
+
+def _grad_preactivation(grad_output: Tensor, saved: Tensor, activation: str) -> Tensor:
+    if backend.takes_pytorch() and grad_output.device.type == "cpu":
+        if activation == "silu":  # which has no derivative, and needs none here
+            return torch.ops.aten.silu_backward(grad_output, saved)
+        return GRADIENTS[activation](grad_output, saved)
+    kernels = backend.launchers().activation
+    return kernels.activation_backward(grad_output, saved.contiguous(), activation)
 
 
 def gated_output(

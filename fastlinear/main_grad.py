@@ -17,10 +17,11 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import has_torch_function
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend, implementations, tuned
-from fastlinear.activations import ACTIVATIONS, GRADIENTS
+from fastlinear import backend, implementations
 from fastlinear.activations import forward_op as activation_forward_op
-from fastlinear.functional import linear, of_operands, tables_say_so, why_not
+from fastlinear.choice import known
+from fastlinear.elementwise import ACTIVATIONS, GRADIENTS
+from fastlinear.functional import linear, observe, of_operands, tables_say_so, why_not
 from fastlinear.kernels.operands import FROM_OUTPUT, check_main_grad
 
 
@@ -54,6 +55,7 @@ def linear_into_main_grad(
         Exception: whatever `fastlinear.linear` raises.
     """
     operands = (input, weight, bias)
+    observe(linear_into_main_grad, operands, activation)
     if has_torch_function(operands):
         output = of_operands(linear_into_main_grad, operands, activation)
         if output is not NotImplemented:
@@ -103,11 +105,7 @@ _without_kernels: set[torch.device] = set()  # where "auto" has found that Trito
 def by_the_kernels(input: Tensor) -> bool:
     """Whether the kernels compute grad_weight."""
     if backend.current == "auto" and input.is_cuda and input.device not in _without_kernels:
-        try:
-            backend.launchers().forward.launch.target_of(input.device)
-        except RuntimeError:  # no Triton, or a GPU that it does not know
-            return False
-        return True
+        return backend.kernels_run_on(input.device)
     return backend.current == "triton"
 
 
@@ -160,7 +158,7 @@ class IntoMainGrad(torch.autograd.Function):
             else:
                 if saved is not None:
                     grad_output = GRADIENTS[ctx.activation](grad_output, saved)
-                by_table = ctx.auto and tuned.available
+                by_table = ctx.auto and known.available
                 grad_input = None if used is None else _grad_input(grad_output, used, by_table)
                 if main_grad is not None:
                     with _adding:

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from fastlinear import _torch_internals as internals
 from fastlinear import backend
 from fastlinear._torch_internals import Linear as TorchLinear
-from fastlinear.activations import ACTIVATIONS
+from fastlinear.elementwise import ACTIVATIONS
 from fastlinear.functional import batched_linear, gated_linear, linear
 from fastlinear.kernels.operands import check_activation
 from fastlinear.main_grad import linear_into_main_grad

@@ -6,17 +6,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlinear import backend, tuned
-from fastlinear.kernels.configs import PYTORCH, BackwardConfig, Config, Traits
+from fastlinear import backend
+from fastlinear.choice import known, way
+from fastlinear.choice.known import Found
+from fastlinear.choice.table import KERNEL_OF, PYTORCH
+from fastlinear.kernels.configs import BackwardConfig, Config, Traits
 from fastlinear.kernels.model import modelled_time
 from fastlinear.kernels.pair_model import pair_time
-from fastlinear.kernels.tables import KERNEL_OF
 
 BOTH = "linear_backward_kernel"  # computes both gradients
 
 
 class Plan(NamedTuple):
-    """What computes a product."""
+    """What computes a product: a kernel, a library (choice/table.py) or, with None, PyTorch."""
 
     kernel: str | None
     config: Config | None
@@ -33,52 +35,84 @@ def plans_of(
     activation: str | None,
     dtype: torch.dtype,
 ) -> dict[str, Plan]:
-    """What the launchers would choose, by product."""
-    kernels, precision = backend.launchers(), backend.float32_precision()
-    launch = kernels.forward.launch
-
-    def operand(tensor: Tensor) -> Any:
-        """As the op would get it: under autocast a copy, which lies as torch likes it."""
-        if tensor.dtype != dtype:
-            like = torch.empty_like(tensor, dtype=dtype, device="meta")
-            return launch.Operand(like.shape, like.stride(), dtype, tensor.device, True)
-        return launch.Operand(*launch.describe(tensor, tensor)[0])
-
-    operands = [operand(input), operand(weight), None]
-    if bias is not None:
-        rows = operand(bias)
-        # One element stands for every feature.
-        one = rows._replace(shape=weight.shape[:1], strides=(0,))
-        operands[2] = one if bias.numel() == 1 else rows
-    grad_output = operands[0].contiguous(*input.shape[:-1], weight.shape[0])
-    transposed = operands[1]._replace(shape=weight.shape[::-1], strides=operands[1].strides[::-1])
-
-    rows = {}
-    if tuned.available and not backend.invariant:
-        from fastlinear import by_table
-
-        rows = by_table.rows_of(input, weight, bias, activation, dtype)
+    """What computes each product of a call that does not go PyTorch's way, by product."""
+    rows: dict[str, Found] = {}
+    if known.available and not backend.invariant:
+        rows = way.rows_of(input, weight, bias, activation, dtype)
     together = rows.pop("gradients", None)
     pair = None if together is None else together.row.candidate
     if together is not None and isinstance(pair, BackwardConfig):
         rows |= {"grad_input": together, "grad_weight": together}
     else:
         pair = None
-    configs = {
-        product: found.row.candidate if isinstance(found.row.candidate, Config) else None
-        for product, found in rows.items()
+    auto = backend.current == "auto"
+    candidates: dict[str, Any] = {
+        product: rows[product].row.candidate if product in rows else PYTORCH if auto else None
+        for product in ("output", "grad_preactivation", "grad_input", "grad_weight")
     }
-    output = kernels.forward.plan_forward(
-        tuple(operands), precision, activation, False, configs.get("output"), backend.invariant
-    )
+    if auto and input.device.type != "cpu":
+        candidates["grad_preactivation"] = None  # in one pass, whatever computes the products
     plans = {
-        "output": _of_forward(output),
-        "grad_preactivation": Plan("activation_backward_kernel", None, precision="ieee"),
+        product: Plan(None if candidate == PYTORCH else candidate, None)
+        for product, candidate in candidates.items()
+        if isinstance(candidate, str)
     }
+    if len(plans) < len(candidates):
+        plans |= _by_kernels(input, weight, bias, activation, dtype, candidates, pair)
+    for product, plan in plans.items():
+        found = rows.get(product)
+        if found is not None:
+            row = found.row
+            table = f"{found.file} of {found.date}, PyTorch {row.pytorch_device_us:.4g} us"
+            plans[product] = plan._replace(microseconds=row.device_us, table=table)
+        elif plan.config is not None:
+            modelled = _modelled(product, plans, input, weight, dtype)
+            plans[product] = plan._replace(microseconds=modelled)
+    return plans
+
+
+def _operand(tensor: Tensor, dtype: torch.dtype) -> Any:
+    """As the op would get it: under autocast a copy, which lies as torch likes it."""
+    launch = backend.launchers().forward.launch
+    if tensor.dtype != dtype:
+        like = torch.empty_like(tensor, dtype=dtype, device="meta")
+        return launch.Operand(like.shape, like.stride(), dtype, tensor.device, True)
+    return launch.Operand(*launch.describe(tensor, tensor)[0])
+
+
+def _by_kernels(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    dtype: torch.dtype,
+    candidates: dict[str, Any],
+    pair: BackwardConfig | None,
+) -> dict[str, Plan]:
+    """The launchers' plans for the products whose candidate is a kernel, chosen or not."""
+    kernels, precision = backend.launchers(), backend.float32_precision()
+    operands = [_operand(input, dtype), _operand(weight, dtype), None]
+    if bias is not None:
+        rows = _operand(bias, dtype)
+        # One element stands for every feature.
+        one = rows._replace(shape=weight.shape[:1], strides=(0,))
+        operands[2] = one if bias.numel() == 1 else rows
+    grad_output = operands[0].contiguous(*input.shape[:-1], weight.shape[0])
+    transposed = operands[1]._replace(shape=weight.shape[::-1], strides=operands[1].strides[::-1])
+    plans: dict[str, Plan] = {}
+    if not isinstance(config := candidates["output"], str):
+        given = tuple(operands)
+        plans["output"] = _of_forward(
+            kernels.forward.plan_forward(
+                given, precision, activation, False, config, backend.invariant
+            )
+        )
+    if candidates["grad_preactivation"] is None:
+        plans["grad_preactivation"] = Plan("activation_backward_kernel", None, precision="ieee")
     bias_wanted = bias is not None and bias.requires_grad
     splits = 1 if backend.invariant else None
     # One launch for both gradients, where a table says so or none has a say.
-    apart = backend.current == "auto" or configs.keys() & {"grad_input", "grad_weight"}
+    apart = candidates["grad_input"] is not None or candidates["grad_weight"] is not None
     both = None
     wanted = input.requires_grad and weight.requires_grad and not backend.invariant
     if wanted and (pair is not None or not apart):
@@ -90,43 +124,20 @@ def plans_of(
         formed = _formed(both.launch)
         plans["grad_input"] = Plan(BOTH, both.config.input, 1, formed)
         plans["grad_weight"] = Plan(BOTH, both.config.weight, both.shares.splits, formed)
-    else:
-        grad_input = kernels.forward.plan_forward(
-            (grad_output, transposed, None),
-            precision,
-            None,
-            False,
-            configs.get("grad_input"),
-            backend.invariant,
+        return plans
+    if not isinstance(config := candidates["grad_input"], str):
+        given = (grad_output, transposed, None)
+        plans["grad_input"] = _of_forward(
+            kernels.forward.plan_forward(given, precision, None, False, config, backend.invariant)
         )
-        grad_weight = kernels.backward_weight.plan_backward_weight(
-            (grad_output, operands[0], None),
-            bias_wanted,
-            False,
-            precision,
-            configs.get("grad_weight"),
-            splits,
+    if not isinstance(config := candidates["grad_weight"], str):
+        given = (grad_output, operands[0], None)
+        plan = kernels.backward_weight.plan_backward_weight(
+            given, bias_wanted, False, precision, config, splits
         )
-        plans["grad_input"] = _of_forward(grad_input)
         plans["grad_weight"] = Plan(
-            "linear_backward_weight_kernel",
-            grad_weight.config,
-            grad_weight.shares.splits,
-            _formed(grad_weight.launch),
+            "linear_backward_weight_kernel", plan.config, plan.shares.splits, _formed(plan.launch)
         )
-    for product, plan in plans.items():
-        found = rows.get(product)
-        if found is not None:
-            row = found.row
-            table = f"{found.file} of {found.date}, PyTorch {row.pytorch_device_us:.4g} us"
-            if row.candidate == PYTORCH:
-                plan = Plan(None, None)
-            plans[product] = plan._replace(microseconds=row.device_us, table=table)
-        elif backend.current == "auto" and plan.config is not None:
-            plans[product] = Plan(None, None)
-        else:
-            modelled = _modelled(product, plans, input, weight, operands[:2], dtype)
-            plans[product] = plan._replace(microseconds=modelled)
     return plans
 
 
@@ -146,7 +157,6 @@ def _modelled(
     plans: dict[str, Plan],
     input: Tensor,
     weight: Tensor,
-    operands: list[Any],
     dtype: torch.dtype,
 ) -> float | None:
     """The model's microseconds for a kernel; None in the interpreter, and of what is no product."""
@@ -155,7 +165,12 @@ def _modelled(
     if plan.config is None or plan.precision is None or target.family == "interpreter":
         return None
     m, (n, k) = math.prod(input.shape[:-1]), weight.shape
-    traits = Traits(dtype, plan.precision, launch.aligned(*operands), target)
+    traits = Traits(
+        dtype,
+        plan.precision,
+        launch.aligned(_operand(input, dtype), _operand(weight, dtype)),
+        target,
+    )
     if plan.kernel == BOTH:
         of_input, of_weight = plans["grad_input"], plans["grad_weight"]
         assert of_input.config is not None

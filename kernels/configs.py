@@ -12,8 +12,6 @@ import torch
 # grad_weight with grad_bias.
 Kernel = Literal["forward", "gated_forward", "backward_weight"]
 
-PYTORCH = "pytorch"  # what tables have in a configuration's place where PyTorch computes a product
-
 # How a forward product is computed, each in a file of its own: by tiles of rows and outputs; a few
 # rows on the plain cores; some rows, with the sum over K split; by a program a multiprocessor that
 # loads tiles by descriptors.

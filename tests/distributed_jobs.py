@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import random
+import warnings
 from collections.abc import Sequence
 from typing import Any
 from unittest import mock
@@ -47,8 +48,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlinear
 import fastlinear.backend
-from fastlinear import lookup
+from fastlinear.choice import known
 from fastlinear.kernels import compiled_launch, launch
+from fastlinear.tuning import tune
 
 BATCH, SEQUENCE = 4, 8
 FEATURES, HIDDEN = 6, 12
@@ -501,7 +503,7 @@ def go_by_tables(folder: str, device: str) -> tuple[list[tuple[str, int]], list[
     generator = torch.Generator().manual_seed(0)
     with (
         fastlinear.use_backend("auto"),
-        mock.patch.object(lookup, "INTERPRETER", device),
+        mock.patch.object(known, "INTERPRETER", device),
         mock.patch.object(launch, "run", spy),
     ):
         fastlinear.backend.use_tables()
@@ -517,6 +519,31 @@ def go_by_tables(folder: str, device: str) -> tuple[list[tuple[str, int]], list[
             dist.barrier()
     fastlinear.backend.use_tables()
     return launched, output.flatten().tolist()
+
+
+def tuned(folder: str, device: str) -> tuple[bool, str, bool]:
+    """Whether this rank has measured, the way of a layer then, and whether it has a table of it."""
+    os.environ["FASTLINEAR_CACHE"] = own = os.path.join(folder, str(dist.get_rank()))
+    asked: list[str] = []
+
+    def measure(calls: dict[str, Any], clock: str) -> dict[str, list[float]]:
+        asked.append(clock)
+        slow = ("pytorch", "onednn")
+        return {name: [2.0 if name in slow else 1.0] * 3 for name in calls}
+
+    with (
+        fastlinear.use_backend("auto"),
+        mock.patch.object(known, "INTERPRETER", device),
+        mock.patch.object(tune, "CpuStopwatch", return_value=measure),
+        warnings.catch_warnings(),
+        torch.no_grad(),
+    ):
+        warnings.simplefilter("ignore")  # that it is another rank's table
+        fastlinear.backend.use_tables()
+        layer = fastlinear.Linear(FEATURES, HIDDEN)
+        (call,) = fastlinear.tune(layer, torch.randn(BATCH, FEATURES), seconds=30).calls
+    fastlinear.backend.use_tables()
+    return bool(asked), call.way, os.path.exists(own)
 
 
 def main_grad_of_shards(seed: int) -> None:

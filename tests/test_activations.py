@@ -18,13 +18,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastlinear
-from fastlinear.activations import (
-    ACTIVATIONS,
-    GRADIENTS,
-    backward_op,
-    forward_op,
-    linear_activation_op,
-)
+from fastlinear.activations import backward_op, forward_op, linear_activation_op
+from fastlinear.elementwise import ACTIVATIONS, GRADIENTS
 from fastlinear.kernels import launch
 from fastlinear.kernels.operands import FROM_OUTPUT
 

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import kernels
 from fastlinear.kernels import forward, launch
-from fastlinear.stopwatch import Call
+from fastlinear.tuning.stopwatch import Call
 
 ROOT = Path(__file__).parent.parent
 

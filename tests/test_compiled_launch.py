@@ -26,6 +26,7 @@ from triton.backends.amd.compiler import HIPBackend
 from triton.backends.nvidia.compiler import CUDABackend
 
 import fastlinear
+from fastlinear.choice import way
 from fastlinear.kernels import backward, backward_weight, compiled_launch, forward, grouped, launch
 from fastlinear.kernels.indexing import locate_tile
 
@@ -114,7 +115,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Triton:
         type(locate_tile), "run", lambda kernel, *given, **named: stub.run(kernel, *given, **named)
     )
     forget_plans()
-    monkeypatch.setattr(fastlinear.shortcut, "_shortcuts", {})
+    monkeypatch.setattr(way, "_ways", {})
     return stub
 
 

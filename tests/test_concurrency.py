@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 import fastlinear
-from fastlinear import implementations, shortcut
-from fastlinear.by_table import rule
+from fastlinear import backend as settings
+from fastlinear import implementations
+from fastlinear.choice import way
 from fastlinear.kernels import backward, forward, launch, shared_sums
 
 THREADS = 4
@@ -67,7 +68,7 @@ def assert_same_bits(found: list[tuple[Tensor, ...]], expected: tuple[Tensor, ..
 def test_threads_get_what_each_would_alone(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shortcut, "_shortcuts", {})
+    monkeypatch.setattr(way, "_ways", {})
     # One that all share, whose sums are split in forward and in backward, and one of each's own.
     shared = fastlinear.Linear(300, 9, device=device)
     layers = [fastlinear.Linear(20 + index % 2, 12, device=device) for index in range(THREADS)]
@@ -78,7 +79,7 @@ def test_threads_get_what_each_would_alone(
     of_shared = step(shared, rows)
     forward.plan_forward.cache_clear()
     backward.plan_backward.cache_clear()
-    shortcut._shortcuts.clear()
+    way._ways.clear()
 
     def work(index: int) -> None:
         for _ in range(2):
@@ -94,9 +95,9 @@ def test_caches_stay_bounded_and_right_under_threads(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plans, shortcuts and counters, with nothing launched: what is looked at is the arguments."""
-    monkeypatch.setattr(shortcut, "_shortcuts", {})
-    monkeypatch.setattr(shortcut, "LARGEST_CACHE", 5)
-    monkeypatch.setattr(shortcut, "SHORTCUTS_A_SHAPE", 2)
+    monkeypatch.setattr(way, "_ways", {})
+    monkeypatch.setattr(way, "LARGEST_CACHE", 5)
+    monkeypatch.setattr(way, "WAYS_A_SHAPE", 2)
     launched = threading.local()
     monkeypatch.setattr(launch, "run", lambda *given: launched.given.append(given))
     monkeypatch.setattr(launch, "allocate", ALLOCATE)
@@ -122,7 +123,7 @@ def test_caches_stay_bounded_and_right_under_threads(
             assert scalars[:3] == [rows, 7, features]
             if len(scalars) > 9:
                 assert scalars[8] == input.stride(1), "of an input that lies like this one"
-            most = max(most, len(shortcut._shortcuts))
+            most = max(most, len(way._ways))
         return most
 
     try:
@@ -132,48 +133,43 @@ def test_caches_stay_bounded_and_right_under_threads(
         sys.setswitchinterval(interval)
     # Each thread may have found room for one before another took it.
     assert most <= 5 + THREADS
-    assert all(len(found) <= 2 + THREADS for found in shortcut._shortcuts.values())
+    assert all(len(found) <= 2 + THREADS for found in way._ways.values())
 
 
 def test_settings_that_change_while_a_call_is_remembered_are_not_remembered(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shortcut, "_shortcuts", {})
+    monkeypatch.setattr(way, "_ways", {})
     monkeypatch.setattr(launch, "run", lambda *given: None)
-    plan, planned = implementations.plan, []
+    straight, precisions = implementations.straight, iter(("high", "highest"))
 
-    def changed(*operands: Any) -> Any:
+    def changed(*given: Any) -> Any:
         """Another thread has "high" in force while the plan is made."""
-        torch.set_float32_matmul_precision("high" if not planned else "highest")
-        planned.append(plan(*operands))
-        return planned[-1]
+        torch.set_float32_matmul_precision(next(precisions))
+        return straight(*given)
 
-    monkeypatch.setattr(implementations, "plan", changed)
+    monkeypatch.setattr(implementations, "straight", changed)
     input, weight = torch.randn(40, 600, device=device), torch.randn(9, 600, device=device)
     with fastlinear.use_backend("triton"):
         fastlinear.linear(input, weight)
-        assert planned[0].launch.launch.constants["INPUT_PRECISION"] == "tf32"
-        assert not shortcut._shortcuts
+        assert not way._ways
         torch.set_float32_matmul_precision("highest")
         fastlinear.linear(input, weight)
-    assert planned[1].launch.launch.constants["INPUT_PRECISION"] == "ieee"
-    assert len(shortcut._shortcuts) == 1
+    assert len(way._ways) == 1
 
 
 def test_backend_of_a_backward_is_its_thread_s_alone() -> None:
-    from fastlinear.by_table import backward_of
-
     both = threading.Barrier(2)
 
     def work(index: int) -> bool | None:
-        with backward_of(bool(index)):
+        with settings.as_its_forward(bool(index)):
             both.wait(60)
-            found = rule.auto
+            found = settings._forward.auto
             both.wait(60)
         return found
 
     assert in_threads(work, 2) == [False, True]
-    assert rule.auto is None
+    assert settings._forward.auto is None
 
 
 # Processes.

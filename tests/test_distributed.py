@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from ranks import Ranks, alive
 
-from fastlinear import lookup
-from fastlinear.kernels import tables
+from fastlinear.choice import known
+from fastlinear.choice import table as tables
+from fastlinear.choice.table import Row, Table
 from fastlinear.kernels.configs import Config
-from fastlinear.kernels.tables import Row, Table
 
 RANKS = 4
 
@@ -227,13 +227,23 @@ def test_ranks_with_different_tables_choose_alike(ranks: Ranks, tmp_path: Path) 
     device = f"the interpreter of {tmp_path}"
     for rank in range(RANKS - 1):
         config = Config(16 << rank, 16, 16, num_warps=1, num_stages=1)
-        row = Row("output", "float32", "ieee", None, True, 12, 6, 4, config, 1.0, 1.0, 2.0, 2.0)
-        table = Table(device, "none", date="2026-01-02", rows=(row,), **lookup.software())
+        row = Row("output", "float32", "ieee", None, True, "", 12, 6, 4, config, 1.0, 2.0, 1.0, 2.0)
+        table = Table(device, "none", date="2026-01-02", rows=(row,), **known.software())
         tables.write(tmp_path / str(rank) / tables.file_name(device), table)
     (first, *others) = ranks.run("go_by_tables", str(tmp_path), device)
     assert [first] * len(others) == others
     launched, _ = first
     assert launched == [("linear_forward_kernel", 16)]
+
+
+def test_one_rank_tunes_and_all_go_by_it(ranks: Ranks, tmp_path: Path) -> None:
+    found = ranks.run("tuned", str(tmp_path), f"the interpreter of {tmp_path}")
+    assert [way for _, way, _ in found] == ["kernel"] * len(found)
+    assert sorted((asked, wrote) for asked, _, wrote in found)[-2:] == [
+        (False, False),
+        (True, True),
+    ]
+    assert sum(asked for asked, _, _ in found) == 1
 
 
 def test_main_grad_of_a_shard_is_refused(ranks: Ranks, seed: int) -> None:

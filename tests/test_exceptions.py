@@ -6,9 +6,12 @@ case here reaches fails the last test. What PyTorch raises for bad operands is i
 
 import ast
 import contextlib
+import errno
 import json
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
@@ -21,16 +24,21 @@ from test_tune import command
 from torch import Tensor, nn
 
 import fastlinear
-from fastlinear import backend, tune, tune_store
+from fastlinear import backend
 from fastlinear.activations import backward_op as linear_activation_backward_op
 from fastlinear.autograd import linear_backward_op, linear_op
+from fastlinear.choice import table as tables
 from fastlinear.gated import backward_op as gated_linear_backward_op
 from fastlinear.gated import gated_linear_op
-from fastlinear.kernels import compiled_launch, launch, tables
+from fastlinear.kernels import compiled_launch, launch
 from fastlinear.kernels.configs import BackwardConfig, Config
 from fastlinear.kernels.indexing import locate_tile
 from fastlinear.kernels.operands import check_main_grad
 from fastlinear.main_grad import linear_into_main_grad
+from fastlinear.tuning import command as tune
+from fastlinear.tuning import store as tune_store
+from fastlinear.tuning import tune as tuning
+from fastlinear.tuning.products import Layer
 
 Patch = pytest.MonkeyPatch
 CPU = torch.device("cpu")
@@ -110,6 +118,20 @@ def another_s_table(patch: Patch) -> None:
     patch.setattr(tables, "read", lambda path: found)
     patch.setattr(tune_store, "_locked", contextlib.nullcontext)
     tune_store.Store(Path(__file__), CPU, own=False)
+
+
+def tuned_into(patch: Patch, path: Path) -> None:
+    layer = Layer(torch.float32, None, None, True, 24, 40, 4, "")
+    tuning.measure_all([layer], CPU, path, 0.0, lambda calls, clock: {one: [1.0] for one in calls})
+
+
+def full_disk(patch: Patch) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    patch.setattr(tables, "write", full)
+    with tempfile.TemporaryDirectory() as folder:
+        tuned_into(patch, Path(folder) / "table.json")
 
 
 def compiling(patch: Patch) -> None:
@@ -419,25 +441,45 @@ CASES = {
         "--minutes takes a number above 0, but got -1.0", "--minutes", "-1"
     ),
     "tune --output": Case(ValueError, "it is for 'NVIDIA A100', and this is '.*'", another_s_table),
+    "tune, model": Case(
+        TypeError,
+        r"tune\(\) takes an nn.Module, but model is Tensor",
+        lambda patch: fastlinear.tune(W(1)),  # type: ignore[arg-type]
+    ),
+    "tune, seconds": Case(
+        ValueError,
+        "seconds must be above 0, but is 0",
+        lambda patch: fastlinear.tune(fastlinear.Linear(1, 1), W(1), seconds=0),
+    ),
+    "tune, folder": Case(
+        OSError,
+        "cannot use .* for the table: .*; FASTLINEAR_CACHE names another folder",
+        lambda patch: tuned_into(patch, Path(__file__) / "table.json"),
+    ),
+    "tune, full disk": Case(
+        OSError,
+        "cannot use .* for the table: .*; the 0 new rows before are in it",
+        full_disk,
+    ),
     # Tables: told in the warning that names the file, or by the tuner.
     "table, nested": Case(
         ValueError, "it is nested too deeply", lambda patch: tables.parse("[" * 100_000)
     ),
-    "table, format": parsed("its format is 2, and 1 is what is read here", format=2),
+    "table, format": parsed("its format is 1, and 2 is what is read here", format=1),
     "table, none": Case(
         ValueError,
-        "its format is None, and 1 is what is read here",
+        "its format is None, and 2 is what is read here",
         lambda patch: tables.parse("[]"),
     ),
     "table, columns": parsed(
-        "it has date, device, driver, fastlinear, format, rows, surprise, torch, triton instead of "
-        "format, device, driver, torch, triton, fastlinear, date, rows",
+        "it has date, device, driver, fastlinear, format, kernels, rows, surprise, torch, triton "
+        "instead of format, device, driver, torch, triton, fastlinear, kernels, date, rows",
         surprise=1,
     ),
     "table, device": parsed("device is 5, not a text of 200 characters at most", device=5),
     "row, none": parsed(
         "row 0 has 7 instead of activation, bias, candidate, device_us, dtype, k, m, n, "
-        "precision, product, pytorch_device_us, pytorch_wall_us, wall_us",
+        "precision, product, pytorch_device_us, pytorch_wall_us, wall_us, wanted",
         rows=[7],
     ),
     "row, m": parsed("row 0 has m = 3, which is not a power of two", m=3),

@@ -28,24 +28,27 @@ from oracle import (
     normal,
     sum_scale,
 )
+from test_tables import TILE, row, table
 from test_tune import Clocks, command, rows_of
 from torch import Tensor
 from triton.runtime.errors import PTXASError
 
 import fastlinear
-from fastlinear import backend, lookup, shortcut, tune, tuned
-from fastlinear.by_table import rule
+from fastlinear import backend
+from fastlinear.choice import known, way
+from fastlinear.choice import table as tables
+from fastlinear.choice.table import PYTORCH
 from fastlinear.kernels import (
     backward_weight,
     compiled_launch,
     forward,
     launch,
     shared_sums,
-    tables,
 )
 from fastlinear.kernels.backward import linear_backward
 from fastlinear.kernels.configs import Config
 from fastlinear.kernels.indexing import locate_tile
+from fastlinear.tuning import command as tune
 
 interpreted_only = pytest.mark.skipif(
     not launch.INTERPRETING, reason="a GPU's launch is queued whole or not at all"
@@ -239,7 +242,7 @@ def test_interrupted_launch_leaves_nothing_for_the_next_to_trip_over(
 def test_interrupted_call_leaves_settings_and_caches_as_they_were(
     interrupt_at: Callable[[int | None], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shortcut, "_shortcuts", {})
+    monkeypatch.setattr(way, "_ways", {})
     layer = fastlinear.Linear(K, N)
     input = torch.randn(M, K, requires_grad=True)
 
@@ -250,18 +253,18 @@ def test_interrupted_call_leaves_settings_and_caches_as_they_were(
     interrupt_at(1)
     with pytest.raises(KeyboardInterrupt):
         step()
-    assert not shortcut._shortcuts
+    assert not way._ways
     interrupt_at(None)
     result = step()
-    remembered = len(shortcut._shortcuts)
+    remembered = len(way._ways)
     interrupt_at(1)
     with pytest.raises(KeyboardInterrupt):
         step()
-    with pytest.raises(KeyboardInterrupt), backend.as_its_forward(True):
+    with pytest.raises(KeyboardInterrupt), backend.as_its_forward(False):
         result.sum().backward()
     interrupt_at(None)
-    assert (backend.current, backend.invariant, rule.auto) == ("auto", False, None)
-    assert len(shortcut._shortcuts) == remembered == 1
+    assert (backend.current, backend.invariant, backend._forward.auto) == ("auto", False, None)
+    assert len(way._ways) == remembered == 1
     assert torch.equal(step(), result)
     torch.testing.assert_close(result, F.linear(input, layer.weight, layer.bias))
 
@@ -351,8 +354,8 @@ def test_gpu_that_is_too_old_goes_by_no_table(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(RuntimeError, match=r"8.0 or newer, but cuda:0 has 7.5; use backend 'auto'"):
         launch.target_of.__wrapped__(old)
     monkeypatch.setattr(launch, "target_of", launch.target_of.__wrapped__)
-    row = SimpleNamespace(rows=(None,))
-    assert lookup._usable(row, old) == []  # type: ignore[arg-type]
+    rows = (row("output", 4, TILE), row("output", 8, PYTORCH))
+    assert known._usable(table(*rows), old) == [rows[1]]
 
 
 # The folder of tables.
@@ -378,12 +381,12 @@ def tune_into_it(*given: str) -> int:
 @interpreted_only
 def test_missing_folder_is_made_by_the_tuner_alone(folder: Path) -> None:
     layer, input = fastlinear.Linear(40, 24), torch.randn(4, 40)
-    assert not tuned.available
+    assert not known.available
     torch.testing.assert_close(layer(input), F.linear(input, layer.weight, layer.bias))
     assert not folder.exists()
     assert tune_into_it() == 0
     assert [one.name for one in folder.glob("*.json")] == ["triton-interpreter.json"]
-    assert tuned.available
+    assert known.available
     torch.testing.assert_close(layer(input), F.linear(input, layer.weight, layer.bias))
 
 
@@ -406,11 +409,11 @@ def test_folder_that_is_read_only_is_told_before_measuring_and_read(
         capsys.readouterr()
         assert tune_into_it("--rows", "8") == 1
         backend.use_tables()
-        assert lookup.files(torch.device("cpu")) == {path: 5}
+        assert known.files(torch.device("cpu")) == {path: 5}
     said = capsys.readouterr().err
     assert said == (
         f"python -m fastlinear tune: cannot use {path} for the table: "
-        f"[Errno 30] Read-only file system: '{path}.lock'\n"
+        f"[Errno 30] Read-only file system: '{path}.lock'; FASTLINEAR_CACHE names another folder\n"
     )
     assert path.read_bytes() == before
 
@@ -439,8 +442,10 @@ def test_table_is_never_unpickled(folder: Path, monkeypatch: pytest.MonkeyPatch)
 # that is made once. It measures nothing, so that nearly all it does is to write.
 TUNERS = """
 import argparse, contextlib, os, random, resource, signal, sys, time
-from fastlinear import backend, tune, tune_rows
-from fastlinear.kernels import tables
+from fastlinear import backend
+from fastlinear.tuning import command as tune
+from fastlinear.tuning import measure as tune_rows
+from fastlinear.choice import table as tables
 from pathlib import Path
 
 sys.modules["tqdm"] = None  # a line a layer
@@ -515,7 +520,7 @@ def test_tuner_that_is_killed_or_out_of_space_leaves_the_table_whole(tmp_path: P
     killed, full = run.stdout.splitlines()
     assert killed.startswith("killed True"), killed
     assert full == "full 1 True []"
-    assert run.stderr == (
+    assert run.stderr.endswith(
         f"python -m fastlinear tune: cannot use {path} for the table: "
         "[Errno 27] File too large; the 0 new rows before are in it\n"
     )

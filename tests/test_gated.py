@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlinear
-from fastlinear.activations import ACTIVATIONS
+from fastlinear.elementwise import ACTIVATIONS
 from fastlinear.gated import backward_op, forward_op, gated_linear_op
 from fastlinear.kernels import launch
 from fastlinear.kernels.configs import Config

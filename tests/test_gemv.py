@@ -19,7 +19,7 @@ from oracle import (
 )
 from torch import Tensor
 
-from fastlinear.activations import ACTIVATIONS
+from fastlinear.elementwise import ACTIVATIONS
 from fastlinear.kernels import launch
 from fastlinear.kernels.backward import linear_backward_input
 from fastlinear.kernels.configs import TARGETS, Config, Kernel, Traits

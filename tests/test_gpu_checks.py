@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from benchmarks import apart, cases, families, kernels, launches, numerics, setting, tuning, watch
-from fastlinear import tune_rows
 from fastlinear.kernels import forward, launch
+from fastlinear.tuning import measure as tune_rows
 
 ROOT = Path(__file__).parent.parent
 

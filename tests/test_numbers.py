@@ -18,7 +18,7 @@ from oracle import smallest_config
 from torch import Tensor
 
 import fastlinear
-from fastlinear.activations import ACTIVATIONS
+from fastlinear.elementwise import ACTIVATIONS
 from fastlinear.kernels import forward, launch, shared_sums
 from fastlinear.kernels.backward import linear_backward
 from fastlinear.kernels.backward_weight import linear_backward_weight

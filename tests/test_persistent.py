@@ -13,7 +13,7 @@ from oracle import assert_as_exact, exact_forward, fenced, native_forward, norma
 from torch import Tensor
 from triton.runtime import _allocation
 
-from fastlinear.activations import ACTIVATIONS
+from fastlinear.elementwise import ACTIVATIONS
 from fastlinear.kernels import compiled_launch, launch
 from fastlinear.kernels.configs import TARGETS, Config, Kernel, Traits
 from fastlinear.kernels.forward import linear_activation_forward, linear_forward, plan_forward

@@ -15,21 +15,23 @@ import torch.distributed as dist
 
 import fastlinear
 from fastlinear import _torch_internals as internals
-from fastlinear import backend, implementations, lookup, ranks, tuned
-from fastlinear.kernels import launch, tables
+from fastlinear import backend, implementations
+from fastlinear.choice import known, ranks
+from fastlinear.choice import table as tables
+from fastlinear.choice.table import Row, Table
+from fastlinear.kernels import launch
 from fastlinear.kernels.configs import Config
-from fastlinear.kernels.tables import Row, Table
 
 N, K = 10, 20
 pytestmark = pytest.mark.skipif(not launch.INTERPRETING, reason="the table is the interpreter's")
-KEY = f"fastlinear/tables/{lookup.INTERPRETER}"
+KEY = f"fastlinear/tables/{known.INTERPRETER}"
 
 
 def table(block_m: int) -> Table:
     """For 4 rows, the output by a kernel of so many rows a block."""
     config = Config(block_m, 16, 16, num_warps=1, num_stages=1)
-    row = Row("output", "float32", "ieee", None, True, N, K, 4, config, 1.0, 1.0, 2.0, 2.0)
-    return Table(lookup.INTERPRETER, "none", date="2026-01-02", rows=(row,), **lookup.software())
+    row = Row("output", "float32", "ieee", None, True, "", N, K, 4, config, 1.0, 2.0, 1.0, 2.0)
+    return Table(known.INTERPRETER, "none", date="2026-01-02", rows=(row,), **known.software())
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def own(folder: Path) -> Path:
     """This rank's table."""
-    path = folder / tables.file_name(lookup.INTERPRETER)
+    path = folder / tables.file_name(known.INTERPRETER)
     tables.write(path, table(32))
     backend.use_tables()
     return path
@@ -95,7 +97,7 @@ def test_the_others_go_by_the_first_one_s(own: Path, join: Callable[..., dist.St
     store.set(KEY, as_another_wrote(table(64)))
     with pytest.warns(RuntimeWarning, match=r"/theirs/0.json, and not by this rank's, .*all ranks"):
         assert chosen() == 64
-    assert [str(path) for path in lookup.files(torch.device("cpu"))] == ["/theirs/0.json"]
+    assert [str(path) for path in known.files(torch.device("cpu"))] == ["/theirs/0.json"]
 
 
 def test_where_the_first_has_none_nobody_has(own: Path, join: Callable[..., dist.Store]) -> None:
@@ -107,10 +109,10 @@ def test_where_the_first_has_none_nobody_has(own: Path, join: Callable[..., dist
 def test_a_rank_without_tables_gets_them_too(folder: Path, join: Callable[..., dist.Store]) -> None:
     """Once there is a group, the first layer that is made has it look for them."""
     backend.use_tables()
-    assert not tuned.available
+    assert not known.available
     join().set(KEY, as_another_wrote(table(64)))
     layer = fastlinear.Linear(K, N)
-    assert tuned.available
+    assert known.available
     with pytest.warns(RuntimeWarning, match="another rank's"):
         assert chosen() == 64
     with torch.no_grad():
@@ -123,7 +125,7 @@ def test_ranks_without_tables_ask_once(folder: Path, join: Callable[..., dist.St
     assert chosen() is None
     assert json.loads(store.get(KEY)) == []
     fastlinear.Linear(K, N)
-    assert not tuned.available
+    assert not known.available
     assert backend.settings is internals.float32_matmul_precision
 
 
@@ -148,7 +150,7 @@ def test_another_group_may_have_tables(folder: Path, join: Callable[..., dist.St
     join()
     fastlinear.Linear(K, N)
     assert chosen() is None
-    assert not tuned.available
+    assert not known.available
     join().set(KEY, as_another_wrote(table(64)))
     fastlinear.convert(torch.nn.Linear(K, N))
     with pytest.warns(RuntimeWarning, match="another rank's"):
@@ -181,4 +183,4 @@ def test_under_torchrun_other_ranks_are_expected(
     if size is not None:
         monkeypatch.setenv("WORLD_SIZE", size)
     backend.use_tables()
-    assert tuned.available is expected
+    assert known.available is expected

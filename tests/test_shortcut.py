@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlinear
-from fastlinear import functional, shortcut
+from fastlinear import functional
 from fastlinear.autograd import linear_op
+from fastlinear.choice import way
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("triton_backend")
 def shortcuts(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
     """Those of one test."""
     shortcuts: dict[Any, Any] = {}
-    monkeypatch.setattr(shortcut, "_shortcuts", shortcuts)
+    monkeypatch.setattr(way, "_ways", shortcuts)
     return shortcuts
 
 
@@ -58,7 +59,7 @@ def operands(device: torch.device) -> Operands:
         normal((3,), torch.float64, device).requires_grad_(),
     )
     fastlinear.linear(*operands)
-    assert shortcut.find(*operands) is not None
+    assert way.find(*operands) is not None
     return operands
 
 
@@ -107,7 +108,7 @@ def test_every_derivative_goes_through_a_shortcut(device: torch.device) -> None:
         normal(shape, torch.float64, device).requires_grad_() for shape in ((4, 5), (3, 5), (3,))
     ]
     fastlinear.linear(*tensors)
-    assert shortcut.find(*tensors) is not None
+    assert way.find(*tensors) is not None
     assert torch.autograd.gradcheck(fastlinear.linear, tensors, fast_mode=True)
     assert torch.autograd.gradgradcheck(fastlinear.linear, tensors, fast_mode=True)
     assert torch.autograd.gradcheck(
@@ -200,9 +201,9 @@ def test_a_plan_for_aligned_operands_is_not_followed_for_others(operands: Operan
         others = list(operands)
         others[position] = moved(others[position]).requires_grad_(position > 0)
         assert others[position].data_ptr() % 16
-        assert shortcut.find(*others) is None
+        assert way.find(*others) is None
         fastlinear.linear(*others)
-        assert shortcut.find(*others) is None
+        assert way.find(*others) is None
 
 
 def test_other_dtypes_and_devices_are_refused_as_before(operands: Operands) -> None:
@@ -229,10 +230,10 @@ def test_products_follow_the_precision_that_is_set(device: torch.device) -> None
     input, weight = (normal(shape, torch.float32, device) for shape in ((4, 5), (3, 5)))
     fastlinear.linear(input, weight)
     torch.set_float32_matmul_precision("high")
-    assert shortcut.find(input, weight, None) is None
+    assert way.find(input, weight, None) is None
     fastlinear.linear(input, weight)
     torch.set_float32_matmul_precision("highest")
-    assert shortcut.find(input, weight, None) is not None
+    assert way.find(input, weight, None) is not None
 
 
 class SeenByDispatch(TorchDispatchMode):
@@ -270,7 +271,7 @@ def test_modes_and_the_profiler_see_the_op(grad: bool, operands: Operands) -> No
         with torch.profiler.profile(acc_events=True) as profile:
             fastlinear.linear(*operands)
         assert "fastlinear::linear" in {event.name for event in profile.events()}
-    assert shortcut.find(*operands) is not None
+    assert way.find(*operands) is not None
 
 
 def test_tracers_see_the_op(operands: Operands) -> None:
@@ -366,7 +367,7 @@ def test_shortcuts_keep_no_tensor_alive(device: torch.device) -> None:
     input = torch.randn(4, 5, device=device, requires_grad=True)
     for _ in range(3):
         layer(input).sum().backward()
-    assert shortcut.find(input, layer.weight, layer.bias) is not None
+    assert way.find(input, layer.weight, layer.bias) is not None
     alive = [weakref.ref(tensor) for tensor in (input, *layer.parameters())]
     del layer, input
     gc.collect()
@@ -376,8 +377,8 @@ def test_shortcuts_keep_no_tensor_alive(device: torch.device) -> None:
 def test_shortcuts_are_bounded(
     shortcuts: dict[Any, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shortcut, "LARGEST_CACHE", 3)
-    monkeypatch.setattr(shortcut, "SHORTCUTS_A_SHAPE", 2)
+    monkeypatch.setattr(way, "LARGEST_CACHE", 3)
+    monkeypatch.setattr(way, "WAYS_A_SHAPE", 2)
     weight = torch.randn(3, 4, device=device)
     for rows in range(1, 8):
         for stride in range(1, 4):

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastlinear import stopwatch
 from fastlinear.kernels import shared_sums
-from fastlinear.stopwatch import FLUSHES, ROUNDS, WARM_UPS, Stopwatch
+from fastlinear.tuning import stopwatch
+from fastlinear.tuning.stopwatch import FLUSHES, ROUNDS, WARM_UPS, Stopwatch
 
 STREAM = 77
 FLUSH = 100.0  # microseconds of flushing L2 once

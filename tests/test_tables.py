@@ -8,7 +8,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import fastlinear
-from fastlinear import backend, by_table, lookup, tuned
-from fastlinear.kernels import backward, backward_weight, forward, launch, tables
-from fastlinear.kernels.configs import PYTORCH, BackwardConfig, Config, Traits
-from fastlinear.kernels.tables import KERNELS, Key, Row, Table
+from fastlinear import backend
+from fastlinear.choice import known, way
+from fastlinear.choice import table as tables
+from fastlinear.choice.table import BY_ROWS, PYTORCH, Key, Row, Table
+from fastlinear.kernels import backward, backward_weight, forward, launch
+from fastlinear.kernels.configs import BackwardConfig, Config, Traits
 
 N, K = 24, 40
 TILE = Config(32, 32, 32, num_warps=1, num_stages=1)
@@ -32,20 +33,14 @@ pytestmark = pytest.mark.skipif(not launch.INTERPRETING, reason="the table is th
 
 def row(product: Any, m: int, candidate: Config | str, **changes: Any) -> Row:
     bias = product != "grad_input"
-    given = Row(product, "float32", "ieee", None, bias, N, K, m, candidate, 2.0, 3.0, 4.0, 5.0)
+    wanted = "input weight bias" if product == "training" else ""
+    key = Key(product, "float32", "ieee", None, bias, wanted, N, K, m)
+    given = tables.row(key, candidate, 2.0, 3.0, 4.0, 5.0)
     return dataclasses.replace(given, **changes)
 
 
 def table(*rows: Row, **changes: Any) -> Table:
-    given = Table(
-        lookup.INTERPRETER,
-        "none",
-        torch.__version__,
-        metadata.version("triton"),
-        fastlinear.__version__,
-        "2026-01-02",
-        rows,
-    )
+    given = Table(known.INTERPRETER, "none", date="2026-01-02", rows=rows, **known.software())
     return dataclasses.replace(given, **changes)
 
 
@@ -56,7 +51,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path / "triton-interpreter.json"
     monkeypatch.undo()
     backend.use_tables()
-    assert not tuned.available
+    assert not known.available
 
 
 @pytest.fixture
@@ -94,10 +89,10 @@ def test_table_survives_being_written_and_read(path: Path) -> None:
     split = dataclasses.replace(SMALL, kind="split_k", splits=3)
     given = table(
         row("output", 4, split),
-        row("training", 1, KERNELS),
+        row("training", 1, BY_ROWS),
         row("grad_input", 2, PYTORCH),
         row("gradients", 2, BackwardConfig(SMALL, TILE)),
-        row("gradients", 4, KERNELS),
+        row("gradients", 4, BY_ROWS),
     )
     tables.write(path, given)
     assert tables.read(path) == given
@@ -140,12 +135,9 @@ def spoiled(path: Path, spoil: str) -> None:
         "truncated",
         "no table",
         "deep",
-        '["format", 2]',
+        '["format", 1]',
         '["surprise", 1]',
         '["device", "NVIDIA H100"]',
-        '["torch", "1.0.0"]',
-        '["triton", "2.0.0"]',
-        '["fastlinear", "9.0.0"]',
         '["rows", {}]',
         '["product", "grad_output"]',
         '["dtype", "int8"]',
@@ -182,10 +174,63 @@ def test_bad_table_is_ignored_with_one_warning_that_names_it(
     assert not launched
 
 
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_table_of_other_software_counts_where_it_gains_more(
+    name: str, path: Path, launched: list[tuple[str, int]]
+) -> None:
+    little, more = (row("output", m, TILE, pytorch_device_us=us) for m, us in ((4, 2.2), (8, 2.4)))
+    tables.write(path, table(little, more, **{name: "1.0.0"}))
+    backend.use_tables()
+    given = [layer_and_input(m) for m in (4, 8, 8)]
+    with torch.no_grad():
+        with pytest.warns(RuntimeWarning, match=rf"{path} only .* 15%: .*{name} 1.0.0"):
+            outputs = [layer(input) for layer, input in given]
+        for (layer, input), output in zip(given, outputs, strict=True):
+            assert_like_pytorch(layer, input, output)
+    assert len(launched) == 2
+    tables.write(path, table(little, more, **{name: known.software()[name] + ".1+local"}))
+    backend.use_tables()
+    with torch.no_grad():
+        layer, input = layer_and_input(4)
+        layer(input)
+    assert len(launched) == 3, "a bug fix is the same software"
+
+
+def test_gain_that_is_too_small_or_lost_by_the_caller_does_not_count(
+    use: Callable[..., None], launched: list[tuple[str, int]]
+) -> None:
+    use(
+        row("output", 4, TILE, pytorch_device_us=2.08),
+        row("output", 8, TILE, pytorch_device_us=2.12),
+        row("output", 16, TILE, wall_us=5.01),
+    )
+    with torch.no_grad():
+        for m, count in ((4, 0), (8, 1), (16, 1)):
+            layer, input = layer_and_input(m)
+            assert_like_pytorch(layer, input, layer(input))
+            assert len(launched) == count, m
+
+
+def test_row_of_another_fastlinear_counts_where_the_kernels_are_the_same(
+    use: Callable[..., None], launched: list[tuple[str, int]]
+) -> None:
+    library, rows = row("output", 8, "onednn"), []
+    for kernels, count in ((known.software()["kernels"], 1), ("0" * 16, 0)):
+        use(row("output", 4, TILE), library, kernels=kernels, fastlinear="9.0.0")
+        for m in (4, 8):
+            layer, input = layer_and_input(m)
+            with torch.no_grad():
+                rows.append(fastlinear.explain(layer, input).path)
+                assert_like_pytorch(layer, input, layer(input))
+        assert len(launched) == count
+        launched.clear()
+    assert rows == ["fastlinear.kernels", "onednn", "torch.nn.functional.linear", "onednn"]
+
+
 def test_row_that_cannot_be_launched_here_is_ignored(use: Callable[..., None]) -> None:
     use(row("output", 4, dataclasses.replace(TILE, block_k=48)), row("output", 8, TILE))
-    layer = ("output", torch.float32, "ieee", None, True, N, K)
-    assert lookup.ranges(tuned.generation, torch.device("cpu"), *layer) == ((5, 8),)
+    key = Key("output", "float32", "ieee", None, True, "", N, K, 0)
+    assert way.ranges(known.generation, 0, torch.device("cpu"), key) == ((5, 8),)
 
 
 @pytest.mark.parametrize("num_warps", [3, 64, 1024])
@@ -199,8 +244,8 @@ def test_row_with_a_number_of_warps_that_no_program_has_is_ignored(
         row("gradients", 4, BackwardConfig(impossible, impossible)),
         row("output", 16, TILE),
     )
-    assert lookup.sizes(torch.device("cpu")) == {(N, K, 16)}
-    assert lookup.files(torch.device("cpu")).popitem()[1] == 1
+    assert way._sizes(torch.device("cpu"), known.generation, 0) == {(N, K, 16)}
+    assert known.files(torch.device("cpu")).popitem()[1] == 1
 
 
 class Chosen(Exception):
@@ -236,7 +281,7 @@ def test_traits_are_the_launchers(
     ):
         monkeypatch.setattr(launcher, name, choice)
     activation = "relu" if product == "relu" else None
-    key = Key("output" if activation else product, dtype, "ieee", activation, False, n, k, m)
+    key = Key("output" if activation else product, dtype, "ieee", activation, False, "", n, k, m)
     target = launch.target_of(torch.device("cpu"))
     expected = tables.traits_of(key, target)
 
@@ -320,7 +365,7 @@ def test_each_product_takes_its_own_candidate(
     use: Callable[..., None], launched: list[tuple[str, int]]
 ) -> None:
     use(
-        row("training", 4, KERNELS),
+        row("training", 4, BY_ROWS),
         row("output", 4, PYTORCH),
         row("grad_input", 4, SMALL),
         row("grad_weight", 4, PYTORCH),
@@ -342,7 +387,7 @@ def test_each_product_takes_its_own_candidate(
 def test_both_gradients_take_one_launch_where_a_row_says_so(
     case: str, use: Callable[..., None], launched: list[tuple[str, int]]
 ) -> None:
-    use(row("training", 4, KERNELS), row("gradients", 4, BackwardConfig(SMALL, TILE)))
+    use(row("training", 4, BY_ROWS), row("gradients", 4, BackwardConfig(SMALL, TILE)))
     layer, input = layer_and_input(4)
     input.requires_grad_()
     layer.requires_grad_(case != "input alone")
@@ -364,7 +409,7 @@ def test_both_gradients_take_one_launch_where_a_row_says_so(
 def test_backward_goes_by_the_backend_of_its_forward(
     use: Callable[..., None], launched: list[tuple[str, int]]
 ) -> None:
-    use(row("training", 4, KERNELS), row("output", 4, SMALL), row("grad_weight", 4, PYTORCH))
+    use(row("training", 4, BY_ROWS), row("output", 4, SMALL), row("grad_weight", 4, PYTORCH))
     layer, input = layer_and_input(4)
     with fastlinear.use_backend("triton"):
         output = layer(input)
@@ -381,7 +426,7 @@ def test_backward_goes_by_the_backend_of_its_forward(
 def test_second_backward_goes_by_the_backend_of_the_forward(
     use: Callable[..., None], launched: list[tuple[str, int]]
 ) -> None:
-    use(row("training", 4, KERNELS), row("output", 4, SMALL), row("grad_weight", 4, PYTORCH))
+    use(row("training", 4, BY_ROWS), row("output", 4, SMALL), row("grad_weight", 4, PYTORCH))
     layer, input = layer_and_input(4)
     input.requires_grad_()
 
@@ -434,7 +479,7 @@ def test_activation_has_rows_of_its_own(
     launched: list[tuple[str, int]],
 ) -> None:
     use(
-        row("training", 4, KERNELS, activation=activation),
+        row("training", 4, BY_ROWS, activation=activation),
         row("output", 4, candidate, activation=activation),
         row("grad_weight", 4, SMALL),
     )
@@ -538,9 +583,9 @@ def test_what_is_traced_or_exported_runs_without_the_table(use: Callable[..., No
 def test_threads_read_the_table_alike(use: Callable[..., None]) -> None:
     use(row("output", 4, SMALL))
     found: list[Any] = []
-    key = Key("output", "float32", "ieee", None, True, N, K, 3)
+    key = Key("output", "float32", "ieee", None, True, "", N, K, 3)
     threads = [
-        threading.Thread(target=lambda: found.append(lookup.find(torch.device("cpu"), key)))
+        threading.Thread(target=lambda: found.append(known.find(torch.device("cpu"), key)))
         for _ in range(8)
     ]
     for thread in threads:
@@ -570,7 +615,7 @@ def test_explain_shows_the_row(use: Callable[..., None], path: Path) -> None:
 def test_explained_launches_by_a_table_are_those_that_happen(
     use: Callable[..., None], launched: list[tuple[str, int]]
 ) -> None:
-    use(row("training", 4, KERNELS), row("grad_input", 4, SMALL))
+    use(row("training", 4, BY_ROWS), row("grad_input", 4, SMALL))
     layer, input = layer_and_input(4)
     input.requires_grad_()
     said = fastlinear.explain(layer, input)
@@ -583,13 +628,13 @@ def test_explained_launches_by_a_table_are_those_that_happen(
 
 def test_user_s_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTLINEAR_CACHE", "/a")
-    assert tuned.user_folder() == Path("/a")
+    assert known.user_folder() == Path("/a")
     monkeypatch.delenv("FASTLINEAR_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert tuned.user_folder() == Path("/b/fastlinear")
+    assert known.user_folder() == Path("/b/fastlinear")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/c")
-    assert tuned.user_folder() == Path("/c/.cache/fastlinear")
+    assert known.user_folder() == Path("/c/.cache/fastlinear")
 
 
 @pytest.mark.parametrize("user", ["cannot be looked into", "has no home"])
@@ -600,7 +645,7 @@ def test_shipped_table_counts_where_the_user_s_folder_does_not(
         raise RuntimeError("Could not determine home directory.")
 
     tables.write(path, table(row("output", 4, SMALL)))
-    monkeypatch.setattr(tuned, "SHIPPED", path.parent)
+    monkeypatch.setattr(known, "SHIPPED", path.parent)
     if user == "has no home":
         monkeypatch.delenv("FASTLINEAR_CACHE")
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -608,7 +653,7 @@ def test_shipped_table_counts_where_the_user_s_folder_does_not(
     else:
         monkeypatch.setenv("FASTLINEAR_CACHE", "/" + 300 * "x")  # refused to root, too
     backend.use_tables()
-    assert tuned.available
+    assert known.available
     layer, input = layer_and_input(4)
     with torch.no_grad():
         assert_like_pytorch(layer, input, layer(input))
@@ -629,7 +674,7 @@ def test_table_is_found_when_a_process_starts(path: Path) -> None:
 
 
 def test_without_a_table_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(by_table, "kernels_win", None)  # to call it would raise
+    monkeypatch.setattr(way, "takes_ours", None)  # to call it would raise
     layer, input = layer_and_input(4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

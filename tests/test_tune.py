@@ -16,11 +16,15 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlinear
-from fastlinear import backend, tune, tune_layer, tune_rows
-from fastlinear.kernels import launch, tables
-from fastlinear.kernels.configs import PYTORCH, BackwardConfig, Config
-from fastlinear.kernels.tables import KERNELS, Row
-from fastlinear.stopwatch import Call
+from fastlinear import backend
+from fastlinear.choice import table as tables
+from fastlinear.choice.table import BY_ROWS, PYTORCH, Row
+from fastlinear.kernels import launch
+from fastlinear.kernels.configs import BackwardConfig, Config
+from fastlinear.tuning import command as tune
+from fastlinear.tuning import measure as tune_rows
+from fastlinear.tuning import products as tune_layer
+from fastlinear.tuning.stopwatch import Call
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--shapes", "24x40", "--dtypes", "float32")
@@ -45,7 +49,8 @@ class Clocks:
         self.asked += 1
         for call in calls.values():
             call()
-        return {name: [self.pytorch if name == PYTORCH else self.kernel] * 3 for name in calls}
+        slow = (PYTORCH, *tables.LIBRARIES)
+        return {name: [self.pytorch if name in slow else self.kernel] * 3 for name in calls}
 
 
 def command(path: Path, *given: str) -> argparse.Namespace:
@@ -67,12 +72,12 @@ def test_every_product_gets_a_row_that_auto_goes_by(
     assert set(rows) == {(product, m) for product in tables.PRODUCTS for m in (1, 4)}
     for (product, _), row in rows.items():
         several = product in ("gradients", "training")
-        won = row.candidate == KERNELS if several else type(row.candidate) is Config
+        won = row.candidate == BY_ROWS if several else type(row.candidate) is Config
         assert won, row
         assert (row.device_us, row.pytorch_device_us) == (1.0, 2.0)
         assert (row.wall_us, row.pytorch_wall_us) == (1.0, 2.0)
     said = capsys.readouterr().out
-    assert "output: a kernel is faster for 2 of 2, there 2.00 times PyTorch's speed" in said
+    assert "output: something else is faster for 2 of 2, there 2.00 times PyTorch's speed" in said
 
     monkeypatch.setenv("FASTLINEAR_CACHE", str(tmp_path))
     backend.use_tables()
@@ -323,7 +328,7 @@ def test_what_fails_is_left_out(
     monkeypatch.setattr(tune_layer.Products, "by_kernel", failing)
     path = tmp_path / "table.json"
     assert tune.run(command(path, "--rows", "4"), Clocks()) == 0
-    said = capsys.readouterr().out
+    said = "".join(capsys.readouterr())
     if kind == "fails":
         assert "left out, as it fails: output of float32 24x40 4 rows by Config(" in said
         assert rows_of(path)["output", 4].candidate == PYTORCH
@@ -345,7 +350,7 @@ def test_interrupted_run_leaves_a_whole_table_and_says_how_to_go_on(
         return clocks(calls, clock)
 
     assert tune.run(command(path, "--rows", "4"), interrupted) == 130
-    assert "goes on from the 2 new rows" in capsys.readouterr().out
+    assert "goes on from the 2 new rows" in capsys.readouterr().err
     assert {product for product, _ in rows_of(path)} == {"output", "grad_input"}
     assert tune.run(command(path, "--rows", "4"), Clocks()) == 0
     assert len(rows_of(path)) == 5
@@ -365,7 +370,7 @@ def test_table_of_other_versions_is_written_anew(
     assert tune.run(command(path, "--rows", "4"), Clocks()) == 0
     tables.write(path, dataclasses.replace(tables.read(path), torch="1.0.0"))
     assert tune.run(command(path, "--rows", "1"), Clocks()) == 0
-    assert "written anew: it was measured with torch 1.0.0" in capsys.readouterr().out
+    assert "written anew: it was measured with torch 1.0.0" in capsys.readouterr().err
     assert {m for _, m in rows_of(path)} == {1}
 
 
@@ -399,7 +404,7 @@ def test_user_s_own_table_that_is_broken_is_written_anew(
     arguments = command(path, "--rows", "4")
     arguments.output = None
     assert tune.run(arguments, Clocks()) == 0
-    assert f"{path} is written anew: " in capsys.readouterr().out
+    assert f"{path} is written anew: " in capsys.readouterr().err
     assert len(rows_of(path)) == 5
 
 
@@ -413,28 +418,29 @@ def test_folder_that_cannot_be_written_is_told_before_measuring(
     assert "cannot use" in capsys.readouterr().err
 
 
-def test_without_triton_the_command_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_without_triton_what_pytorch_has_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing() -> None:
         raise RuntimeError("backend 'triton' needs the package triton")
 
     monkeypatch.setattr(backend, "launchers", missing)
-    assert tune.run(command(tmp_path / "table.json"), Clocks()) == 1
-    said = capsys.readouterr().err
-    assert said == "python -m fastlinear tune: backend 'triton' needs the package triton\n"
+    path = tmp_path / "table.json"
+    assert tune.run(command(path, "--rows", "4"), Clocks()) == 0
+    assert {product for product, _ in rows_of(path)} == {"output", "training"}
 
 
 def in_a_process(path: Path, code: str, *given: str) -> "subprocess.Popen[bytes]":
     program = (
         "import argparse, os, signal, sys\n"
-        "from fastlinear import tune\n"
+        "from fastlinear.tuning import command as tune\n"
         "asked = 0\n"
         "def measure(calls, clock):\n"
         "    global asked\n"
         "    asked += 1\n"
         f"    {code}\n"
-        "    return {name: [2.0 if name == 'pytorch' else 1.0] * 3 for name in calls}\n"
+        "    slow = 'pytorch', 'onednn'\n"
+        "    return {name: [2.0 if name in slow else 1.0] * 3 for name in calls}\n"
         "parser = argparse.ArgumentParser()\n"
         "tune.add_arguments(parser)\n"
         "sys.exit(tune.run(parser.parse_args(), measure))\n"
@@ -494,14 +500,27 @@ def test_without_tqdm_each_layer_is_a_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert tune.run(command(tmp_path / "table.json", "--rows", "4"), Clocks()) == 0
-    assert "1 of 1: float32 24x40 4 rows\n" in capsys.readouterr().out
+    assert "1 of 1: float32 24x40 4 rows\n" in capsys.readouterr().err
 
 
-def test_command_without_a_gpu_says_so_in_a_sentence() -> None:
+def test_command_without_a_gpu_measures_the_cpu(tmp_path: Path) -> None:
+    run = [sys.executable, "-m", "fastlinear", "tune", "--shapes", "24x40", "--rows", "4"]
+    given = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    given["FASTLINEAR_CACHE"] = str(tmp_path)
+    run += ["--dtypes", "float32"]
+    result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120, env=given)
+    assert result.returncode == 0, result.stderr
+    (path,) = tmp_path.glob("*.json")
+    assert "thread" in tables.read(path).device
+    assert {row.product for row in tables.read(path).rows} == {"output", "training"}
+    assert all(row.wall_us == row.device_us > 0 for row in tables.read(path).rows)
+
+
+def test_command_measures_no_interpreted_kernels() -> None:
     run = [sys.executable, "-m", "fastlinear", "tune", "--shapes", "24x40"]
     result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1
-    assert result.stderr == "python -m fastlinear tune: measures kernels on a GPU, and finds none\n"
+    assert "measures no interpreted kernels: unset TRITON_INTERPRET" in result.stderr
 
 
 @pytest.mark.parametrize("product", ["output", "grad_input", "grad_weight", "gradients"])

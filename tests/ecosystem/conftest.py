@@ -11,7 +11,7 @@ from twins import Backend
 
 import fastlinear
 import fastlinear.kernels.backward  # takes the launcher that the fixture replaces: before it does
-from fastlinear import shortcut
+from fastlinear.choice import way
 from fastlinear.kernels import forward, gated
 
 
@@ -28,7 +28,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         return count
 
     as_planned = forward.as_planned
-    monkeypatch.setattr(shortcut, "_shortcuts", {})  # those of earlier tests count for those
+    monkeypatch.setattr(way, "_ways", {})  # those of earlier tests count for those
     monkeypatch.setattr(forward, "as_planned", lambda plan: counted(as_planned(plan), 1))
     monkeypatch.setattr(forward, "linear_forward", counted(forward.linear_forward, 1))
     monkeypatch.setattr(gated, "gated_linear_forward", counted(gated.gated_linear_forward, 2))

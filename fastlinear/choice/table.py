@@ -1,4 +1,4 @@
-"""Tables of what was measured: per GPU, the fastest way to compute each product of a layer.
+"""Tables of what was measured: per device, the fastest way to compute each product of a layer.
 
 A table is a JSON file of plain values. Those that are shipped lie in kernels/tuned/. Nothing here
 imports Triton.
@@ -11,15 +11,16 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 
-from .configs import PYTORCH, BackwardConfig, Config, Kernel, Kind, Target, Traits
-from .legality import why_illegal
-from .operands import ACTIVATIONS
+from fastlinear.choice import epilogue, onednn
+from fastlinear.kernels.configs import BackwardConfig, Config, Kernel, Kind, Target, Traits
+from fastlinear.kernels.legality import why_illegal
+from fastlinear.kernels.operands import ACTIVATIONS
 
-FORMAT = 1
+FORMAT = 2
 
 # "gradients" is grad_input and grad_weight, of which one launch can be both; "training" is all of a
 # layer's products with their autograd, as one step of forward and backward.
@@ -30,12 +31,16 @@ KERNEL_OF: dict[str, Kernel] = {
     "grad_input": "forward",
     "grad_weight": "backward_weight",
 }
-KERNELS = "kernels"  # for the last two: each product as its own row says
+# What else than a kernel's configuration a row may have: PyTorch's F.linear and matmul; for outputs
+# what PyTorch has besides them; and, for the last two products, each product as its own row says.
+PYTORCH = "pytorch"
+LIBRARIES = {library.NAME: library for library in (onednn, epilogue)}
+BY_ROWS = "rows"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 PRECISION = re.compile("[a-z0-9]{1,16}")
+OPERANDS = ("input", "weight", "bias")
 
-
-Candidate = Config | BackwardConfig | str
+Candidate: TypeAlias = Config | BackwardConfig | str
 
 
 class Key(NamedTuple):
@@ -46,6 +51,7 @@ class Key(NamedTuple):
     precision: str
     activation: str | None
     bias: bool
+    wanted: str
     n: int
     k: int
     m: int
@@ -58,10 +64,12 @@ class Row:
     product, dtype, precision: of what.
     activation, bias: what the layer has of them, where that is part of the product: of "output" and
         "training" and, as the gradient of the bias, of "grad_weight" and "gradients".
+    wanted: of "training", whose gradients, as in "input weight bias"; "" of the others.
     n, k: out_features and in_features.
     m: rows that it was measured with; it stands for all numbers of rows with this `bucket`.
-    candidate: a Config, for "gradients" a BackwardConfig, or PYTORCH or KERNELS.
-    device_us, wall_us: microseconds of a call on the device, and for the caller.
+    candidate: a Config, for "gradients" a BackwardConfig, for "output" a library's name, or PYTORCH
+        or BY_ROWS.
+    device_us, wall_us: microseconds of a call on the device, and for the caller: on a CPU the same.
     pytorch_device_us, pytorch_wall_us: PyTorch's.
     """
 
@@ -70,6 +78,7 @@ class Row:
     precision: str
     activation: str | None
     bias: bool
+    wanted: str
     n: int
     k: int
     m: int
@@ -83,16 +92,41 @@ class Row:
     def key(self) -> Key:
         return Key(*(getattr(self, name) for name in Key._fields))
 
+    def wins(self, margin: float) -> bool:
+        """Whether it is so many times as fast on the device, and no slower for the caller."""
+        faster = self.pytorch_device_us >= margin * self.device_us
+        return faster and self.wall_us <= self.pytorch_wall_us
+
+    def by_pytorch(self) -> "Row":
+        """The same product, computed by PyTorch."""
+        return dataclasses.replace(
+            self,
+            candidate=PYTORCH,
+            device_us=self.pytorch_device_us,
+            wall_us=self.pytorch_wall_us,
+        )
+
+
+def row(key: Key, candidate: Candidate, *times: float) -> Row:
+    """That of `key`, with its times in the order of Row."""
+    names = ("device_us", "pytorch_device_us", "wall_us", "pytorch_wall_us")
+    fields: dict[str, Any] = key._asdict() | dict(zip(names, times, strict=True))
+    return Row(candidate=candidate, **fields)
+
 
 @dataclass(frozen=True)
 class Table:
-    """Rows, and what they were measured on and with."""
+    """Rows, and what they were measured on and with.
+
+    kernels: a hash of the kernels' sources.
+    """
 
     device: str
     driver: str
     torch: str
     triton: str
     fastlinear: str
+    kernels: str
     date: str
     rows: tuple[Row, ...]
 
@@ -181,6 +215,10 @@ def _parse_row(row: Any, number: int) -> Row:
     check(applied, "activation", f"null or one of {', '.join(ACTIVATIONS)}")
     check(type(row["bias"]) is bool, "bias", "true or false")
     check(not (row["bias"] and row["product"] == "grad_input"), "bias", "false, as grad_input's is")
+    named = row["wanted"].split() if isinstance(row["wanted"], str) else [""]
+    right = named == [name for name in OPERANDS if name in named]
+    right = right and bool(named) == (row["product"] == "training")
+    check(right, "wanted", "operands that the training is to have gradients of")
     for name in ("n", "k", "m"):
         check(type(row[name]) is int and 0 < row[name] < 2**31, name, "from 1 to 2147483647")
     check(row["m"] == bucket(row["m"]), "m", "a power of two")
@@ -197,12 +235,14 @@ def _parse_candidate(given: Any, product: str) -> Candidate | None:
     """The candidate of a row for `product`; None if it is none."""
     if given == PYTORCH:
         return PYTORCH
+    if product in ("training", "gradients") and given == BY_ROWS:
+        return BY_ROWS
+    if product == "output" and isinstance(given, str) and given in LIBRARIES:
+        return given
     if product == "training":
-        return KERNELS if given == KERNELS else None
+        return None
     if product != "gradients":
         return _parse_config(given)
-    if given == KERNELS:
-        return KERNELS
     if not isinstance(given, dict) or set(given) != {"input", "weight"}:
         return None
     input, weight = _parse_config(given["input"]), _parse_config(given["weight"])

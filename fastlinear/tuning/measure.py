@@ -1,6 +1,6 @@
 """The row of a table for each product of a layer, by measuring it.
 
-A kernel is entered where it is as exact as PyTorch, faster than PyTorch on the device or for the
+Something else than PyTorch's way is entered where it is as exact, faster on the device or for the
 caller, by more than the measurements scatter, and slower at neither.
 """
 
@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from fastlinear import backend
-from fastlinear.kernels import tables
-from fastlinear.kernels.configs import PYTORCH
-from fastlinear.kernels.tables import KERNELS, Candidate, Key, Row
-from fastlinear.stopwatch import Call, Measure
-from fastlinear.tune_layer import Layer, Products
+from fastlinear.choice import table
+from fastlinear.choice.table import BY_ROWS, PYTORCH, Candidate, Key, Row
+from fastlinear.tuning.products import Layer, Products, in_turn
+from fastlinear.tuning.stopwatch import Call, Measure
 
 
 def as_exact(results: Any, native: Any, exact: tuple[Tensor, ...], terms: int) -> bool:
@@ -37,15 +36,9 @@ def as_exact(results: Any, native: Any, exact: tuple[Tensor, ...], terms: int) -
 
 
 def faster(times: list[float], than: list[float]) -> bool:
-    """Whether the median is less, by more than the middle half of either scatters."""
-    return statistics.median(than) - statistics.median(times) > max(_scatter(times), _scatter(than))
-
-
-def _scatter(times: list[float]) -> float:
-    if len(times) < 2:
-        return 0.0
-    first, _, third = statistics.quantiles(times, n=4)
-    return third - first
+    """Whether the times are less in three of four rounds, in which all calls took turns."""
+    gained = sorted(theirs - ours for ours, theirs in zip(times, than, strict=True))
+    return gained[len(gained) // 4] > 0
 
 
 def wins(
@@ -61,17 +54,17 @@ def measure_layer(
     layer: Layer, device: torch.device, measure: Measure, known: dict[Key, Row]
 ) -> Iterator[Row]:
     """The rows of a layer that are not known yet; those of its products, and then of all."""
-    keys = [layer.key(product) for product in tables.PRODUCTS]
+    keys = [layer.key(product, device) for product in layer.products(device)]
     if all(key in known for key in keys):
         return
     products = Products(layer, device)
     rows: list[Row] = []
-    for product, key in zip(tables.PRODUCTS, keys, strict=True):
+    for key in keys:
         row = known.get(key)
         if row is None:
-            if product == "training":
+            if key.product == "training":
                 row = _measure_training(products, key, measure, rows)
-            elif product == "gradients":
+            elif key.product == "gradients":
                 row = _measure_gradients(products, key, measure, rows[1:])
             else:
                 row = _measure_product(products, key, measure)
@@ -80,13 +73,13 @@ def measure_layer(
 
 
 def _exact_calls(products: Products, product: str) -> dict[Candidate, Call]:
-    """The kernels' calls for a product, by configuration, that give what they should."""
+    """The calls for a product, by candidate, that give what they should."""
     exact, theirs = products.exact(product), products.by_pytorch(product)()
     layer = products.layer
     terms = {"output": layer.k, "grad_input": layer.n, "grad_weight": layer.m}
     most = terms.get(product, max(layer.m, layer.n))
     calls: dict[Candidate, Call] = {}
-    for config in products.configs(product):
+    for config in products.candidates(product):
         call = products.by_kernel(product, config)
         try:
             if as_exact(call(), theirs, exact, most):
@@ -101,6 +94,8 @@ def _exact_calls(products: Products, product: str) -> dict[Candidate, Call]:
 def _measure_product(products: Products, key: Key, measure: Measure) -> Row:
     product, native = key.product, products.by_pytorch(key.product)
     calls = _exact_calls(products, product)
+    if on_cpu(products):
+        return _measure_on_cpu(products, key, measure, next(iter(calls), PYTORCH), [])
     times = measure({PYTORCH: native} | {str(one): call for one, call in calls.items()}, "device")
     if not calls:
         walls = measure({PYTORCH: native}, "wall")
@@ -124,7 +119,7 @@ def _measure_gradients(products: Products, key: Key, measure: Measure, rows: lis
     calls: dict[str, Call] = {PYTORCH: products.by_pytorch(key.product)}
     apart = PYTORCH
     if any(row.candidate != PYTORCH for row in rows):
-        apart = KERNELS
+        apart = BY_ROWS
         calls[apart] = products.apart()
     with _trial(products.device, rows):
         times = measure(calls | {str(pair): call for pair, call in pairs.items()}, "device")
@@ -142,15 +137,40 @@ def _measure_gradients(products: Products, key: Key, measure: Measure, rows: lis
 
 
 def _measure_training(products: Products, key: Key, measure: Measure, rows: list[Row]) -> Row:
+    ours = BY_ROWS if any(row.candidate != PYTORCH for row in rows) else PYTORCH
+    if on_cpu(products):
+        return _measure_on_cpu(products, key, measure, ours, rows)
     calls = {PYTORCH: products.step(by_pytorch=True)}
-    by_kernels = any(row.candidate != PYTORCH for row in rows)
-    if by_kernels:
-        calls[KERNELS] = products.step(by_pytorch=False)
-    with _trial(products.device, [*rows, _unmeasured(key, KERNELS)]):
+    if ours != PYTORCH:
+        calls[ours] = products.step(by_pytorch=False)
+    with _trial(products.device, [*rows, _unmeasured(key, ours)]):
         times, walls = measure(calls, "device"), measure(calls, "wall")
-    ours = KERNELS if by_kernels else PYTORCH
     measured = (times[ours], walls[ours], times[PYTORCH], walls[PYTORCH])
-    return _row(key, KERNELS if by_kernels and wins(*measured) else PYTORCH, *measured)
+    return _row(key, ours if ours != PYTORCH and wins(*measured) else PYTORCH, *measured)
+
+
+def on_cpu(products: Products) -> bool:
+    """Whether there is one clock, the caller's, and no kernel."""
+    return products.device.type == "cpu" and not backend.kernels_run_on(products.device)
+
+
+def _measure_on_cpu(
+    products: Products, key: Key, measure: Measure, candidate: Candidate, rows: list[Row]
+) -> Row:
+    """The row of an output or a step, by way of `fastlinear.linear`: what a caller waits for."""
+    way = Products.public if key.product == "output" else Products.step
+    calls = {PYTORCH: in_turn(products, lambda one: way(one, by_pytorch=True))}
+    if candidate != PYTORCH:
+        calls[str(candidate)] = in_turn(products, lambda one: way(one, by_pytorch=False))
+    grad = key.product != "output"
+    with (
+        _trial(products.device, [*rows, _unmeasured(key, candidate)]),
+        torch.set_grad_enabled(grad),
+    ):
+        times = measure(calls, "wall")
+    ours, theirs = times[str(candidate)], times[PYTORCH]
+    won = candidate != PYTORCH and faster(ours, theirs)
+    return _row(key, candidate if won else PYTORCH, ours, ours, theirs, theirs)
 
 
 def _least(calls: Iterable[Candidate], times: dict[str, list[float]]) -> Candidate:
@@ -158,7 +178,7 @@ def _least(calls: Iterable[Candidate], times: dict[str, list[float]]) -> Candida
 
 
 def _unmeasured(key: Key, candidate: Candidate) -> Row:
-    return Row(*key, candidate, 1.0, 1.0, 1.0, 1.0)
+    return table.row(key, candidate, 1.0, 1.0, 1.0, 1.0)
 
 
 @contextlib.contextmanager
@@ -183,5 +203,5 @@ def _row(
     """`key`'s row with the medians; PyTorch's, where that is the candidate, in both places."""
     if candidate == PYTORCH:
         device, wall = their_device, their_wall
-    times = (device, their_device, wall, their_wall)
-    return Row(*key, candidate, *(round(statistics.median(t), 3) for t in times))
+    medians = (statistics.median(one) for one in (device, their_device, wall, their_wall))
+    return table.row(key, candidate, *(round(one, 3) for one in medians))

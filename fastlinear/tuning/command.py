@@ -1,10 +1,9 @@
-"""`python -m fastlinear tune`: measures what is fastest on this GPU, and writes it to a table.
+"""`python -m fastlinear tune`: measures what is fastest on this device, and writes it to a table.
 
-Each product of a layer is computed by PyTorch and by the kernels, in the configurations that the
-model of their times ranks first; what is not as exact as PyTorch is left out. A kernel is entered
-into the table where it is faster than PyTorch on the device or for the caller, by more than the
-measurements scatter, and slower at neither. The table is written after each product, so that the
-same command goes on where it was interrupted.
+As `fastlinear.tune` does for the layers that a model calls, for layers that are named: on a GPU, or
+on a CPU where there is none. Each product is computed by PyTorch and by what may be faster; what is
+not as exact as PyTorch is left out. The table is written after each product, so that the same
+command goes on where it was interrupted.
 """
 
 import argparse
@@ -13,20 +12,16 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from fastlinear import backend, lookup, tuned
-from fastlinear.activations import ACTIVATIONS
-from fastlinear.kernels import tables
-from fastlinear.kernels.configs import PYTORCH
-from fastlinear.kernels.tables import Row
-from fastlinear.stopwatch import Measure, Stopwatch
-from fastlinear.tune_layer import Layer
-from fastlinear.tune_rows import measure_layer
-from fastlinear.tune_store import Store
+from fastlinear.choice import known, table
+from fastlinear.choice.table import PYTORCH, Row
+from fastlinear.elementwise import ACTIVATIONS
+from fastlinear.tuning.products import Layer
+from fastlinear.tuning.stopwatch import Measure
+from fastlinear.tuning.tune import measure_all, table_of
 
 # out_features x in_features of common models: squares and MLPs of Llama 3 8B, ViT-B and BERT-base.
 COMMON = ("4096x4096", "14336x4096", "4096x14336", "1024x4096", "3072x768", "768x3072", "768x768")
@@ -102,7 +97,7 @@ def layers(arguments: argparse.Namespace) -> list[Layer]:
             not arguments.no_bias,
             n,
             k,
-            tables.bucket(m),
+            table.bucket(m),
         )
         for m in arguments.rows
         for dtype in arguments.dtypes
@@ -113,7 +108,7 @@ def layers(arguments: argparse.Namespace) -> list[Layer]:
 
 
 def run(arguments: argparse.Namespace, measure: Measure | None = None) -> int:
-    """The command; `measure` takes the place of a GPU's clocks."""
+    """The command; `measure` takes the place of the device's clocks."""
     try:
         wanted = layers(arguments)
     except ValueError as error:
@@ -125,41 +120,27 @@ def tune(
     wanted: list[Layer], output: Path | None, minutes: float, measure: Measure | None = None
 ) -> int:
     """Measures those layers in turn; the other arguments are as the command and `run` have them."""
-    if measure is None and not torch.cuda.is_available():
-        return _refuse("measures kernels on a GPU, and finds none", 1)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-    name = lookup.device_name(device) or str(device)
-    if measure is None and name == lookup.INTERPRETER:
+    name = known.device_name(device) or str(device)
+    if measure is None and name == known.INTERPRETER:
         return _refuse("measures no interpreted kernels: unset TRITON_INTERPRET", 1)
     try:
-        backend.launchers().forward.launch.target_of(device)
-        path = output or tuned.user_folder() / tables.file_name(name)
-    except RuntimeError as error:  # no Triton, no kernels for this GPU, or no home folder
+        path = output or table_of(device)
+    except RuntimeError as error:  # no home folder
         return _refuse(str(error), 1)
-    try:
-        store = Store(path, device, own=output is None)
-    except (OSError, ValueError) as error:
-        return _refuse(f"cannot use {path} for the table: {error}", 1)
-    measure = measure or Stopwatch(device)
-    if store.replaces is not None:
-        print(f"{path} is written anew: {store.replaces}")
     print(f"{len(wanted)} layers on {name}, to {path}")
-    new: list[Row] = []
+    deadline, before = time.monotonic() + 60 * minutes, _rows(path)
     try:
-        for row in _rows(wanted, device, measure, store, 60 * minutes):
-            store.add(row)
-            new.append(row)
+        finished = measure_all(wanted, device, path, deadline, measure, own=output is None)
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on from the {len(new)} new rows in {path}")
         return 130
-    except OSError as error:  # the disk is full, say
-        kept = f"the {len(new)} new rows before are in it"
-        return _refuse(f"cannot use {path} for the table: {error}; {kept}", 1)
-    finally:
-        backend.use_tables()
-    print(gained(new))
+    except (OSError, ValueError) as error:
+        return _refuse(str(error), 1)
+    if not finished:
+        print("out of time; the same command goes on from here")
+    print(gained([row for row in _rows(path) if row not in before]))
     return 0
 
 
@@ -168,56 +149,22 @@ def _refuse(why: str, status: int) -> int:
     return status
 
 
-def _rows(
-    wanted: list[Layer], device: torch.device, measure: Measure, store: Store, seconds: float
-) -> Iterator[Row]:
-    known, deadline = store.rows(), time.monotonic() + seconds
-    for layer in _with_progress(wanted):
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # what the last layer left counts as free
-            if layer.bytes > torch.cuda.mem_get_info(device)[0]:
-                print(f"left out, as it does not fit in memory: {layer}")
-                continue
-        before = torch.get_float32_matmul_precision()
-        try:
-            if layer.dtype == torch.float32:
-                torch.set_float32_matmul_precision("high" if layer.tf32 else "highest")
-            for row in measure_layer(layer, device, measure, known):
-                yield row
-                known[row.key] = row
-                if time.monotonic() > deadline:
-                    print("out of time; the same command goes on from here")
-                    return
-        except torch.OutOfMemoryError:
-            print(f"left out, as it does not fit in memory: {layer}")
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-
-def _with_progress(wanted: list[Layer]) -> Iterator[Layer]:
-    """With a progress bar where tqdm is installed, else a line a layer."""
+def _rows(path: Path) -> list[Row]:
     try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
-    except ImportError:
-        for number, layer in enumerate(wanted):
-            print(f"{number + 1} of {len(wanted)}: {layer}", flush=True)
-            yield layer
-        return
-    with tqdm(wanted, unit="layer") as bar:
-        for layer in bar:
-            bar.set_postfix_str(str(layer))
-            yield layer
+        return list(table.read(path).rows)
+    except (OSError, ValueError):
+        return []
 
 
 def gained(rows: list[Row]) -> str:
     """In words: how often a kernel won, and what that gained."""
     lines = []
-    for product in tables.PRODUCTS:
+    for product in table.PRODUCTS:
         of_product = [row for row in rows if row.product == product]
         won = [row for row in of_product if row.candidate != PYTORCH]
         if not of_product:
             continue
-        line = f"{product}: a kernel is faster for {len(won)} of {len(of_product)}"
+        line = f"{product}: something else is faster for {len(won)} of {len(of_product)}"
         if won:
             device = statistics.geometric_mean(row.pytorch_device_us / row.device_us for row in won)
             wall = statistics.geometric_mean(row.pytorch_wall_us / row.wall_us for row in won)

@@ -1,4 +1,4 @@
-"""How `python -m fastlinear tune` measures calls on a GPU."""
+"""How calls are timed, on a GPU and on a CPU."""
 
 import functools
 import time
@@ -14,6 +14,7 @@ Call = Callable[[], object]
 Measure = Callable[[dict[str, Call], str], dict[str, list[float]]]
 
 ROUNDS = 11
+CPU_ROUNDS, CPU_SECONDS = (9, 31), 1.5  # at least and at most; what all should take together
 WARM_UPS = 3  # calls, of which the first may compile
 LEAST_SECONDS = 0.002  # that a row of calls takes whose wall time is measured
 FLUSHED_BYTES = 2**28  # more than any L2 holds
@@ -122,6 +123,35 @@ class Stopwatch:
 
         count = max(5, round(LEAST_SECONDS / (measure(5) / 1e6)))
         return lambda: measure(count)
+
+
+class CpuStopwatch:
+    """Times calls in turn on a CPU, where the caller's clock is the only one."""
+
+    def __call__(self, calls: dict[str, Call], clock: str) -> dict[str, list[float]]:
+        """Each call's times, in microseconds; `clock` is "wall" or "device", and no matter."""
+        counts = {name: self._count(call) for name, call in calls.items()}
+        a_round = sum(self._time(call, counts[name]) * counts[name] for name, call in calls.items())
+        least, most = CPU_ROUNDS
+        rounds = min(most, max(least, round(CPU_SECONDS * 1e6 / a_round)))
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for number in range(rounds):
+            # Every other round the other way about: what comes first may find another cache.
+            for name in list(calls)[:: -1 if number % 2 else 1]:
+                times[name].append(self._time(calls[name], counts[name]))
+        return times
+
+    def _count(self, call: Call) -> int:
+        """How often it is called at a time; warms it up."""
+        for _ in range(WARM_UPS):
+            call()
+        return max(1, round(LEAST_SECONDS / (self._time(call, 1) / 1e6)))
+
+    def _time(self, call: Call, count: int) -> float:
+        started = time.perf_counter()
+        for _ in range(count):
+            call()
+        return 1e6 * (time.perf_counter() - started) / count
 
 
 def _replay(graph: torch.cuda.CUDAGraph, counters: Tensor | None) -> None:

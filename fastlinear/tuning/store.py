@@ -1,4 +1,4 @@
-"""The file that `python -m fastlinear tune` writes."""
+"""The table's file, which tuning writes."""
 
 import contextlib
 import subprocess
@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from fastlinear import lookup
-from fastlinear.kernels import tables
-from fastlinear.kernels.tables import Key, Row, Table
+from fastlinear.choice import known, table
+from fastlinear.choice.table import Key, Row, Table
 
 
 class Store:
@@ -32,43 +31,48 @@ class Store:
     def __init__(self, path: Path, device: torch.device, own: bool) -> None:
         self.path = path
         self.head = Table(
-            device=lookup.device_name(device) or str(device),
+            device=known.device_name(device) or str(device),
             driver=_driver() if device.type == "cuda" else "none",
             date=datetime.now(timezone.utc).date().isoformat(),
             rows=(),
-            **lookup.software(),
+            **known.software(),
         )
         self.replaces: str | None = None
         with _locked(path):
             if not path.exists():
                 return
             try:
-                table = tables.read(path)
-                if table.device != self.head.device:
+                found = table.read(path)
+                if found.device != self.head.device:
                     raise ValueError(
-                        f"it is for {table.device!r}, and this is {self.head.device!r}"
+                        f"it is for {found.device!r}, and this is {self.head.device!r}"
                     )
-                self.replaces = lookup.why_outdated(table)
+                self.replaces = self._why_outdated(found)
             except ValueError as error:
                 if not own:
                     raise
                 self.replaces = str(error)
 
+    def _why_outdated(self, found: Table) -> str | None:
+        if found.kernels != self.head.kernels:
+            return "it was measured with other kernels"
+        return known.outdated(found)
+
     def rows(self) -> dict[Key, Row]:
         """Those that were measured here, and with the same software."""
         try:
-            table = tables.read(self.path)
+            found = table.read(self.path)
         except (FileNotFoundError, ValueError):
             return {}
-        if table.device != self.head.device or lookup.why_outdated(table) is not None:
+        if found.device != self.head.device or self._why_outdated(found) is not None:
             return {}
-        return {row.key: row for row in table.rows}
+        return {row.key: row for row in found.rows}
 
     def add(self, row: Row) -> None:
         """Writes `row` beside those that are there, in the place of one for the same product."""
         with _locked(self.path):
             rows = self.rows() | {row.key: row}
-            tables.write(self.path, replace(self.head, rows=tuple(rows.values())))
+            table.write(self.path, replace(self.head, rows=tuple(rows.values())))
 
 
 @contextlib.contextmanager

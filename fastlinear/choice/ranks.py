@@ -30,12 +30,7 @@ def group() -> int | None:
 
 
 def expected() -> bool:
-    """Whether this process is one of several, or will be, by what torchrun tells it.
-
-    Not where no kernel can run, and so none is to be chosen.
-    """
-    if not (torch.backends.cuda.is_built() or os.environ.get("TRITON_INTERPRET") == "1"):
-        return False
+    """Whether this process is one of several, or will be, by what torchrun tells it."""
     if in_group():
         return torch.distributed.get_world_size() > 1
     return AVAILABLE and os.environ.get("WORLD_SIZE", "1") not in ("", "1")
@@ -53,7 +48,7 @@ def agreed(device: str, mine: Files) -> Files:
     text = json.dumps(mine)
     try:
         # Sets what nobody has set yet, and returns what is there.
-        found = internals.default_store().compare_set(f"fastlinear/tables/{device}", "", text)
+        found = internals.default_store().compare_set(_key(device), "", text)
     except RuntimeError as error:  # not every kind of store can
         warnings.warn(
             f"fastlinear cannot have all ranks go by one table: {error}; each goes by its own",
@@ -70,6 +65,15 @@ def agreed(device: str, mine: Files) -> Files:
             stacklevel=2,
         )
     return theirs
+
+
+def publish(device: str, mine: Files) -> None:
+    """Has all ranks go by this rank's tables for `device` from their next reading on."""
+    internals.default_store().set(_key(device), json.dumps(mine))
+
+
+def _key(device: str) -> str:
+    return f"fastlinear/tables/{device}"
 
 
 def _names(files: Files) -> str:

@@ -1,0 +1,352 @@
+"""The way of a call: what computes it, decided once for calls that are alike.
+
+`find` is what `linear` asks first: it compares operands with those of earlier calls, in all that
+PyTorch dispatches by and all that a plan depends on. `takes_ours` decides for backend "auto", and
+`of_output`, `of_product` and `of_pair` for each product of the ops, by what tables say.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fastlinear import _torch_internals as internals
+from fastlinear import backend
+from fastlinear.choice import known, table
+from fastlinear.choice.known import Found
+from fastlinear.choice.table import LIBRARIES, PYTORCH, Candidate, Key
+from fastlinear.kernels.configs import BackwardConfig
+
+LARGEST_CACHE = 4096  # shapes
+WAYS_A_SHAPE = 8  # operands of the same shapes may differ in strides, dtype and requires_grad
+
+
+class Way(NamedTuple):
+    """What `linear` does for operands that are `alike`, if nothing watches.
+
+    requires_grad: whether a gradient of one of them may be wanted.
+    output: what computes it from them; None where PyTorch does it all.
+    recorded: what the ops' Functions compute by.
+    """
+
+    alike: Callable[..., bool]
+    requires_grad: bool
+    output: Callable[..., Any] | None
+    recorded: Callable[..., Any] | None
+
+
+# By shapes, which nested tensors refuse to tell: `alike` must not be asked about those. Only for
+# operands whose addresses divide by 16, as nearly all do.
+_ways: dict[Any, list[Way]] = {}
+
+
+def find(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
+) -> Way | None:
+    """The way of operands like these, if one is remembered."""
+    # Every call takes the time that this takes: hence no function for each of its parts.
+    grad = backend.current == "auto" and torch.is_grad_enabled()  # tables know steps apart
+    settings = backend.settings()
+    if bias is None:
+        for way in _ways.get((input.shape, weight.shape, None, activation, grad, settings), ()):
+            if way.alike(input, weight):
+                if way.output is None:
+                    return way
+                unaligned = (input.data_ptr() | weight.data_ptr()) % 16
+                return None if unaligned or internals.watched() else way
+        return None
+    for way in _ways.get((input.shape, weight.shape, bias.shape, activation, grad, settings), ()):
+        if way.alike(input, weight, bias):
+            if way.output is None:
+                return way
+            unaligned = (input.data_ptr() | weight.data_ptr() | bias.data_ptr()) % 16
+            return None if unaligned or internals.watched() else way
+    return None
+
+
+def remember(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    made: Callable[..., tuple[Callable[..., Any], Callable[..., Any]]] | None,
+) -> None:
+    """Makes a way for operands that `linear` has just taken, if there can be one.
+
+    Args:
+        input, weight, bias, activation: what it took.
+        made: gives `Way.output` and `Way.recorded` for them; None where PyTorch does it all.
+    """
+    # First what is quickly told: where there is never a way this is in vain every time.
+    addresses = input.data_ptr() | weight.data_ptr() | (0 if bias is None else bias.data_ptr())
+    if addresses % 16 or internals.autocasting() or internals.watched():
+        return
+    operands = (input, weight) if bias is None else (input, weight, bias)
+    if not internals.plain(*operands):
+        return
+    # Asked before the plan is made, so that a table that comes between makes it one of the past.
+    grad = backend.current == "auto" and torch.is_grad_enabled()
+    settings = backend.settings()
+    output, recorded = (None, None) if made is None else made(input, weight, bias, activation)
+    # Another thread may have changed them in the middle: then nobody knows which the plan is for.
+    if settings != backend.settings():
+        return
+    if len(_ways) >= LARGEST_CACHE:
+        _ways.clear()
+    shapes = input.shape, weight.shape, None if bias is None else bias.shape
+    ways = _ways.setdefault((*shapes, activation, grad, settings), [])
+    if len(ways) >= WAYS_A_SHAPE:
+        ways.clear()
+    wanted = internals.above_autograd() and any(one.requires_grad for one in operands)
+    ways.append(Way(internals.alike(*operands), wanted, output, recorded))
+
+
+# What it is of: tables, a CPU's threads, a process group; and the answers by sizes.
+_elsewhere: tuple[tuple[Any, ...], dict[Any, bool]] = (), {}
+
+
+def elsewhere(input: Tensor, weight: Tensor) -> bool:
+    """Whether no table has a row by which operands of these sizes go another way than PyTorch's.
+
+    What most calls of "auto" can be told by, whatever else there is to say of them.
+    """
+    global _elsewhere
+    state: tuple[Any, ...] = (
+        known.generation,
+        torch.get_num_threads(),
+        internals.default_group(),
+    )
+    before, answers = _elsewhere
+    if state != before:
+        known.follow_group()
+        _elsewhere = before, answers = (known.generation, *state[1:]), {}
+    sizes = (input.shape, weight.shape, input.device)
+    answer = answers.get(sizes)
+    if answer is None:
+        answer = True
+        if internals.tracing() is not None:  # sizes are tensors there
+            return answer
+        if input.dim() and weight.dim() == 2 and weight.shape[1]:
+            n, k = weight.shape
+            m = table.bucket(input.numel() // k)
+            answer = (n, k, m) not in _sizes(input.device, *before[:2])
+        if len(answers) >= LARGEST_CACHE:
+            answers.clear()
+        answers[sizes] = answer
+    return answer
+
+
+@functools.lru_cache
+def _sizes(
+    device: torch.device, generation: object, threads: object
+) -> frozenset[tuple[int, int, int]]:
+    """The n, k and m of all rows by which "auto" can take another way, whatever they are for."""
+    return frozenset(
+        (key.n, key.k, key.m)
+        for key, found in known.found(device).items()
+        if key.product in ("output", "training") and found.row.candidate != PYTORCH
+    )
+
+
+def known_faster(weight: Tensor) -> bool:
+    """Whether some table says of some batch that another way than PyTorch's is faster."""
+    if not known.available:
+        return False
+    sizes = _sizes(weight.device, known.generation, torch.get_num_threads())
+    return any(size[:2] == weight.shape for size in sizes)
+
+
+def _key(
+    product: str,
+    first: Tensor,
+    dtype: torch.dtype,
+    activation: str | None,
+    bias: bool,
+    n: int,
+    k: int,
+    m: int = 0,
+    wanted: str = "",
+) -> Key:
+    precision = backend.table_precision(dtype, first.device)
+    name = known.name_of(dtype)
+    return Key(product, name, precision, activation, bias, wanted, n, k, m)
+
+
+@functools.lru_cache(maxsize=4096)
+def ranges(
+    generation: int, threads: int, device: torch.device, key: Key
+) -> tuple[tuple[int, int], ...]:
+    """The numbers of rows, from and to, for which another way is faster than PyTorch's.
+
+    `key.m` is no matter.
+    """
+    wins = []
+    for m in sorted({one.m for one in known.found(device)}):
+        found = known.find(device, key._replace(m=m))
+        if found is not None and found.row.candidate != PYTORCH:
+            wins.append(m)
+    merged: list[tuple[int, int]] = []
+    for m in wins:
+        first = m // 2 + 1
+        if merged and merged[-1][1] == first - 1:
+            first = merged.pop()[0]
+        merged.append((first, m))
+    return tuple(merged)
+
+
+def _ranges(
+    device: torch.device,
+    product: str,
+    dtype: torch.dtype,
+    activation: str | None,
+    bias: bool,
+    wanted: str,
+    n: int,
+    k: int,
+) -> tuple[tuple[int, int], ...]:
+    """`ranges`, for a function that is being compiled: a constant there."""
+    known.follow_group()
+    precision = backend.table_precision(dtype, device)  # which Dynamo guards itself
+    key = Key(product, known.name_of(dtype), precision, activation, bias, wanted, n, k, 0)
+    return ranges(known.generation, torch.get_num_threads(), device, key)
+
+
+internals.constant_to_dynamo(_ranges)
+
+
+def takes_ours(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> bool:
+    """Whether a table says that the op is faster than PyTorch for these operands of `linear`.
+
+    Only for plain operands that lie as they did when it was measured. A function that is compiled
+    takes the op if the table says so of any number of rows, and the op decides when it runs: guards
+    on rows would have it compiled again and again, and exclude a dynamic batch size.
+    """
+    if input.is_nested or weight.is_nested or input.dim() == 0 or weight.dim() != 2:
+        return False
+    compiling = torch.compiler.is_dynamo_compiling()
+    # A parameter's sizes are constants there; others' may be symbols. What is exported is to run
+    # without the table, and without this package.
+    if compiling and (not isinstance(weight, Parameter) or internals.exporting()):
+        return False
+    (n, k), device = weight.shape, input.device
+    if not k or input.shape[-1] != k:
+        return False
+    if input.layout != torch.strided or weight.layout != torch.strided:
+        return False
+    if not (input.is_contiguous() and weight.is_contiguous() and weight.device == device):
+        return False
+    if not compiling and (input.data_ptr() | weight.data_ptr()) % 16:
+        return False
+    dtype, dtypes = input.dtype, (weight.dtype, input.dtype if bias is None else bias.dtype)
+    if internals.autocasting():
+        autocast = backend.autocast_dtype(device.type)
+        dtype = backend.dtype_under(autocast, dtype)
+        dtypes = (
+            backend.dtype_under(autocast, dtypes[0]),
+            backend.dtype_under(autocast, dtypes[1]),
+        )
+    if dtypes != (dtype, dtype):
+        return False
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != n or bias.device != device):
+        return False
+    wanted = wanted_of(input, weight, bias)
+    product = "training" if wanted else "output"
+    if compiling:
+        return bool(_ranges(device, product, dtype, activation, bias is not None, wanted, n, k))
+    m = input.numel() // k
+    key = _key(product, input, dtype, activation, bias is not None, n, k, m, wanted)
+    found = known.find(device, key)
+    return found is not None and found.row.candidate != PYTORCH
+
+
+def wanted_of(input: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+    """Whose gradients may be wanted of a call now, as rows have it."""
+    if not torch.is_grad_enabled():
+        return ""
+    wanted = ["input"] * input.requires_grad + ["weight"] * weight.requires_grad
+    return " ".join(wanted + ["bias"] * (bias is not None and bias.requires_grad))
+
+
+def of_product(
+    product: str,
+    first: Tensor,
+    second: Tensor,
+    n: int,
+    k: int,
+    activation: str | None = None,
+    bias: bool = False,
+) -> Candidate | None:
+    """What computes a product of `first`, which has its rows, and `second`.
+
+    PYTORCH, a library's name, a kernel in a configuration of a table's, or, with None, in that
+    which the launcher chooses.
+    """
+    found = None
+    plain = first.is_contiguous() and second.is_contiguous()
+    if plain and n * k and (first.data_ptr() | second.data_ptr()) % 16 == 0:
+        m = first.numel() // first.shape[-1]
+        key = _key(product, first, first.dtype, activation, bias, n, k, m)
+        found = known.find(first.device, key)
+    candidate = None if found is None else found.row.candidate
+    if isinstance(candidate, str) and candidate in LIBRARIES:
+        why_not = LIBRARIES[candidate].why_not(first.device, first.dtype, activation, bias)
+        candidate = candidate if why_not is None else None
+    if backend.takes_pytorch():
+        return PYTORCH if candidate is None else candidate
+    return None if isinstance(candidate, str) else candidate
+
+
+def of_output(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
+) -> Candidate | None:
+    """`of_product` of the output of a layer, or of B layers."""
+    if weight.dim() != 2 or input.dim() == 0:
+        return PYTORCH if backend.takes_pytorch() else None
+    n, k = weight.shape
+    return of_product("output", input, weight, n, k, activation, bias is not None)
+
+
+def of_pair(
+    grad_output: Tensor, input: Tensor, weight: Tensor, bias: bool
+) -> BackwardConfig | None:
+    """That in which one launch computes both products of a backward, where a table says so."""
+    operands, addresses = (grad_output, input, weight), grad_output.data_ptr()
+    addresses |= input.data_ptr() | weight.data_ptr()
+    if addresses % 16 or not weight.numel() or not all(one.is_contiguous() for one in operands):
+        return None
+    n, k = weight.shape
+    key = _key("gradients", weight, weight.dtype, None, bias, n, k, input.numel() // k)
+    found = known.find(weight.device, key)
+    candidate = None if found is None else found.row.candidate
+    return candidate if isinstance(candidate, BackwardConfig) else None
+
+
+def rows_of(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, dtype: torch.dtype
+) -> dict[str, Found]:
+    """The rows that a call goes by, by product, for `explain`."""
+    n, k = weight.shape
+    if not (input.is_contiguous() and weight.is_contiguous()) or 0 in (n, k):
+        return {}
+    if (input.data_ptr() | weight.data_ptr()) % 16:
+        return {}
+    m = input.numel() // k
+    bias_wanted = bias is not None and bias.requires_grad
+    keys = [
+        _key("output", input, dtype, activation, bias is not None, n, k, m),
+        _key("grad_input", input, dtype, None, False, n, k, m),
+        _key("grad_weight", input, dtype, None, bias_wanted, n, k, m),
+    ]
+    if input.requires_grad and weight.requires_grad:
+        keys += [_key("gradients", input, dtype, None, bias_wanted, n, k, m)]
+    rows = {key.product: known.find(input.device, key) for key in keys}
+    # With backend "triton" a row that holds no kernel has no say.
+    return {
+        product: found
+        for product, found in rows.items()
+        if found is not None
+        and (backend.current == "auto" or not isinstance(found.row.candidate, str))
+    }

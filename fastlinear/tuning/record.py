@@ -1,0 +1,158 @@
+"""Runs a model once, and notes each distinct call of our layers."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fastlinear import _torch_internals as internals
+from fastlinear import backend, functional
+from fastlinear.choice import table, way
+from fastlinear.kernels.operands import DTYPES
+
+
+class Call(NamedTuple):
+    """What calls have in common that are measured as one.
+
+    op: "linear", "batched_linear" or "gated_linear".
+    wanted: whose gradients, as in "input weight bias"; "" for none.
+    n, k, m: out_features, in_features and the power of two that stands for the rows.
+    plain: whether operands are as tables have them: contiguous, at addresses that divide by 16.
+    """
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    activation: str | None
+    bias: bool
+    wanted: str
+    n: int
+    k: int
+    m: int
+    plain: bool
+
+
+@dataclass
+class Noted:
+    """With how many rows a call was made each time, and by which modules."""
+
+    rows: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+
+class Recorder:
+    """Within it, calls of our functions are noted."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.calls: dict[Call, Noted] = {}
+        self.names = {
+            id(parameter): name or "(model)"
+            for name, module in model.named_modules()
+            for parameter in module._parameters.values()
+        }
+
+    def __enter__(self) -> None:
+        functional.observers.append(self.note)
+
+    def __exit__(self, *error: Any) -> None:
+        functional.observers.remove(self.note)
+
+    def note(
+        self, function: Callable[..., Any], operands: Sequence[Any], activation: str | None
+    ) -> None:
+        input, weight = operands[:2]
+        biases = operands[3:] if function is functional.gated_linear else operands[2:]
+        into_main_grad = function.__name__ == "linear_into_main_grad"
+        # Without an activation it calls `linear`, which is noted then.
+        if into_main_grad and activation is None:
+            return
+        if input.dtype not in DTYPES or not input.dim() or not weight.numel():
+            return
+        (n, k), device = weight.shape[-2:], input.device
+        dtype = backend.dtype_under(backend.autocast_dtype(device.type), input.dtype)
+        rows = input.numel() // k
+        plain = all(
+            one.is_contiguous() and one.data_ptr() % 16 == 0 for one in (input, weight)
+        ) and type(input) in (Tensor, nn.Parameter)
+        call = Call(
+            "linear" if into_main_grad else function.__name__,
+            device,
+            dtype,
+            activation,
+            biases[0] is not None,
+            "" if into_main_grad else way.wanted_of(input, weight, biases[0]),
+            n,
+            k,
+            table.bucket(rows),
+            plain,
+        )
+        noted = self.calls.setdefault(call, Noted())
+        noted.rows.append(rows)
+        name = self.names.get(id(weight), "(computed weight)")
+        if name not in noted.names:
+            noted.names.append(name)
+
+
+def record(
+    model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> dict[Call, Noted]:
+    """Runs `model(*arguments, **options)`, and its backward if it is in training.
+
+    The model is as before afterwards: parameters, gradients, buffers, modes and torch's random
+    state. Compiled parts run as they were before they were compiled.
+
+    Raises:
+        Exception: whatever the model raises.
+    """
+    recorder = Recorder(model)
+    with _unchanged(model), recorder, internals.uncompiled():
+        output = model(*arguments, **options)
+        if model.training and torch.is_grad_enabled():
+            _backward(output)
+    return recorder.calls
+
+
+def _backward(output: Any) -> None:
+    """That of the loss, as models of `transformers` name it, or of all outputs, each for itself."""
+    loss = getattr(output, "loss", None)
+    found = [loss] if isinstance(loss, Tensor) else tree_leaves(output)
+    outputs = [one for one in found if isinstance(one, Tensor) and one.requires_grad]
+    if outputs:
+        torch.autograd.backward(outputs, [torch.ones_like(one) for one in outputs])
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Puts back at its end what a forward and a backward change of a model."""
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    buffers = [(module._buffers, dict(module._buffers)) for module in modules]
+    values = {one: one.detach().clone() for one in model.buffers()}
+    parameters = list(model.parameters())
+    gradients = [one.grad for one in parameters]
+    sums = [(one, one.main_grad.clone()) for one in parameters if hasattr(one, "main_grad")]
+    added = [getattr(one, "grad_added_to_main_grad", None) for one in parameters]
+    devices = {one.device.index for one in (*parameters, *values) if one.is_cuda}
+    with torch.random.fork_rng(sorted(devices)), internals.without_accumulation_hooks(parameters):
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for own, before in buffers:
+                    own.update(before)
+                for buffer, value in values.items():
+                    buffer.copy_(value)
+                for parameter, value in sums:
+                    parameter.main_grad.copy_(value)
+            for parameter, gradient, was in zip(parameters, gradients, added, strict=True):
+                parameter.grad = gradient
+                if was is not None:
+                    parameter.grad_added_to_main_grad = was  # type: ignore[attr-defined]
+            for module, mode in zip(modules, training, strict=True):
+                module.training = mode

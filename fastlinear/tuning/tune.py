@@ -1,0 +1,351 @@
+"""`fastlinear.tune`: measures what a model calls, and has backend "auto" go by it from then on."""
+
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlinear import _torch_internals as internals
+from fastlinear import backend
+from fastlinear.choice import known, table
+from fastlinear.choice.table import BY_ROWS, Key, Row
+from fastlinear.modules import Linear
+from fastlinear.tuning import together
+from fastlinear.tuning.measure import measure_layer
+from fastlinear.tuning.products import Layer
+from fastlinear.tuning.record import Call, Noted, record
+from fastlinear.tuning.stopwatch import CpuStopwatch, Measure, Stopwatch
+from fastlinear.tuning.store import Store
+
+
+@dataclass(frozen=True)
+class TunedCall:
+    """What was found of calls that are alike.
+
+    layers: names of the modules that make them.
+    rows: (*, in_features) as one number: of the call that is made most often.
+    calls: how often a step of the model makes them.
+    pytorch_us, us: microseconds of one by PyTorch and from now on, forward and, in training,
+        backward; None where neither was measured.
+    way: what computes the output from now on: "pytorch", "onednn", "epilogue" or "kernel"; or why
+        it was not measured.
+    """
+
+    layers: tuple[str, ...]
+    op: str
+    in_features: int
+    out_features: int
+    rows: int
+    dtype: str
+    activation: str | None
+    calls: int
+    pytorch_us: float | None
+    us: float | None
+    way: str
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What `tune` found; printed, it is a table.
+
+    device: what it was measured on, as tables name it.
+    table: the file that backend "auto" goes by from now on; None where nothing was measured.
+    calls: those that take most of PyTorch's time first.
+    pytorch_ms, ms: of a step's measured linear layers, before and after.
+    finished: whether all was measured; else the same call of `tune` goes on.
+    not_converted: how many `nn.Linear` of the model are no `fastlinear.Linear`.
+    """
+
+    device: str
+    table: Path | None
+    calls: tuple[TunedCall, ...]
+    pytorch_ms: float
+    ms: float
+    finished: bool
+    not_converted: int
+
+    def __str__(self) -> str:
+        lines = []
+        if self.calls:
+            lines.append(
+                f"{'layers':40} {'features':>13} {'rows':>6} {'calls':>5} {'PyTorch':>10} "
+                f"{'now':>10}  way"
+            )
+        for call in self.calls:
+            first, *others = call.layers
+            name = first if not others else f"{first} and {len(others)} more"
+            name = name if len(name) <= 40 else f"...{name[-37:]}"
+            features = f"{call.in_features} > {call.out_features}"
+            lines.append(
+                f"{name:40} {features:>13} {call.rows:6} {call.calls:5} "
+                f"{_microseconds(call.pytorch_us):>10} {_microseconds(call.us):>10}  {call.way}"
+            )
+        if self.pytorch_ms:
+            lines.append(
+                f"a step's linear layers: {self.pytorch_ms:.4g} ms by PyTorch, {self.ms:.4g} ms "
+                f"now, {self.pytorch_ms / self.ms:.2f} times as fast, on {self.device}"
+            )
+        elif not self.calls:
+            lines.append("the model called no layer of fastlinear, and nothing was measured")
+        if not self.finished:
+            lines.append("the time was up: the same call goes on from here")
+        if self.not_converted:
+            lines.append(
+                f"{self.not_converted} nn.Linear not converted: fastlinear.convert(model) does"
+            )
+        return "\n".join(lines)
+
+
+def _microseconds(time: float | None) -> str:
+    return "-" if time is None else f"{time:.4g} us"
+
+
+def tune(model: nn.Module, *args: Any, seconds: float = 60, **kwargs: Any) -> Tuned:
+    """Measures the linear layers of `model(*args, **kwargs)`, for backend "auto" to go by.
+
+    It runs the model once, and its backward if the model is in training mode and gradients are
+    enabled, and notes each distinct call of `fastlinear`'s layers. Those of `linear` it measures on
+    the device they were made on, by PyTorch and by all that may be faster there: on a CPU oneDNN's
+    fused linear; on a GPU the kernels, and PyTorch's product with a fused activation. What is not
+    as exact as PyTorch, against float64, is left out. What is faster by 5% or more goes into a
+    table, one for a kind of GPU, or for a kind of CPU and its number of threads, in the folder
+    FASTLINEAR_CACHE (~/.cache/fastlinear if not set); other processes go by it when they start.
+    `batched_linear` and `gated_linear` are listed, and go PyTorch's way.
+
+    The model is as before: parameters, gradients, buffers, modes, torch's random state. What hooks
+    and the model's own Python attributes do while it runs is theirs. Numbers of rows count as the
+    next power of two, so that changing batches need no measurements of their own.
+
+    Where several ranks of a process group call it, one measures for each kind of device, and all go
+    by what it found.
+
+    Args:
+        model: converted by `fastlinear.convert`, or with layers of fastlinear.
+        args, kwargs: what the model is called with: a batch as it will get them.
+        seconds: when to stop; what is measured by then is kept, and the same call goes on.
+
+    Returns:
+        A Tuned, to print.
+
+    Raises:
+        TypeError: model is no `nn.Module`.
+        ValueError: seconds is not above 0.
+        OSError: the table cannot be written; the message says where.
+        KeyboardInterrupt: stopped by Ctrl-C; what was measured is kept.
+        Exception: whatever the model raises.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"tune() takes an nn.Module, but model is {type(model).__name__}")
+    if not seconds > 0:
+        raise ValueError(f"seconds must be above 0, but is {seconds!r}")
+    deadline = time.monotonic() + seconds
+    backend.expect_ranks()
+    calls = record(model, args, kwargs)
+    ordered = sorted(calls, key=lambda call: -_operations(call) * len(calls[call].rows))
+    tables: dict[torch.device, Path] = {}
+    finished = True
+    for device in dict.fromkeys(call.device for call in ordered):
+        wanted = [
+            _layer(call, calls[call])
+            for call in ordered
+            if call.device == device and _why_not(call) is None
+        ]
+        if wanted:
+            path = tables[device] = table_of(device)
+            finished &= together.measured(
+                device, deadline, functools.partial(measure_all, wanted, device, path, deadline)
+            )
+    backend.use_tables()
+    found = [_found(call, calls[call]) for call in ordered]
+    found.sort(key=lambda call: -(call.pytorch_us or 0) * call.calls)
+    timed = [call for call in found if call.pytorch_us and call.us]
+    unconverted = [
+        one
+        for one in model.modules()
+        if isinstance(one, internals.Linear) and not isinstance(one, Linear)
+    ]
+    return Tuned(
+        device=" and ".join(known.device_name(device) or str(device) for device in tables),
+        table=next(iter(tables.values()), None),
+        calls=tuple(found),
+        pytorch_ms=sum(call.calls * (call.pytorch_us or 0) for call in timed) / 1000,
+        ms=sum(call.calls * (call.us or 0) for call in timed) / 1000,
+        finished=finished,
+        not_converted=len(unconverted),
+    )
+
+
+def _operations(call: Call) -> int:
+    products = 1 + ("input" in call.wanted) + ("weight" in call.wanted)
+    return products * call.m * call.n * call.k
+
+
+def _why_not(call: Call) -> str | None:
+    """Why calls are not measured, in words; None where they are."""
+    if call.op != "linear":
+        return f"not measured: {call.op} goes PyTorch's way"
+    if not call.plain:
+        return "not measured: operands are strided, or lie at odd addresses"
+    if known.device_name(call.device) is None:
+        return f"not measured: nothing else is known on {call.device.type}"
+    return None
+
+
+def _layer(call: Call, noted: Noted) -> Layer:
+    return Layer(
+        call.dtype,
+        None,
+        call.activation,
+        call.bias,
+        call.n,
+        call.k,
+        call.m,
+        call.wanted,
+        statistics.mode(noted.rows) or 1,
+    )
+
+
+def _found(call: Call, noted: Noted) -> TunedCall:
+    row, way = None, _why_not(call)
+    if way is None:
+        layer = _layer(call, noted)
+        measured = {
+            product: found
+            for product in ("output", "training")
+            if product == "output" or call.wanted
+            if (found := known.find(call.device, layer.key(product, call.device))) is not None
+        }
+        last = measured.get("training" if call.wanted else "output")
+        row = None if last is None else last.row
+        way = "not measured yet" if row is None else _way(row, measured)
+    return TunedCall(
+        layers=tuple(noted.names),
+        op=call.op,
+        in_features=call.k,
+        out_features=call.n,
+        rows=statistics.mode(noted.rows),
+        dtype=known.name_of(call.dtype),
+        activation=call.activation,
+        calls=len(noted.rows),
+        pytorch_us=None if row is None else row.pytorch_device_us,
+        us=None if row is None else row.device_us,
+        way=way,
+    )
+
+
+def _way(row: Row, measured: dict[str, known.Found]) -> str:
+    if row.candidate == BY_ROWS and "output" in measured:
+        row = measured["output"].row
+    return row.candidate if isinstance(row.candidate, str) else "kernel"
+
+
+def table_of(device: torch.device) -> Path:
+    """Where the user's table for a device lies, or will."""
+    return known.user_folder() / table.file_name(known.device_name(device) or str(device))
+
+
+def measure_all(
+    wanted: list[Layer],
+    device: torch.device,
+    path: Path,
+    deadline: float,
+    measure: Measure | None = None,
+    own: bool = True,
+) -> bool:
+    """Measures what a table lacks, and writes it there row by row.
+
+    Args:
+        wanted: the most valuable first.
+        device: on which.
+        path: the table's file; its folder is made.
+        deadline: by time.monotonic(), after which nothing more is begun.
+        measure: the clocks; None is the device's.
+        own: whether the path is our own choice, as `Store`'s.
+
+    Returns:
+        Whether all was measured.
+
+    Raises:
+        OSError: the file cannot be read or written; the message says which.
+        ValueError: somebody's own path holds something else than a table for this device.
+    """
+    try:
+        store = Store(path, device, own)
+    except (OSError, ValueError) as error:
+        elsewhere = "; FASTLINEAR_CACHE names another folder" if own else ""
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"cannot use {path} for the table: {error}{elsewhere}") from error
+    if store.replaces is not None:
+        print(f"{path} is written anew: {store.replaces}", file=sys.stderr)
+    measure = measure or (CpuStopwatch() if device.type == "cpu" else Stopwatch(device))
+    rows, new = store.rows(), 0
+    try:
+        for layer in _with_progress(wanted):
+            for row in _rows_of(layer, device, measure, rows):
+                store.add(row)
+                rows[row.key] = row
+                new += 1
+                if time.monotonic() > deadline:
+                    break
+            if time.monotonic() > deadline:
+                return all(
+                    one.key(product, device) in rows
+                    for one in wanted
+                    for product in one.products(device)
+                )
+    except KeyboardInterrupt:
+        print(
+            f"\nstopped; the same call goes on from the {new} new rows in {path}", file=sys.stderr
+        )
+        raise
+    except OSError as error:  # the disk is full, say
+        kept = f"the {new} new rows before are in it"
+        raise OSError(f"cannot use {path} for the table: {error}; {kept}") from error
+    finally:
+        backend.use_tables()
+    return True
+
+
+def _rows_of(
+    layer: Layer, device: torch.device, measure: Measure, rows: dict[Key, Row]
+) -> Iterator[Row]:
+    """The rows of a layer that are not in `rows`; none where it does not fit in memory."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the last layer left counts as free
+        if layer.bytes > torch.cuda.mem_get_info(device)[0]:
+            print(f"left out, as it does not fit in memory: {layer}", file=sys.stderr)
+            return
+    before = torch.get_float32_matmul_precision()
+    try:
+        if layer.dtype == torch.float32 and layer.tf32 is not None:
+            torch.set_float32_matmul_precision("high" if layer.tf32 else "highest")
+        # Neither autocast nor the caller's random numbers have a say in what is measured.
+        with torch.autocast(device.type, enabled=False), internals.own_random_state(device):
+            yield from measure_layer(layer, device, measure, rows)
+    except torch.OutOfMemoryError:
+        print(f"left out, as it does not fit in memory: {layer}", file=sys.stderr)
+    finally:
+        if torch.get_float32_matmul_precision() != before:
+            torch.set_float32_matmul_precision(before)
+
+
+def _with_progress(wanted: list[Layer]) -> Iterator[Layer]:
+    """With a progress bar where tqdm is installed, else a line a layer."""
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+    except ImportError:
+        for number, layer in enumerate(wanted):
+            print(f"{number + 1} of {len(wanted)}: {layer}", file=sys.stderr, flush=True)
+            yield layer
+        return
+    with tqdm(wanted, desc="tune", unit="layer") as bar:
+        for layer in bar:
+            bar.set_postfix_str(str(layer))
+            yield layer

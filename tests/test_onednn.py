@@ -1,0 +1,319 @@
+"""oneDNN's linear, where tables say that it is faster: as exact as PyTorch's, and in all its uses.
+
+What test_transforms does is done again with it.
+"""
+
+import gc
+import itertools
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import onednn as everywhere
+import pytest
+import torch
+import torch.nn.functional as F
+from test_tables import TILE, table
+from test_transforms import (  # noqa: F401
+    cpp_compiler,
+    dynamo,
+    plain_outputs,
+    tables,
+    test_autocast_regions_nest,
+    test_autocast_takes_dtypes_as_pytorch_does,
+    test_checkpoint_policy_saves_the_op,
+    test_checkpoint_recomputes_under_autocast,
+    test_compile_compiles_as_often_as_nn_linear,
+    test_compile_layer_with_activation,
+    test_compile_once_for_a_batch_marked_dynamic,
+    test_compile_under_autocast,
+    test_compile_with_a_bias_of_one_element,
+    test_compiled_autograd,
+    test_compiled_autograd_has_one_graph,
+    test_functional_call_per_sample_gradients,
+    test_functional_call_trains_an_ensemble,
+    test_functional_transform,
+    test_vmap_in_chunks,
+    test_vmap_over_any_operand,
+    test_vmap_twice,
+)
+from torch import Tensor
+
+import fastlinear
+from fastlinear import backend
+from fastlinear.choice import known, onednn
+from fastlinear.choice import table as rows
+from fastlinear.choice.table import BY_ROWS, PYTORCH, Key, Row
+from fastlinear.elementwise import ACTIVATIONS
+from fastlinear.kernels import launch
+
+CPU = torch.device("cpu")
+N, K = 24, 40
+pytestmark = [
+    pytest.mark.usefixtures("triton_backend"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="it is for CPUs"),
+    pytest.mark.skipif(onednn.why_not(CPU, torch.float32, None, True) is not None, reason="none"),
+]
+
+
+@pytest.fixture
+def triton_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In the place of that with the kernels, for what is done again."""
+    everywhere.take_everywhere(monkeypatch)
+    with fastlinear.use_backend("auto"):
+        yield
+
+
+@pytest.fixture
+def kernels_ran() -> Callable[[], bool]:
+    """Asked by what is done again, and never so here."""
+    return lambda: True
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """The activations that oneDNN is called with; no kernel runs, as on a CPU without Triton."""
+    found: list[str | None] = []
+    output = onednn.output
+
+    def noted(
+        input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
+    ) -> Tensor:
+        found.append(activation)
+        return output(input, weight, bias, activation)
+
+    monkeypatch.setattr(onednn, "output", noted)
+    monkeypatch.setattr(launch, "run", None)
+    return found
+
+
+def operands(
+    shape: tuple[int, ...], dtype: torch.dtype, biased: bool, wanted: str = ""
+) -> list[Tensor | None]:
+    made = [torch.randn(one).to(dtype) for one in ((*shape, K), (N, K), (N,))]
+    for name, one in zip(rows.OPERANDS, made, strict=True):
+        one.requires_grad_(name in wanted.split())
+    return [*made[:2], made[2] if biased else None]
+
+
+def exact(given: list[Tensor | None], activation: str | None) -> Tensor:
+    doubles = [None if one is None else one.detach().double() for one in given]
+    output = F.linear(*doubles)
+    return output if activation is None else ACTIVATIONS[activation](output)
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 3)], ids=str)
+def test_outputs_are_as_exact_as_pytorch_s(
+    activation: str | None, dtype: torch.dtype, shape: tuple[int, ...], taken: list[str | None]
+) -> None:
+    if onednn.why_not(CPU, dtype, None, True) is not None:
+        pytest.skip("not on this CPU")
+    for biased in (True, False):
+        given = operands(shape, dtype, biased)
+        truth = exact(given, activation)
+        theirs = F.linear(*given)
+        theirs = theirs if activation is None else ACTIVATIONS[activation](theirs)
+        for _ in range(3):  # by the op, and then by the way that is remembered
+            output = fastlinear.linear(*given, activation)
+            assert (output.shape, output.dtype) == (theirs.shape, dtype)
+            assert output.is_contiguous()
+            if output.numel():
+                error, allowed = (output.double() - truth).abs().max(), torch.finfo(dtype).eps
+                assert error <= 3 * (theirs.double() - truth).abs().max() + allowed
+    fused = onednn.why_not(CPU, dtype, activation, True) is None
+    assert taken == ([activation] * 6 if fused else [])
+
+
+MASKS = [" ".join(one) for n in (1, 2, 3) for one in itertools.combinations(rows.OPERANDS, n)]
+
+
+@pytest.mark.parametrize("wanted", MASKS)
+@pytest.mark.parametrize("activation", [None, "relu", "gelu", "silu", "relu_squared"])
+def test_gradients_of_every_mask_are_pytorch_s(
+    wanted: str, activation: str | None, taken: list[str | None]
+) -> None:
+    given = operands((2, 3), torch.float32, True, wanted)
+    leaves = [one for one in given if one is not None and one.requires_grad]
+    for _ in range(3):
+        output = fastlinear.linear(*given, activation)
+        theirs = F.linear(*given)
+        theirs = theirs if activation is None else ACTIVATIONS[activation](theirs)
+        grad = torch.randn_like(output)
+        torch.testing.assert_close(
+            torch.autograd.grad(output, leaves, grad), torch.autograd.grad(theirs, leaves, grad)
+        )
+    assert len(taken) == (0 if activation == "relu_squared" else 3)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "sigmoid"])
+def test_second_derivatives_are_as_exact_as_pytorch_s(
+    activation: str | None, taken: list[str | None]
+) -> None:
+    given = operands((3,), torch.float32, True, "input weight bias")
+    doubles = [one.detach().double().requires_grad_() for one in given if one is not None]
+    found = []
+    for linear, leaves in ((fastlinear.linear, given), (by_pytorch, given), (by_pytorch, doubles)):
+        output = linear(*leaves, activation)
+        first = torch.autograd.grad(output.square().sum(), leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(one.square().sum() for one in first), leaves))
+    for ours, theirs, truth in zip(*found, strict=True):
+        allowed = (
+            3 * (theirs - truth).abs().max() + torch.finfo(torch.float32).eps * truth.abs().max()
+        )
+        assert (ours - truth).abs().max() <= allowed
+    assert taken
+
+
+def by_pytorch(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
+) -> Tensor:
+    output = F.linear(input, weight, bias)
+    return output if activation is None else ACTIVATIONS[activation](output)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3)], ids=str)
+def test_output_may_change_in_place(
+    activation: str | None, shape: tuple[int, ...], taken: list[str | None]
+) -> None:
+    given = operands(shape, torch.float32, True, "input weight bias")
+    for _ in range(2):
+        output = fastlinear.linear(*given, activation)
+        output = output.add_(1) if activation != "relu" else output.clone().add_(1)
+        gradients = torch.autograd.grad(output.sum(), given)
+        theirs = torch.autograd.grad(by_pytorch(*given, activation).sum(), given)
+        torch.testing.assert_close(gradients, theirs)
+
+
+def test_what_it_does_not_take_goes_pytorch_s_way(taken: list[str | None]) -> None:
+    input, weight, bias = operands((4,), torch.float32, True)
+    assert weight is not None
+    with torch.no_grad():
+        fastlinear.linear(input.mT.contiguous().mT, weight, bias)
+        fastlinear.linear(input, weight.T.contiguous().T, bias)
+        fastlinear.linear(input.double(), weight.double(), bias.double())
+        fastlinear.linear(input, weight, bias[:1])
+        enabled = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        fastlinear.linear(input, weight, bias)
+        torch._C._set_mkldnn_enabled(enabled)
+        torch.func.vmap(fastlinear.linear, (0, None, None))(input, weight, bias)
+        with pytest.raises(RuntimeError):
+            fastlinear.linear(input[:, :3], weight, bias)
+    assert not taken
+
+
+def test_backward_does_without_the_table_of_its_forward(
+    taken: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = operands((4,), torch.float32, True, "input weight bias")
+    output = fastlinear.linear(*given)
+    monkeypatch.undo()
+    monkeypatch.setattr(launch, "run", None)
+    assert not known.available
+    theirs = torch.autograd.grad(F.linear(*given).sum(), given)
+    torch.testing.assert_close(torch.autograd.grad(output.sum(), given), theirs)
+
+
+def test_ways_keep_no_tensor_alive(taken: list[str | None]) -> None:
+    given = operands((4,), torch.float32, True, "weight")
+    for _ in range(3):
+        fastlinear.linear(*given, "gelu").sum().backward()
+    alive = [weakref.ref(one) for one in given if one is not None]
+    del given
+    gc.collect()
+    assert [reference() for reference in alive] == [None] * 3
+
+
+def test_explain_names_it(taken: list[str | None]) -> None:
+    layer, input = fastlinear.Linear(K, N, activation="gelu"), torch.randn(4, K)
+    said = fastlinear.explain(layer, input)
+    assert said.path == "onednn"
+    assert [product.kernel for product in said.products] == ["onednn", *[None] * 2]
+    assert "takes onednn: a table says that it is faster here" in str(said)
+    assert not taken
+
+
+# Tables of a CPU.
+
+
+def key(product: str, m: int, wanted: str = "") -> Key:
+    return Key(product, "float32", "ieee", None, True, wanted, N, K, m)
+
+
+@pytest.fixture
+def plain_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """As where there is no interpreter: what writes the table of the CPU and its threads."""
+    monkeypatch.undo()
+    monkeypatch.setenv("FASTLINEAR_CACHE", str(tmp_path))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(launch, "INTERPRETING", False)
+    launch.target_of.cache_clear()
+    threads = torch.get_num_threads()
+
+    def write(*given: Row) -> None:
+        device = known.device_name(CPU)
+        assert device is not None
+        rows.write(tmp_path / rows.file_name(device), replace(table(*given), device=device))
+        backend.use_tables()
+
+    with fastlinear.use_backend("auto"):
+        yield write
+    torch.set_num_threads(threads)
+    monkeypatch.undo()
+    launch.target_of.cache_clear()
+    backend.use_tables()
+
+
+def way_of(wanted: str = "", m: int = 4) -> str | None:
+    layer, input = fastlinear.Linear(K, N), torch.randn(m, K)
+    input.requires_grad_("input" in wanted)
+    layer.weight.requires_grad_("weight" in wanted)
+    layer.bias.requires_grad_("bias" in wanted)
+    output = layer(input)
+    torch.testing.assert_close(output, F.linear(input, layer.weight, layer.bias))
+    if wanted:
+        output.sum().backward()
+    return fastlinear.explain(layer, input).path
+
+
+def test_table_is_for_a_number_of_threads(plain_cpu: Callable[..., None]) -> None:
+    torch.set_num_threads(1)
+    plain_cpu(rows.row(key("output", 4), "onednn", 1.0, 2.0, 1.0, 2.0))
+    name = known.device_name(CPU)
+    assert name is not None
+    assert name.endswith(", 1 thread")
+    found = []
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        found.append(way_of())
+    assert found == ["onednn", "torch.nn.functional.linear", "onednn"]
+
+
+def test_step_goes_by_the_row_of_its_gradients(plain_cpu: Callable[..., None]) -> None:
+    plain_cpu(
+        rows.row(key("output", 4), "onednn", 1.0, 2.0, 1.0, 2.0),
+        rows.row(key("training", 4, "input weight bias"), BY_ROWS, 1.0, 2.0, 1.0, 2.0),
+        rows.row(key("training", 4, "input bias"), PYTORCH, 2.0, 2.0, 2.0, 2.0),
+    )
+    for wanted, path in (
+        ("", "onednn"),
+        ("input weight bias", "onednn"),
+        ("weight bias", "onednn"),  # as with all of them
+        ("input bias", "torch.nn.functional.linear"),
+    ):
+        assert way_of(wanted) == path, wanted
+
+
+def test_kernels_of_a_cpu_s_table_are_no_matter_without_triton(
+    plain_cpu: Callable[..., None],
+) -> None:
+    plain_cpu(
+        rows.row(key("output", 4), TILE, 1.0, 2.0, 1.0, 2.0),
+        rows.row(key("training", 4, "input weight bias"), BY_ROWS, 1.0, 2.0, 1.0, 2.0),
+    )
+    for wanted in ("", "input weight bias"):
+        assert way_of(wanted) == "torch.nn.functional.linear"
