@@ -36,10 +36,11 @@ test-versions: .venv-newest/installed ## run, as test-newest does, what depends 
 test-ecosystem: .venv-ecosystem/installed ## run the tests with other libraries: transformers, PEFT, torchao, torch.nn.utils
 	.venv-ecosystem/bin/pytest -n auto --dist worksteal tests/ecosystem $(ARGS)
 
-lint: .venv/installed ## ruff check, ruff format --check, mypy
+lint: .venv/installed ## ruff check, ruff format --check, mypy, import-linter
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports
 
 mutation: .venv/installed ## break the code in known ways, and see that the tests fail
 	.venv/bin/python tests/mutation.py $(ARGS)
