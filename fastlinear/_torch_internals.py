@@ -263,14 +263,10 @@ def float32_precision_on_cpu() -> str:
     return precision if precision in ("tf32", "bf16") else "ieee"
 
 
-def default_group() -> object:
-    """The default process group, or None."""
-    return None if _world is None else _world.default_pg
-
-
-_world: Any = (
-    torch.distributed.distributed_c10d._world if torch.distributed.is_available() else None
-)
+_distributed: Any = torch.distributed
+_world = _distributed.distributed_c10d._world if _distributed.is_available() else None
+# The default process group, or None.
+default_group: Callable[[], object] = functools.partial(getattr, _world, "_default_pg", None)
 
 
 Linear = torch.nn.modules.linear.Linear  # also where torch.nn.Linear has come to be another

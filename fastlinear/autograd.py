@@ -108,10 +108,9 @@ class LinearFunction(internals.SingleLevelFunction):
             return None, None, None, None
         input, weight = ctx.saved_tensors
         wanted, batched = internals.wanted(ctx), getattr(ctx, "batched", False)
-        auto = getattr(ctx, "auto", None)
-        if auto is None:  # there was no table
+        if not known.seen:
             return *wanted_gradients(grad_output, input, weight, wanted, batched), None
-        with backend.as_its_forward(auto):
+        with backend.as_its_forward(getattr(ctx, "auto", None)):
             return *wanted_gradients(grad_output, input, weight, wanted, batched), None
 
     @staticmethod

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -285,7 +284,7 @@ _forward = _Forward()
 
 def by_tables() -> bool:
     """Whether tables have a say in the ops that run now."""
-    return (known.available or _forward.auto is not None) and not invariant
+    return known.seen and not invariant and (known.available or _forward.auto is not None)
 
 
 def takes_pytorch() -> bool:
@@ -296,17 +295,19 @@ def takes_pytorch() -> bool:
     return current == "auto" if _forward.auto is None else _forward.auto
 
 
-@contextmanager
-def as_its_forward(auto: bool | None) -> Iterator[None]:
-    """Within it, a backward whose forward ran in "auto" or did not; None is not known.
+class as_its_forward:
+    """Context manager within which a backward goes as its forward did, in "auto" or not.
 
-    One that compiled autograd traces follows the backend in force when it runs.
+    None is not known. One that compiled autograd traces follows the backend in force when it runs.
     """
-    if auto is None or torch.compiler.is_dynamo_compiling():
-        yield
-        return
-    before, _forward.auto = _forward.auto, auto
-    try:
-        yield
-    finally:
-        _forward.auto = before
+
+    def __init__(self, auto: bool | None) -> None:
+        self.auto = None if torch.compiler.is_dynamo_compiling() else auto
+
+    def __enter__(self) -> None:
+        if self.auto is not None:
+            self.before, _forward.auto = _forward.auto, self.auto
+
+    def __exit__(self, *error: object) -> None:
+        if self.auto is not None:
+            _forward.auto = self.before

@@ -87,8 +87,10 @@ def linear(
         output = of_operands(linear, (input, weight, bias), activation)
         if output is not NotImplemented:
             return output
-    if backend.current != "triton" and not (
-        known.available and tables_say_so(input, weight, bias, activation)
+    if backend.current != "triton" and (
+        not known.available
+        or (not is_dynamo_compiling() and way.is_pytorchs(input, weight, bias, activation))
+        or not tables_say_so(input, weight, bias, activation)
     ):
         output = F.linear(input, weight, bias)
         return output if activation is None else ACTIVATIONS[activation](output)
@@ -377,12 +379,9 @@ def tables_say_so(
         return False
     if is_dynamo_compiling():
         return way.takes_ours(input, weight, bias, activation)
-    try:
-        if way.elsewhere(input, weight):
-            return False
-        found = way.find(input, weight, bias, activation)
-    except (RuntimeError, TypeError):  # nested tensors have no shape, and no symbol a hash
+    if way.is_pytorchs(input, weight, bias, activation):
         return False
+    found = way.find(input, weight, bias, activation)
     if found is not None:
         return found.output is not None
     if internals.transforming() or internals.tracing() is not None:

@@ -164,7 +164,8 @@ def _gradients_by_rows(
     from fastlinear.choice import way
     from fastlinear.choice.table import PYTORCH
 
-    if weight is not None and input is not None:
+    all_pytorchs = backend.takes_pytorch() and not way.any_gradients(grad_output.device)
+    if weight is not None and input is not None and not all_pytorchs:
         pair = way.of_pair(grad_output, input, weight, bias)
         if pair is not None:
             precision = backend.float32_precision()
@@ -174,10 +175,10 @@ def _gradients_by_rows(
     if operand is None:
         return (None, None, None) if backend.takes_pytorch() else None
     n, k = grad_output.shape[-1], operand.shape[-1]
-    of_input = of_weight = None
-    if weight is not None:
+    of_input = of_weight = PYTORCH if all_pytorchs else None
+    if weight is not None and not all_pytorchs:
         of_input = way.of_product("grad_input", grad_output, weight, n, k)
-    if input is not None:
+    if input is not None and not all_pytorchs:
         of_weight = way.of_product("grad_weight", grad_output, input, n, k, bias=bias)
     if of_input is None and of_weight is None:
         return None

@@ -1082,15 +1082,15 @@ MUTANTS = [
     Mutant(
         "a CPU's table serves other numbers of threads",
         "fastlinear/choice/way.py",
-        "        torch.get_num_threads(),\n        internals.default_group(),\n",
-        "        0,\n        internals.default_group(),\n",
+        "            _threads(),\n",
+        "            0,\n",
         ONEDNN,
     ),
     Mutant(
         "a backward needs the table of its forward",
         "fastlinear/backend.py",
-        "return (known.available or _forward.auto is not None) and not invariant",
-        "return known.available and not invariant",
+        "known.seen and not invariant and (known.available or _forward.auto is not None)",
+        "known.available and not invariant",
         ONEDNN,
     ),
     Mutant(

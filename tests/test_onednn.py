@@ -121,8 +121,9 @@ def test_outputs_are_as_exact_as_pytorch_s(
             assert (output.shape, output.dtype) == (theirs.shape, dtype)
             assert output.is_contiguous()
             if output.numel():
-                error, allowed = (output.double() - truth).abs().max(), torch.finfo(dtype).eps
-                assert error <= 3 * (theirs.double() - truth).abs().max() + allowed
+                error, their_error = ((o.double() - truth).abs().max() for o in (output, theirs))
+                rounding = torch.finfo(dtype).eps * truth.abs().max()
+                assert error <= 3 * their_error + 4 * rounding  # a few outputs may be exact
     fused = onednn.why_not(CPU, dtype, activation, True) is None
     assert taken == ([activation] * 6 if fused else [])
 
@@ -213,6 +214,7 @@ def test_backward_does_without_the_table_of_its_forward(
     output = fastlinear.linear(*given)
     monkeypatch.undo()
     monkeypatch.setattr(launch, "run", None)
+    monkeypatch.setattr(known, "seen", True)  # as it stays
     assert not known.available
     theirs = torch.autograd.grad(F.linear(*given).sum(), given)
     torch.testing.assert_close(torch.autograd.grad(output.sum(), given), theirs)

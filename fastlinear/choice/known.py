@@ -74,6 +74,7 @@ def _names(folder: Path) -> list[str]:
 
 # Whether there is a table at all, which every call asks first. Another rank may have one.
 available: bool = any_files() or ranks.expected()
+seen: bool = available  # whether there has ever been one: a forward may have gone by it
 generation = 0  # counts the times that tables were read anew
 given: dict[torch.device, tuple[Row, ...]] | None = None  # in the place of all tables
 _settled: int | None = None  # the group whose ranks have agreed that there is none
@@ -85,9 +86,10 @@ watchers: list[Callable[[], None]] = []  # called when other tables hold than be
 
 def reload(rows: dict[torch.device, tuple[Row, ...]] | None = None) -> None:
     """Looks for tables again, or takes these rows for all that there is."""
-    global available, generation, given, _settled
+    global available, seen, generation, given, _settled
     given = rows
     available = rows is not None or any_files() or ranks.expected()
+    seen = seen or available
     _settled = None
     generation += 1
     for watcher in watchers:

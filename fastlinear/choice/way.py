@@ -104,39 +104,80 @@ def remember(
     ways.append(Way(internals.alike(*operands), wanted, output, recorded))
 
 
-# What it is of: tables, a CPU's threads, a process group; and the answers by sizes.
-_elsewhere: tuple[tuple[Any, ...], dict[Any, bool]] = (), {}
+# Whether no table has a row for a call, by what most calls can be told by.
+_pytorchs: dict[Any, bool] = {}
+known.watchers.append(lambda: _forget())
 
 
-def elsewhere(input: Tensor, weight: Tensor) -> bool:
-    """Whether no table has a row by which operands of these sizes go another way than PyTorch's.
+# Every call takes the time that looking these up takes.
+_recording, _threads = torch.is_grad_enabled, torch.get_num_threads
 
-    What most calls of "auto" can be told by, whatever else there is to say of them.
+
+def _forget() -> None:
+    global _pytorchs
+    _pytorchs = {}  # another thread may be about to write to the old one
+
+
+def is_pytorchs(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> bool:
+    """Whether a call of "auto" goes PyTorch's way, by what most calls can be told by.
+
+    False where more has to be looked into.
     """
-    global _elsewhere
-    state: tuple[Any, ...] = (
-        known.generation,
-        torch.get_num_threads(),
-        internals.default_group(),
-    )
-    before, answers = _elsewhere
-    if state != before:
-        known.follow_group()
-        _elsewhere = before, answers = (known.generation, *state[1:]), {}
-    sizes = (input.shape, weight.shape, input.device)
-    answer = answers.get(sizes)
+    try:
+        key = (
+            input.shape,
+            weight.shape,
+            input.dtype,
+            activation,
+            bias is None,
+            _recording() and (weight.requires_grad or input.requires_grad),
+            _threads(),
+            internals.default_group(),
+        )
+        answer = _pytorchs.get(key)
+    except (RuntimeError, TypeError):  # nested tensors have no shape, and no symbol a hash
+        return True
     if answer is None:
-        answer = True
         if internals.tracing() is not None:  # sizes are tensors there
-            return answer
-        if input.dim() and weight.dim() == 2 and weight.shape[1]:
-            n, k = weight.shape
-            m = table.bucket(input.numel() // k)
-            answer = (n, k, m) not in _sizes(input.device, *before[:2])
+            return True
+        known.follow_group()
+        answers = _pytorchs
+        answer = not any(_a_row(device, input, weight, bias, activation) for device in _devices())
         if len(answers) >= LARGEST_CACHE:
             answers.clear()
-        answers[sizes] = answer
+        answers[key] = answer
     return answer
+
+
+def _devices() -> list[torch.device]:
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(cuda))]
+
+
+def _a_row(
+    device: torch.device,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+) -> bool:
+    """Whether a row there may have such a call go another way, whatever its precision."""
+    if not input.dim() or weight.dim() != 2 or not weight.shape[1]:
+        return False
+    recorded = torch.is_grad_enabled() and (weight.requires_grad or input.requires_grad)
+    of_layer = (activation, bias is not None)
+    sizes = (*weight.shape, table.bucket(input.numel() // weight.shape[1]))
+    dtypes = {known.name_of(input.dtype)}
+    if input.dtype != torch.float64:  # which autocast leaves alone
+        dtypes |= {"float16", "bfloat16"}
+    return any(
+        key.product == ("training" if recorded else "output")
+        and (key.n, key.k, key.m) == sizes
+        and (key.activation, key.bias) == of_layer
+        and key.dtype in dtypes
+        and found.row.candidate != PYTORCH
+        for key, found in known.found(device).items()
+    )
 
 
 @functools.lru_cache
@@ -297,6 +338,17 @@ def of_product(
     if backend.takes_pytorch():
         return PYTORCH if candidate is None else candidate
     return None if isinstance(candidate, str) else candidate
+
+
+def any_gradients(device: torch.device) -> bool:
+    """Whether a table says anything of a gradient's product there."""
+    return _any_gradients(device, known.generation, torch.get_num_threads())
+
+
+@functools.lru_cache
+def _any_gradients(device: torch.device, generation: int, threads: int) -> bool:
+    products = ("grad_input", "grad_weight", "gradients")
+    return any(key.product in products for key in known.found(device))
 
 
 def of_output(
