@@ -196,6 +196,7 @@ def known_faster(weight: Tensor) -> bool:
     """Whether some table says of some batch that another way than PyTorch's is faster."""
     if not known.available:
         return False
+    known.follow_group()
     sizes = _sizes(weight.device, known.generation, torch.get_num_threads())
     return any(size[:2] == weight.shape for size in sizes)
 
