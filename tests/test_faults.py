@@ -486,7 +486,7 @@ before = keys()
 assert len(before) == 5
 
 statuses = []
-for kill in (signal.SIGKILL, signal.SIGINT) * 5:
+for kill in (signal.SIGKILL, signal.SIGINT) * 10:
     process = tuner("--shapes", *shapes, "--rows", "1", "2", "4")
     while keys() == before:  # it writes from now on
         time.sleep(0.001)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,13 +158,16 @@ def test_model_is_as_before(training: bool, clocks: Clocks) -> None:
     model.again.weight.grad = None
     before = state_of(model)
     given = input.grad
+    assert given is not None
+    kept = given.clone()
     fastlinear.tune(model, input)
+    assert input.grad is given
+    assert torch.equal(given, kept)
     after = state_of(model)
     for name in ("state", "grads"):
         torch.testing.assert_close(after.pop(name), before.pop(name), rtol=0, atol=0)
     assert torch.equal(after.pop("random"), before.pop("random"))
     assert after == before
-    assert input.grad is given or training  # the batch is the caller's
 
 
 def test_optimizer_that_steps_within_backward_does_not(clocks: Clocks) -> None:
@@ -250,8 +254,27 @@ def test_model_without_our_layers_is_told_so(clocks: Clocks, tmp_path: Path) -> 
 def test_strided_calls_are_told_apart(clocks: Clocks) -> None:
     layer = fastlinear.Linear(8, 8)
     (call,) = fastlinear.tune(layer, torch.randn(8, 4).T).calls
-    assert call.way == "not measured: operands are strided, or lie at odd addresses"
+    assert call.way == "not measured: operands are no contiguous tensors at whole addresses"
     assert call.us is None
+
+
+def test_what_only_pytorch_takes_is_let_be(clocks: Clocks) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = fastlinear.Linear(8, 8)
+            self.lazy = nn.LazyBatchNorm1d()
+
+        def forward(self, input: Tensor) -> Tensor:
+            self.layer(input.to_sparse())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.layer(torch.nested.nested_tensor([input[:2], input[2:]]))
+            return self.lazy(fastlinear.linear(input, torch.ones(8, 8)[:, :8]))
+
+    with torch.no_grad():
+        tuned = fastlinear.tune(Odd().eval(), torch.randn(4, 8))
+    assert {call.way.split(":")[0] for call in tuned.calls} == {"not measured", "kernel"}
 
 
 def test_time_that_is_up_is_told_and_what_is_there_counts(clocks: Clocks) -> None:

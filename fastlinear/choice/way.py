@@ -125,8 +125,8 @@ def is_pytorchs(input: Tensor, weight: Tensor, bias: Tensor | None, activation: 
     """
     try:
         key = (
-            input.shape,
-            weight.shape,
+            input.numel(),  # which costs half as much as its shape
+            weight.numel(),
             input.dtype,
             activation,
             bias is None,
@@ -135,7 +135,7 @@ def is_pytorchs(input: Tensor, weight: Tensor, bias: Tensor | None, activation: 
             internals.default_group(),
         )
         answer = _pytorchs.get(key)
-    except (RuntimeError, TypeError):  # nested tensors have no shape, and no symbol a hash
+    except (RuntimeError, TypeError):  # symbols have no hash
         return True
     if answer is None:
         if internals.tracing() is not None:  # sizes are tensors there
@@ -162,17 +162,15 @@ def _a_row(
     activation: str | None,
 ) -> bool:
     """Whether a row there may have such a call go another way, whatever its precision."""
-    if not input.dim() or weight.dim() != 2 or not weight.shape[1]:
-        return False
     recorded = torch.is_grad_enabled() and (weight.requires_grad or input.requires_grad)
     of_layer = (activation, bias is not None)
-    sizes = (*weight.shape, table.bucket(input.numel() // weight.shape[1]))
+    elements, weights = input.numel(), weight.numel()
     dtypes = {known.name_of(input.dtype)}
     if input.dtype != torch.float64:  # which autocast leaves alone
         dtypes |= {"float16", "bfloat16"}
     return any(
         key.product == ("training" if recorded else "output")
-        and (key.n, key.k, key.m) == sizes
+        and (key.n * key.k, key.m) == (weights, table.bucket(elements // key.k))
         and (key.activation, key.bias) == of_layer
         and key.dtype in dtypes
         and found.row.candidate != PYTORCH

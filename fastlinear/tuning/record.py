@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from fastlinear import _torch_internals as internals
@@ -70,14 +71,13 @@ class Recorder:
         # Without an activation it calls `linear`, which is noted then.
         if into_main_grad and activation is None:
             return
-        if input.dtype not in DTYPES or not input.dim() or not weight.numel():
+        tensors = isinstance(input, Tensor) and isinstance(weight, Tensor)
+        if not tensors or input.dtype not in DTYPES or weight.dim() < 2 or not weight.numel():
             return
         (n, k), device = weight.shape[-2:], input.device
         dtype = backend.dtype_under(backend.autocast_dtype(device.type), input.dtype)
         rows = input.numel() // k
-        plain = all(
-            one.is_contiguous() and one.data_ptr() % 16 == 0 for one in (input, weight)
-        ) and type(input) in (Tensor, nn.Parameter)
+        plain = _is_plain(input) and _is_plain(weight)
         call = Call(
             "linear" if into_main_grad else function.__name__,
             device,
@@ -97,19 +97,31 @@ class Recorder:
             noted.names.append(name)
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout == torch.strided
+        and not tensor.is_nested
+        and tensor.is_contiguous()
+        and tensor.data_ptr() % 16 == 0
+    )
+
+
 def record(
     model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> dict[Call, Noted]:
     """Runs `model(*arguments, **options)`, and its backward if it is in training.
 
     The model is as before afterwards: parameters, gradients, buffers, modes and torch's random
-    state. Compiled parts run as they were before they were compiled.
+    state; and so are the gradients of what it is given. Compiled parts run as they were before they
+    were compiled.
 
     Raises:
         Exception: whatever the model raises.
     """
     recorder = Recorder(model)
-    with _unchanged(model), recorder, internals.uncompiled():
+    given = [one for one in tree_leaves((arguments, options)) if isinstance(one, Tensor)]
+    with _unchanged(model, given), recorder, internals.uncompiled():
         output = model(*arguments, **options)
         if model.training and torch.is_grad_enabled():
             _backward(output)
@@ -126,17 +138,17 @@ def _backward(output: Any) -> None:
 
 
 @contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Puts back at its end what a forward and a backward change of a model."""
+def _unchanged(model: nn.Module, given: list[Tensor]) -> Iterator[None]:
+    """Puts back at its end what a forward and a backward change of a model, and of what it gets."""
     modules = list(model.modules())
     training = [module.training for module in modules]
     buffers = [(module._buffers, dict(module._buffers)) for module in modules]
-    values = {one: one.detach().clone() for one in model.buffers()}
-    parameters = list(model.parameters())
+    values = {one: one.detach().clone() for one in model.buffers() if not is_lazy(one)}
+    parameters = [*model.parameters(), *(one for one in given if one.is_leaf)]
     gradients = [one.grad for one in parameters]
     sums = [(one, one.main_grad.clone()) for one in parameters if hasattr(one, "main_grad")]
     added = [getattr(one, "grad_added_to_main_grad", None) for one in parameters]
-    devices = {one.device.index for one in (*parameters, *values) if one.is_cuda}
+    devices = {one.device.index for one in (*parameters, *values, *given) if one.is_cuda}
     with torch.random.fork_rng(sorted(devices)), internals.without_accumulation_hooks(parameters):
         for parameter in parameters:
             parameter.grad = None

@@ -192,7 +192,7 @@ def _why_not(call: Call) -> str | None:
     if call.op != "linear":
         return f"not measured: {call.op} goes PyTorch's way"
     if not call.plain:
-        return "not measured: operands are strided, or lie at odd addresses"
+        return "not measured: operands are no contiguous tensors at whole addresses"
     if known.device_name(call.device) is None:
         return f"not measured: nothing else is known on {call.device.type}"
     return None
