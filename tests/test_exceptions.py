@@ -39,6 +39,7 @@ from fastlinear.tuning import command as tune
 from fastlinear.tuning import store as tune_store
 from fastlinear.tuning import tune as tuning
 from fastlinear.tuning.products import Layer
+from fastlinear.tuning.stopwatch import CpuStopwatch, OutOfTime
 
 Patch = pytest.MonkeyPatch
 CPU = torch.device("cpu")
@@ -455,6 +456,11 @@ CASES = {
         OSError,
         "cannot use .* for the table: .*; FASTLINEAR_CACHE names another folder",
         lambda patch: tuned_into(patch, Path(__file__) / "table.json"),
+    ),
+    "tune, time": Case(
+        OutOfTime,
+        "it would take longer than there is",
+        lambda patch: CpuStopwatch(0.0)({"call": lambda: None}, "wall"),
     ),
     "tune, full disk": Case(
         OSError,

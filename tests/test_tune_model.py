@@ -28,6 +28,7 @@ from fastlinear.choice.table import PYTORCH
 from fastlinear.kernels import launch
 from fastlinear.tuning import together, tune
 from fastlinear.tuning.record import record
+from fastlinear.tuning.stopwatch import CpuStopwatch
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not launch.INTERPRETING, reason="the clocks are made up")
@@ -38,7 +39,7 @@ def clocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Clocks]:
     """In the place of the CPU's; tables go into a folder of their own."""
     clocks = Clocks()
     monkeypatch.setenv("FASTLINEAR_CACHE", str(tmp_path))
-    monkeypatch.setattr(tune, "CpuStopwatch", lambda: clocks)
+    monkeypatch.setattr(tune, "CpuStopwatch", lambda limit: clocks)
     yield clocks
     monkeypatch.undo()
     backend.use_tables()
@@ -287,6 +288,18 @@ def test_time_that_is_up_is_told_and_what_is_there_counts(clocks: Clocks) -> Non
         assert fastlinear.tune(model, torch.randn(6, 16)).finished
 
 
+def test_what_would_take_too_long_is_not_begun(
+    clocks: Clocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "CpuStopwatch", CpuStopwatch)
+    monkeypatch.setattr(tune, "GRACE", -1.0)
+    model = converted(nn.Sequential(nn.Linear(8, 8))).eval()
+    with torch.no_grad():
+        tuned = fastlinear.tune(model, torch.randn(4, 8), seconds=0.5)
+    assert not tuned.finished
+    assert tuned.calls[0].way == "not measured yet"
+
+
 def test_ctrl_c_keeps_what_was_measured(
     clocks: Clocks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -295,13 +308,13 @@ def test_ctrl_c_keeps_what_was_measured(
             raise KeyboardInterrupt
         return clocks(*given)
 
-    monkeypatch.setattr(tune, "CpuStopwatch", lambda: interrupted)
+    monkeypatch.setattr(tune, "CpuStopwatch", lambda limit: interrupted)
     model = converted(Block()).eval()
     with torch.no_grad():
         with pytest.raises(KeyboardInterrupt):
             fastlinear.tune(model, torch.randn(6, 16))
         assert "goes on from the 1 new rows" in capsys.readouterr().err
-        monkeypatch.setattr(tune, "CpuStopwatch", lambda: clocks)
+        monkeypatch.setattr(tune, "CpuStopwatch", lambda limit: clocks)
         assert known.available
         assert fastlinear.tune(model, torch.randn(6, 16)).finished
 

@@ -21,8 +21,10 @@ from fastlinear.tuning import together
 from fastlinear.tuning.measure import measure_layer
 from fastlinear.tuning.products import Layer
 from fastlinear.tuning.record import Call, Noted, record
-from fastlinear.tuning.stopwatch import CpuStopwatch, Measure, Stopwatch
+from fastlinear.tuning.stopwatch import CpuStopwatch, Measure, OutOfTime, Stopwatch
 from fastlinear.tuning.store import Store
+
+GRACE = 5.0  # seconds after its deadline in which what was begun may end
 
 
 @dataclass(frozen=True)
@@ -284,7 +286,9 @@ def measure_all(
         raise kind(f"cannot use {path} for the table: {error}{elsewhere}") from error
     if store.replaces is not None:
         print(f"{path} is written anew: {store.replaces}", file=sys.stderr)
-    measure = measure or (CpuStopwatch() if device.type == "cpu" else Stopwatch(device))
+    if measure is None:
+        cpu = device.type == "cpu"
+        measure = CpuStopwatch(deadline + GRACE) if cpu else Stopwatch(device)
     rows, new = store.rows(), 0
     try:
         for layer in _with_progress(wanted):
@@ -295,11 +299,9 @@ def measure_all(
                 if time.monotonic() > deadline:
                     break
             if time.monotonic() > deadline:
-                return all(
-                    one.key(product, device) in rows
-                    for one in wanted
-                    for product in one.products(device)
-                )
+                return _all_known(wanted, device, rows)
+    except OutOfTime:
+        return _all_known(wanted, device, rows)
     except KeyboardInterrupt:
         print(
             f"\nstopped; the same call goes on from the {new} new rows in {path}", file=sys.stderr
@@ -311,6 +313,12 @@ def measure_all(
     finally:
         backend.use_tables()
     return True
+
+
+def _all_known(wanted: list[Layer], device: torch.device, rows: dict[Key, Row]) -> bool:
+    return all(
+        layer.key(product, device) in rows for layer in wanted for product in layer.products(device)
+    )
 
 
 def _rows_of(
