@@ -110,7 +110,7 @@ class LinearFunction(internals.SingleLevelFunction):
         wanted, batched = internals.wanted(ctx), getattr(ctx, "batched", False)
         if not known.seen:
             return *wanted_gradients(grad_output, input, weight, wanted, batched), None
-        with backend.as_its_forward(getattr(ctx, "auto", None)):
+        with backend.as_its_forward(getattr(ctx, "auto", False)):
             return *wanted_gradients(grad_output, input, weight, wanted, batched), None
 
     @staticmethod

@@ -298,10 +298,10 @@ def takes_pytorch() -> bool:
 class as_its_forward:
     """Context manager within which a backward goes as its forward did, in "auto" or not.
 
-    None is not known. One that compiled autograd traces follows the backend in force when it runs.
+    One that compiled autograd traces follows the backend in force when it runs.
     """
 
-    def __init__(self, auto: bool | None) -> None:
+    def __init__(self, auto: bool) -> None:
         self.auto = None if torch.compiler.is_dynamo_compiling() else auto
 
     def __enter__(self) -> None:

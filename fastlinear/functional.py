@@ -193,7 +193,7 @@ def gated_linear(
     "silu" that is SwiGLU, with "gelu" GEGLU, with "relu" ReGLU, with "sigmoid" GLU.
 
     Which path computes it is `fastlinear.use_backend`'s to say: the kernels, in one launch that
-    reads input once, or `torch.nn.functional.linear` twice. The kernels accumulate in float32
+    reads input once, or `fastlinear.linear` twice. The kernels accumulate in float32
     (float64 for float64), and activate and multiply there, before the one rounding to the output's
     dtype; float32 products follow `torch.set_float32_matmul_precision`. For backward they keep gate
     and up, where PyTorch also keeps `activation(gate)`. Gradients of every order, forward and
@@ -219,13 +219,12 @@ def gated_linear(
     """
     check_activation(activation, optional=False)
     operands = (input, gate_weight, up_weight, gate_bias, up_bias)
-    observe(gated_linear, operands, activation)
     if has_torch_function(operands):
         output = of_operands(gated_linear, operands, activation)
         if output is not NotImplemented:
             return output
     if backend.current != "triton":
-        return _gated_by_pytorch(*operands, activation)
+        return _gated_apart(linear, *operands, activation)  # each as a table says, if one does
     if (
         all(type(operand) in _PLAIN for operand in operands[:3])
         and all(bias is None or type(bias) in _PLAIN for bias in operands[3:])
@@ -242,7 +241,7 @@ def gated_linear(
     _refuse_onnx()
     reason = _why_no_gated(*operands)
     if reason is not None:
-        _gated_by_pytorch(*operands, activation)
+        _gated_apart(_by_pytorch, *operands, activation)
         raise TypeError(
             f"backend 'triton' takes {reason}; backend 'auto' hands this call to PyTorch"
         )
@@ -272,7 +271,15 @@ def of_operands(
         return NotImplemented
 
 
-def _gated_by_pytorch(
+def _by_pytorch(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
+) -> Tensor:
+    output = F.linear(input, weight, bias)
+    return output if activation is None else ACTIVATIONS[activation](output)
+
+
+def _gated_apart(
+    layer: Callable[..., Tensor],
     input: Tensor,
     gate_weight: Tensor,
     up_weight: Tensor,
@@ -280,14 +287,15 @@ def _gated_by_pytorch(
     up_bias: Tensor | None,
     activation: str,
 ) -> Tensor:
-    gate, up = F.linear(input, gate_weight, gate_bias), F.linear(input, up_weight, up_bias)
+    gate = layer(input, gate_weight, gate_bias, activation)
+    up = layer(input, up_weight, up_bias)
     # One feature would be multiplied with many. torch.jit.trace has tensors for sizes.
     if internals.tracing() is None and gate.shape != up.shape:
         raise RuntimeError(
             "gated_linear takes weights of the same out_features, "
             f"but gate_weight is {tuple(gate_weight.shape)} and up_weight {tuple(up_weight.shape)}"
         )
-    return ACTIVATIONS[activation](gate) * up
+    return gate * up
 
 
 def _why_no_gated(

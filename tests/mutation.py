@@ -1435,8 +1435,8 @@ MUTANTS = [
     Mutant(
         "compiled autograd traces what its thread goes by",
         "fastlinear/backend.py",
-        "    if auto is None or torch.compiler.is_dynamo_compiling():\n",
-        "    if auto is None:\n",
+        "None if torch.compiler.is_dynamo_compiling() else auto",
+        "auto",
         ("tests/test_transforms.py::test_compiled_autograd_has_one_graph",),
     ),
     Mutant(

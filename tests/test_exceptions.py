@@ -126,6 +126,11 @@ def tuned_into(patch: Patch, path: Path) -> None:
     tuning.measure_all([layer], CPU, path, 0.0, lambda calls, clock: {one: [1.0] for one in calls})
 
 
+def out_of_time(patch: Patch) -> None:
+    patch.delenv("TRITON_INTERPRET", raising=False)
+    CpuStopwatch(0.0)({"call": lambda: None}, "wall")
+
+
 def full_disk(patch: Patch) -> None:
     def full(*given: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -460,7 +465,12 @@ CASES = {
     "tune, time": Case(
         OutOfTime,
         "it would take longer than there is",
-        lambda patch: CpuStopwatch(0.0)({"call": lambda: None}, "wall"),
+        out_of_time,
+    ),
+    "tune, interpreter": Case(
+        RuntimeError,
+        "tuning measures no interpreted kernels: unset TRITON_INTERPRET",
+        lambda patch: CpuStopwatch(),
     ),
     "tune, full disk": Case(
         OSError,

@@ -220,6 +220,23 @@ def test_backward_does_without_the_table_of_its_forward(
     torch.testing.assert_close(torch.autograd.grad(output.sum(), given), theirs)
 
 
+@pytest.mark.parametrize("wanted", ["", "input weight"])
+def test_gated_pair_goes_by_the_rows_of_its_layers(wanted: str, taken: list[str | None]) -> None:
+    input, gate, _ = operands((4,), torch.float32, False, wanted)
+    up = torch.randn(N, K, requires_grad="weight" in wanted)
+    assert gate is not None
+    for _ in range(2):
+        output = fastlinear.gated_linear(input, gate, up)
+        theirs = F.silu(F.linear(input, gate)) * F.linear(input, up)
+        torch.testing.assert_close(output, theirs)
+        if wanted:
+            leaves, grad = (input, gate, up), torch.randn_like(output)
+            torch.testing.assert_close(
+                torch.autograd.grad(output, leaves, grad), torch.autograd.grad(theirs, leaves, grad)
+            )
+    assert taken == ([None] * 4 if wanted else ["silu", None] * 2)
+
+
 def test_ways_keep_no_tensor_alive(taken: list[str | None]) -> None:
     given = operands((4,), torch.float32, True, "weight")
     for _ in range(3):

@@ -196,6 +196,20 @@ def test_table_of_other_software_counts_where_it_gains_more(
     assert len(launched) == 3, "a bug fix is the same software"
 
 
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_forward_by_the_kernels_has_its_backward_by_them_though_a_table_comes_between(
+    activation: str | None, path: Path, launched: list[tuple[str, int]]
+) -> None:
+    layer, input = layer_and_input(4, activation=activation)
+    with fastlinear.use_backend("triton"):
+        output = layer(input)
+    tables.write(path, table(row("output", 4, PYTORCH)))
+    backend.use_tables()
+    launched.clear()
+    output.sum().backward()
+    assert "linear_backward_weight_kernel" in {name for name, _ in launched}
+
+
 def test_gain_that_is_too_small_or_lost_by_the_caller_does_not_count(
     use: Callable[..., None], launched: list[tuple[str, int]]
 ) -> None:

@@ -226,10 +226,12 @@ def test_calls_of_every_kind_are_noted(clocks: Clocks) -> None:
         ("linear", "float32", "relu"),
         ("linear", "bfloat16", "relu"),
         ("batched_linear", "float32", None),
-        ("gated_linear", "float32", "silu"),
+        ("linear", "float32", "silu"),
+        ("linear", "float32", None),
     }
     assert kinds["linear", "float32", "relu"].calls == 2, "computed again in backward"
-    assert kinds["gated_linear", "float32", "silu"].layers == ("gated.gate_proj",)
+    assert kinds["linear", "float32", "silu"].layers == ("gated.gate_proj",)
+    assert kinds["linear", "float32", None].layers == ("gated.up_proj",)
     assert kinds["batched_linear", "float32", None].way.startswith("not measured")
     assert tuned.not_converted == 1
     assert "1 nn.Linear not converted" in str(tuned)
@@ -293,9 +295,13 @@ def test_what_would_take_too_long_is_not_begun(
 ) -> None:
     monkeypatch.setattr(tune, "CpuStopwatch", CpuStopwatch)
     monkeypatch.setattr(tune, "GRACE", -1.0)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(launch, "INTERPRETING", False)
+    launch.target_of.cache_clear()
     model = converted(nn.Sequential(nn.Linear(8, 8))).eval()
     with torch.no_grad():
         tuned = fastlinear.tune(model, torch.randn(4, 8), seconds=0.5)
+    launch.target_of.cache_clear()
     assert not tuned.finished
     assert tuned.calls[0].way == "not measured yet"
 

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -286,6 +285,8 @@ def read(path: Path) -> Table:
 
 def write(path: Path, table: Table) -> None:
     """Puts `table` in the place of what `path` held, so that a kill leaves the one or the other."""
+    import tempfile  # it takes its time, and few processes write
+
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, unfinished = tempfile.mkstemp(".part", path.name, path.parent, text=True)
     try:

@@ -19,7 +19,7 @@ from fastlinear.kernels.operands import DTYPES
 class Call(NamedTuple):
     """What calls have in common that are measured as one.
 
-    op: "linear", "batched_linear" or "gated_linear".
+    op: "linear", as those of a gated pair are too, or "batched_linear".
     wanted: whose gradients, as in "input weight bias"; "" for none.
     n, k, m: out_features, in_features and the power of two that stands for the rows.
     plain: whether operands are as tables have them: contiguous, at addresses that divide by 16.
@@ -65,8 +65,7 @@ class Recorder:
     def note(
         self, function: Callable[..., Any], operands: Sequence[Any], activation: str | None
     ) -> None:
-        input, weight = operands[:2]
-        biases = operands[3:] if function is functional.gated_linear else operands[2:]
+        input, weight, bias = operands
         into_main_grad = function.__name__ == "linear_into_main_grad"
         # Without an activation it calls `linear`, which is noted then.
         if into_main_grad and activation is None:
@@ -83,8 +82,8 @@ class Recorder:
             device,
             dtype,
             activation,
-            biases[0] is not None,
-            "" if into_main_grad else way.wanted_of(input, weight, biases[0]),
+            bias is not None,
+            "" if into_main_grad else way.wanted_of(input, weight, bias),
             n,
             k,
             table.bucket(rows),

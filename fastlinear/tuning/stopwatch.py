@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -135,9 +136,14 @@ class CpuStopwatch:
 
     Args:
         limit: by time.monotonic(), when all has to be over.
+
+    Raises:
+        RuntimeError: kernels are interpreted, which says nothing of their time.
     """
 
     def __init__(self, limit: float = math.inf) -> None:
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            raise RuntimeError("tuning measures no interpreted kernels: unset TRITON_INTERPRET")
         self.limit = limit
 
     def __call__(self, calls: dict[str, Call], clock: str) -> dict[str, list[float]]:

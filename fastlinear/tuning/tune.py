@@ -119,7 +119,7 @@ def tune(model: nn.Module, *args: Any, seconds: float = 60, **kwargs: Any) -> Tu
     as exact as PyTorch, against float64, is left out. What is faster by 5% or more goes into a
     table, one for a kind of GPU, or for a kind of CPU and its number of threads, in the folder
     FASTLINEAR_CACHE (~/.cache/fastlinear if not set); other processes go by it when they start.
-    `batched_linear` and `gated_linear` are listed, and go PyTorch's way.
+    A gated pair counts as its two layers; `batched_linear` is listed, and goes PyTorch's way.
 
     The model is as before: parameters, gradients, buffers, modes, torch's random state. What hooks
     and the model's own Python attributes do while it runs is theirs. Numbers of rows count as the
@@ -140,6 +140,7 @@ def tune(model: nn.Module, *args: Any, seconds: float = 60, **kwargs: Any) -> Tu
         TypeError: model is no `nn.Module`.
         ValueError: seconds is not above 0.
         OSError: the table cannot be written; the message says where.
+        RuntimeError: TRITON_INTERPRET is set: the times of interpreted kernels say nothing.
         KeyboardInterrupt: stopped by Ctrl-C; what was measured is kept.
         Exception: whatever the model raises.
     """
