@@ -89,7 +89,7 @@ def linear(
             return output
     if backend.current != "triton" and (
         not known.available
-        or (not is_dynamo_compiling() and way.is_pytorchs(input, weight, bias, activation))
+        or (not is_dynamo_compiling() and way.is_pytorchs(input, weight, activation))
         or not tables_say_so(input, weight, bias, activation)
     ):
         output = F.linear(input, weight, bias)
@@ -387,7 +387,7 @@ def tables_say_so(
         return False
     if is_dynamo_compiling():
         return way.takes_ours(input, weight, bias, activation)
-    if way.is_pytorchs(input, weight, bias, activation):
+    if way.is_pytorchs(input, weight, activation):
         return False
     found = way.find(input, weight, bias, activation)
     if found is not None:

@@ -118,7 +118,7 @@ def _forget() -> None:
     _pytorchs = {}  # another thread may be about to write to the old one
 
 
-def is_pytorchs(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> bool:
+def is_pytorchs(input: Tensor, weight: Tensor, activation: str | None) -> bool:
     """Whether a call of "auto" goes PyTorch's way, by what most calls can be told by.
 
     False where more has to be looked into.
@@ -129,7 +129,6 @@ def is_pytorchs(input: Tensor, weight: Tensor, bias: Tensor | None, activation: 
             weight.numel(),
             input.dtype,
             activation,
-            bias is None,
             _recording() and (weight.requires_grad or input.requires_grad),
             _threads(),
             internals.default_group(),
@@ -142,7 +141,7 @@ def is_pytorchs(input: Tensor, weight: Tensor, bias: Tensor | None, activation: 
             return True
         known.follow_group()
         answers = _pytorchs
-        answer = not any(_a_row(device, input, weight, bias, activation) for device in _devices())
+        answer = not any(_a_row(device, input, weight, activation) for device in _devices())
         if len(answers) >= LARGEST_CACHE:
             answers.clear()
         answers[key] = answer
@@ -154,16 +153,9 @@ def _devices() -> list[torch.device]:
     return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(cuda))]
 
 
-def _a_row(
-    device: torch.device,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-) -> bool:
+def _a_row(device: torch.device, input: Tensor, weight: Tensor, activation: str | None) -> bool:
     """Whether a row there may have such a call go another way, whatever its precision."""
     recorded = torch.is_grad_enabled() and (weight.requires_grad or input.requires_grad)
-    of_layer = (activation, bias is not None)
     elements, weights = input.numel(), weight.numel()
     dtypes = {known.name_of(input.dtype)}
     if input.dtype != torch.float64:  # which autocast leaves alone
@@ -171,7 +163,7 @@ def _a_row(
     return any(
         key.product == ("training" if recorded else "output")
         and (key.n * key.k, key.m) == (weights, table.bucket(elements // key.k))
-        and (key.activation, key.bias) == of_layer
+        and key.activation == activation
         and key.dtype in dtypes
         and found.row.candidate != PYTORCH
         for key, found in known.found(device).items()
