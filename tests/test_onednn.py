@@ -161,10 +161,9 @@ def test_second_derivatives_are_as_exact_as_pytorch_s(
         first = torch.autograd.grad(output.square().sum(), leaves, create_graph=True)
         found.append(torch.autograd.grad(sum(one.square().sum() for one in first), leaves))
     for ours, theirs, truth in zip(*found, strict=True):
-        allowed = (
-            3 * (theirs - truth).abs().max() + torch.finfo(torch.float32).eps * truth.abs().max()
-        )
-        assert (ours - truth).abs().max() <= allowed
+        # Some ten operations in float32 lie between, each with a rounding.
+        roundings = 10 * torch.finfo(torch.float32).eps * truth.abs().max()
+        assert (ours - truth).abs().max() <= 3 * (theirs - truth).abs().max() + roundings
     assert taken
 
 
