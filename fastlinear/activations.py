@@ -123,7 +123,7 @@ class LinearActivationFunction(internals.SingleLevelFunction):
         if internals.forward_ad_active():
             ctx.save_for_forward(input, weight, saved)
         ctx.batched, ctx.activation = weight.dim() == 3, activation
-        ctx.auto = known.available and backend.takes_pytorch()
+        ctx.auto = known.seen and backend.takes_pytorch()
         ctx.set_materialize_grads(False)
         return output, preactivation
 

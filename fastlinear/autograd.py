@@ -97,7 +97,7 @@ class LinearFunction(internals.SingleLevelFunction):
             ctx.batched = True  # to set an attribute takes 0.1 us: of a single layer there is none
         if internals.forward_ad_active():
             ctx.save_for_forward(input, weight)
-        if known.available:
+        if known.seen:
             ctx.auto = backend.takes_pytorch()
         ctx.set_materialize_grads(False)  # no gradient of the output is none of a parameter either
         return compute(input, weight, bias)

@@ -288,11 +288,16 @@ def by_tables() -> bool:
 
 
 def takes_pytorch() -> bool:
-    """Whether the ops that run now may take PyTorch's products: those of "auto" may.
+    """Whether the ops that run now may take PyTorch's products: but for those of "triton" they may.
 
     A backward goes by the backend of its forward.
     """
-    return current == "auto" if _forward.auto is None else _forward.auto
+    return current != "triton" if _forward.auto is None else _forward.auto
+
+
+def only_pytorch() -> bool:
+    """Whether they have to: a compiled function's, in "torch"."""
+    return current == "torch" and _forward.auto is None
 
 
 class as_its_forward:

@@ -387,7 +387,8 @@ def tables_say_so(
         return False
     if is_dynamo_compiling():
         return way.takes_ours(input, weight, bias, activation)
-    if way.is_pytorchs(input, weight, activation):
+    operands = (input, weight) if bias is None else (input, weight, bias)
+    if any(one.is_nested or one.layout != torch.strided for one in operands):
         return False
     found = way.find(input, weight, bias, activation)
     if found is not None:

@@ -970,8 +970,8 @@ MUTANTS = [
     Mutant(
         "a backward goes by the backend in force",
         "fastlinear/backend.py",
-        'return current == "auto" if _forward.auto is None else _forward.auto',
-        'return current == "auto"',
+        'return current != "triton" if _forward.auto is None else _forward.auto',
+        'return current != "triton"',
         TABLES,
     ),
     Mutant(
@@ -1066,6 +1066,20 @@ MUTANTS = [
         ONEDNN,
     ),
     Mutant(
+        "oneDNN reads a strided bias as if it were contiguous",
+        "fastlinear/choice/onednn.py",
+        "        bias = bias.contiguous()  # it is read as if it were\n",
+        "        pass\n",
+        ONEDNN,
+    ),
+    Mutant(
+        "a rank that was given up publishes its table",
+        "fastlinear/tuning/together.py",
+        '"", "published") == b"published"',
+        '"", "published")',
+        TUNE_MODEL,
+    ),
+    Mutant(
         "oneDNN is taken where it is switched off",
         "fastlinear/choice/onednn.py",
         "not torch._C._get_mkldnn_enabled() or not",
@@ -1103,15 +1117,15 @@ MUTANTS = [
     Mutant(
         "tune leaves gradients",
         "fastlinear/tuning/record.py",
-        "                parameter.grad = gradient\n",
-        "                pass\n",
+        '            at_the_end.callback(setattr, tensor, "grad", gradient)\n',
+        "",
         TUNE_MODEL,
     ),
     Mutant(
         "tune moves buffers",
         "fastlinear/tuning/record.py",
-        "                    buffer.copy_(value)\n",
-        "                    pass\n",
+        "            tensor.copy_(value)\n",
+        "            pass\n",
         TUNE_MODEL,
     ),
     Mutant(
@@ -1124,15 +1138,15 @@ MUTANTS = [
     Mutant(
         "tune draws random numbers",
         "fastlinear/tuning/record.py",
-        "with torch.random.fork_rng(sorted(devices)), internals",
-        "with internals",
+        "        at_the_end.enter_context(torch.random.fork_rng(sorted(devices)))\n",
+        "",
         TUNE_MODEL,
     ),
     Mutant(
         "another rank than the first measures too",
         "fastlinear/tuning/together.py",
-        ".decode() == rank:",
-        ".decode():",
+        '"", rank).decode() == rank\n',
+        '"", rank).decode() != ""\n',
         TUNE_MODEL,
     ),
     Mutant(

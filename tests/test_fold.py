@@ -540,7 +540,8 @@ def test_report_prints_what_was_folded() -> None:
         "net.0   converted\nnet.2   converted\nhead.0  converted\nhead.2  converted\n"
         "net.0   folded: relu of net.1\n"
         "head.0  skipped: activation not folded: its slope is 0.2, and leaky_relu's is 0.01\n"
-        "4 converted, 1 skipped, 1 folded"
+        "4 converted, 1 skipped, 1 folded; a faster way is known for 0 here, "
+        "fastlinear.tune(model, batch) finds more"
     )
     assert repr(model.net[1]) == "Folded(ReLU())"
 

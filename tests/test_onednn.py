@@ -188,6 +188,69 @@ def test_output_may_change_in_place(
         torch.testing.assert_close(gradients, theirs)
 
 
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_bias_of_any_strides_is_read_as_it_lies(
+    activation: str | None, taken: list[str | None]
+) -> None:
+    input, weight, _ = operands((4,), torch.float32, False)
+    assert weight is not None
+    for bias in (torch.randn(2 * N)[::2], torch.randn(1).expand(N), torch.randn(2, N).t()[:, 0]):
+        output = fastlinear.linear(input, weight, bias, activation)
+        torch.testing.assert_close(output, by_pytorch(input, weight, bias, activation))
+    assert taken
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e38, -3e38])
+def test_values_past_all_bounds_are_pytorch_s(
+    activation: str | None, value: float, taken: list[str | None]
+) -> None:
+    input, weight, bias = operands((4,), torch.float32, True)
+    assert bias is not None
+    bias[::2] = value
+    ours = fastlinear.linear(input, weight, bias, activation)
+    torch.testing.assert_close(ours, by_pytorch(input, weight, bias, activation), equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_what_is_no_strided_tensor_is_pytorch_s_to_take_or_refuse(taken: list[str | None]) -> None:
+    input, weight, bias = operands((4,), torch.float32, True)
+    assert weight is not None
+    assert bias is not None
+    for other in (input.to_sparse(), input.to_sparse_csr()):
+        torch.testing.assert_close(
+            fastlinear.linear(other, weight), F.linear(other, weight), check_layout=False
+        )
+    sparse = weight.to_sparse_csr()
+    torch.testing.assert_close(fastlinear.linear(input, sparse), F.linear(input, sparse))
+    for wrong in ([1.0], None, 3):
+        for given in ((wrong, weight, bias), (input, wrong, bias)):
+            with pytest.raises(TypeError) as theirs:
+                F.linear(*given)
+            with pytest.raises(TypeError) as ours:
+                fastlinear.linear(*given)
+            assert str(ours.value) == str(theirs.value)
+    assert not taken
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_higher_derivatives_do_without_the_table_too(
+    activation: str | None, taken: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = operands((4,), torch.float32, True, "input weight")[:2]
+    output = fastlinear.linear(*given, None, activation)
+    monkeypatch.undo()
+    monkeypatch.setattr(launch, "run", None)
+    monkeypatch.setattr(known, "seen", True)  # as it stays
+    theirs = by_pytorch(*given, None, activation)
+    for _ in range(3):
+        output, theirs = (
+            torch.autograd.grad(one.square().sum(), given, create_graph=True)[0]
+            for one in (output, theirs)
+        )
+    torch.testing.assert_close(output, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item())
+
+
 def test_what_it_does_not_take_goes_pytorch_s_way(taken: list[str | None]) -> None:
     input, weight, bias = operands((4,), torch.float32, True)
     assert weight is not None
@@ -309,6 +372,34 @@ def test_table_is_for_a_number_of_threads(plain_cpu: Callable[..., None]) -> Non
         torch.set_num_threads(threads)
         found.append(way_of())
     assert found == ["torch.nn.functional.linear", "onednn", "torch.nn.functional.linear"]
+
+
+def test_table_that_is_read_while_onednn_is_off_counts_when_it_is_on(
+    plain_cpu: Callable[..., None],
+) -> None:
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        plain_cpu(rows.row(key("output", 4), "onednn", 1.0, 2.0, 1.0, 2.0))
+        assert way_of() == "torch.nn.functional.linear"
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+    assert way_of() == "onednn"
+
+
+def test_compiled_step_runs_in_every_backend_but_the_kernels(
+    plain_cpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain_cpu(
+        rows.row(key("output", 4), "onednn", 1.0, 2.0, 1.0, 2.0),
+        rows.row(key("training", 4, "input weight bias"), BY_ROWS, 1.0, 2.0, 1.0, 2.0),
+    )
+    layer, input = fastlinear.Linear(K, N), torch.randn(4, K, requires_grad=True)
+    compiled = torch.compile(layer, backend="aot_eager")
+    output = compiled(input)
+    with fastlinear.use_backend("torch"):
+        output.sum().backward()
+    torch.testing.assert_close(layer.weight.grad, input.detach().sum(0).expand(N, -1))
 
 
 def test_step_goes_by_the_row_of_its_gradients(plain_cpu: Callable[..., None]) -> None:

@@ -191,6 +191,27 @@ def test_main_grad_is_as_before(clocks: Clocks) -> None:
     assert len(tuned.calls) == 1
 
 
+def test_buffers_of_every_kind_are_put_back(clocks: Clocks) -> None:
+    model = converted(Block())
+    model.register_buffer("wide", torch.zeros(1).expand(8))
+    model.register_buffer("whole", torch.arange(3))
+    with torch.inference_mode():
+        model.register_buffer("frozen_in", torch.ones(3))
+    model.script = torch.jit.script(nn.ReLU())
+    model.up.weight.main_grad = None  # type: ignore[attr-defined]
+    bucket = torch.ones(2, 16, 16)
+    model.frozen.requires_grad_(True)
+    model.frozen.weight.grad = bucket[0]
+    pending = (model.norm.running_mean * torch.ones(16, requires_grad=True)).sum()
+    model.norm.eval()
+    before = state_of(model)
+    fastlinear.tune(model, torch.randn(6, 16))
+    for name in ("state", "grads"):
+        torch.testing.assert_close(state_of(model)[name], before[name], rtol=0, atol=0)
+    assert model.frozen.weight.grad.data_ptr() == bucket.data_ptr()
+    pending.backward()  # nothing that it has saved counts as changed
+
+
 def test_what_raises_leaves_the_model_as_it_was(clocks: Clocks) -> None:
     class Fails(Block):
         def forward(self, input: Tensor) -> Tensor:
@@ -368,7 +389,7 @@ def two_ranks(clocks: Clocks, monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     monkeypatch.setattr(internals, "default_store", lambda: store)
     monkeypatch.setattr(internals, "default_group", lambda: store)
     monkeypatch.setattr(ranks, "group", lambda: id(store))
-    monkeypatch.setattr(together, "_rounds", {})
+    monkeypatch.setattr(together, "_turn", 0)
     return store
 
 
@@ -383,7 +404,7 @@ def test_one_rank_measures_and_the_other_goes_by_it(
         # As rank 1, on another machine: without the file.
         next(tmp_path.glob("*.json")).unlink()
         monkeypatch.setattr(dist, "get_rank", lambda: 1)
-        monkeypatch.setattr(together, "_rounds", {})
+        monkeypatch.setattr(together, "_turn", 0)
         with pytest.warns(RuntimeWarning, match="another rank's tables"):
             tuned = fastlinear.tune(model, torch.randn(4, 8))
     assert clocks.asked == asked
@@ -408,14 +429,29 @@ def test_rank_that_dies_is_not_waited_for(
 def test_rank_that_fails_lets_the_others_go_on(
     two_ranks: dist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing() -> bool:
+    def failing() -> None:
         raise OSError("no space")
 
     with pytest.raises(OSError, match="no space"):
         together.measured(torch.device("cpu"), time.monotonic(), failing)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(together, "_rounds", {})
-    assert together.measured(torch.device("cpu"), time.monotonic() + 60, failing) is False
+    together.measured(torch.device("cpu"), time.monotonic() + 60, failing)
+
+
+def test_rank_that_is_late_keeps_its_table_to_itself(
+    two_ranks: dist.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that all choose alike: the others have gone on by the one before."""
+    device, published = torch.device("cpu"), []
+    monkeypatch.setattr(ranks, "publish", lambda *given: published.append(given))
+    monkeypatch.setattr(together, "GRACE", 0.0)
+
+    def late() -> None:
+        monkeypatch.setattr(dist, "get_rank", lambda: 1)
+        together.measured(device, time.monotonic(), lambda: None)
+
+    together.measured(device, time.monotonic(), late)
+    assert not published
 
 
 # With a CPU's own clocks.

@@ -44,6 +44,9 @@ def user_folder() -> Path:
     """Where the user's own tables lie.
 
     FASTLINEAR_CACHE, or fastlinear/ in XDG_CACHE_HOME, which is ~/.cache where it is not set.
+
+    Raises:
+        RuntimeError: nobody knows where the home folder is.
     """
     given = os.environ.get("FASTLINEAR_CACHE")
     if given:
@@ -210,7 +213,9 @@ def _read(device: torch.device, threads: int, generation: int) -> dict[Key, Foun
         parsed = table.parse(text)
         for row in _usable(parsed, device):
             rows[row.key] = Found(row, Path(path), parsed.date)
-    if not files and not any_files() and ranks.in_group():
+    # Where there are GPUs, it is theirs that settle it.
+    last = device.type == "cuda" or not torch.backends.cuda.is_built()
+    if last and not files and not any_files() and ranks.in_group():
         _settle()
     return rows
 
@@ -258,7 +263,7 @@ def _warn(message: str) -> None:
 
 def _usable(parsed: Table, device: torch.device) -> list[Row]:
     """The rows by which a call can go here: PyTorch's way where the gain does not count."""
-    from fastlinear.choice.table import BY_ROWS, LIBRARIES, PYTORCH, why_illegal_row
+    from fastlinear.choice.table import BY_ROWS, PYTORCH, why_illegal_row
 
     margin = MARGIN if outdated(parsed) is None else MARGIN_OF_OTHERS
     try:
@@ -269,11 +274,8 @@ def _usable(parsed: Table, device: torch.device) -> list[Row]:
         target = None
 
     def usable(row: Row) -> bool:
-        if row.candidate in (PYTORCH, BY_ROWS):
+        if isinstance(row.candidate, str):  # whether a library is there is asked when it is taken
             return True
-        if isinstance(row.candidate, str):
-            dtype, library = getattr(torch, row.dtype), LIBRARIES[row.candidate]
-            return library.why_not(device, dtype, row.activation, row.bias) is None
         same = parsed.kernels == software()["kernels"]
         return same and target is not None and why_illegal_row(row, target) is None
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 NAME = "onednn"
-# (its name, its numbers, its algorithm) by the activation.
+# (its name, its numbers, its algorithm) by the activation; not its relu, which makes 0 of NaN.
 _FUSED: dict[str | None, tuple[str, list[float], str]] = {
     None: ("none", [], ""),
-    "relu": ("relu", [], ""),
     "gelu": ("gelu", [], "none"),
     "gelu_tanh": ("gelu", [], "tanh"),
     "silu": ("swish", [], ""),
@@ -30,7 +29,7 @@ def why_not(
         return "oneDNN's linear is for CPUs"
     if not torch._C._get_mkldnn_enabled() or not hasattr(mkldnn, "_linear_pointwise"):
         return "this PyTorch has no oneDNN, or does without"
-    if activation not in _FUSED:
+    if activation not in _FUSED and activation != "relu":
         return f"oneDNN has no {activation}"
     if (
         dtype == torch.float32
@@ -48,8 +47,11 @@ def output(
 
     Args:
         input, weight, bias: strided CPU tensors of one dtype, (*, K), (N, K) and (N,), with K and N
-            above 0 and any strides.
+            above 0. Any strides are right; it takes its time where they are not contiguous.
         activation: None, or one that `why_not` has nothing against.
     """
-    name, numbers, algorithm = _FUSED[activation]
-    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, name, numbers, algorithm)
+    if bias is not None:
+        bias = bias.contiguous()  # it is read as if it were
+    name, numbers, algorithm = _FUSED[None if activation == "relu" else activation]
+    computed = torch.ops.mkldnn._linear_pointwise(input, weight, bias, name, numbers, algorithm)
+    return computed.relu_() if activation == "relu" else computed

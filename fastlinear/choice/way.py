@@ -128,33 +128,29 @@ def is_pytorchs(input: Tensor, weight: Tensor, activation: str | None) -> bool:
             input.numel(),  # which costs half as much as its shape
             weight.numel(),
             input.dtype,
+            input.device,
             activation,
             _recording() and (weight.requires_grad or input.requires_grad),
             _threads(),
             internals.default_group(),
         )
         answer = _pytorchs.get(key)
-    except (RuntimeError, TypeError):  # symbols have no hash
+    except (AttributeError, RuntimeError, TypeError):  # no tensors; symbols have no hash
         return True
     if answer is None:
         if internals.tracing() is not None:  # sizes are tensors there
             return True
         known.follow_group()
         answers = _pytorchs
-        answer = not any(_a_row(device, input, weight, activation) for device in _devices())
+        answer = not _a_row(input, weight, activation)
         if len(answers) >= LARGEST_CACHE:
             answers.clear()
         answers[key] = answer
     return answer
 
 
-def _devices() -> list[torch.device]:
-    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(cuda))]
-
-
-def _a_row(device: torch.device, input: Tensor, weight: Tensor, activation: str | None) -> bool:
-    """Whether a row there may have such a call go another way, whatever its precision."""
+def _a_row(input: Tensor, weight: Tensor, activation: str | None) -> bool:
+    """Whether a row may have such a call go another way, whatever its precision."""
     recorded = torch.is_grad_enabled() and (weight.requires_grad or input.requires_grad)
     elements, weights = input.numel(), weight.numel()
     dtypes = {known.name_of(input.dtype)}
@@ -166,7 +162,7 @@ def _a_row(device: torch.device, input: Tensor, weight: Tensor, activation: str 
         and key.activation == activation
         and key.dtype in dtypes
         and found.row.candidate != PYTORCH
-        for key, found in known.found(device).items()
+        for key, found in known.found(input.device).items()
     )
 
 
@@ -291,7 +287,22 @@ def takes_ours(input: Tensor, weight: Tensor, bias: Tensor | None, activation: s
     m = input.numel() // k
     key = _key(product, input, dtype, activation, bias is not None, n, k, m, wanted)
     found = known.find(device, key)
-    return found is not None and found.row.candidate != PYTORCH
+    if found is None or found.row.candidate == PYTORCH:
+        return False
+    return _is_there(found.row.candidate, input.device, dtype, activation, bias is not None)
+
+
+def _is_there(
+    candidate: Candidate,
+    device: torch.device,
+    dtype: torch.dtype,
+    activation: str | None,
+    bias: bool,
+) -> bool:
+    """Whether a library, where that is the candidate, takes such a layer here and now."""
+    if not isinstance(candidate, str) or candidate not in LIBRARIES:
+        return True
+    return LIBRARIES[candidate].why_not(device, dtype, activation, bias) is None
 
 
 def wanted_of(input: Tensor, weight: Tensor, bias: Tensor | None) -> str:
@@ -316,6 +327,8 @@ def of_product(
     PYTORCH, a library's name, a kernel in a configuration of a table's, or, with None, in that
     which the launcher chooses.
     """
+    if backend.only_pytorch():
+        return PYTORCH
     found = None
     plain = first.is_contiguous() and second.is_contiguous()
     if plain and n * k and (first.data_ptr() | second.data_ptr()) % 16 == 0:
@@ -323,9 +336,8 @@ def of_product(
         key = _key(product, first, first.dtype, activation, bias, n, k, m)
         found = known.find(first.device, key)
     candidate = None if found is None else found.row.candidate
-    if isinstance(candidate, str) and candidate in LIBRARIES:
-        why_not = LIBRARIES[candidate].why_not(first.device, first.dtype, activation, bias)
-        candidate = candidate if why_not is None else None
+    if candidate and not _is_there(candidate, first.device, first.dtype, activation, bias):
+        candidate = None
     if backend.takes_pytorch():
         return PYTORCH if candidate is None else candidate
     return None if isinstance(candidate, str) else candidate
@@ -356,6 +368,8 @@ def of_pair(
     grad_output: Tensor, input: Tensor, weight: Tensor, bias: bool
 ) -> BackwardConfig | None:
     """That in which one launch computes both products of a backward, where a table says so."""
+    if backend.only_pytorch():
+        return None
     operands, addresses = (grad_output, input, weight), grad_output.data_ptr()
     addresses |= input.data_ptr() | weight.data_ptr()
     if addresses % 16 or not weight.numel() or not all(one.is_contiguous() for one in operands):

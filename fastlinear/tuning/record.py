@@ -139,31 +139,37 @@ def _backward(output: Any) -> None:
 @contextlib.contextmanager
 def _unchanged(model: nn.Module, given: list[Tensor]) -> Iterator[None]:
     """Puts back at its end what a forward and a backward change of a model, and of what it gets."""
-    modules = list(model.modules())
-    training = [module.training for module in modules]
-    buffers = [(module._buffers, dict(module._buffers)) for module in modules]
-    values = {one: one.detach().clone() for one in model.buffers() if not is_lazy(one)}
-    parameters = [*model.parameters(), *(one for one in given if one.is_leaf)]
-    gradients = [one.grad for one in parameters]
-    sums = [(one, one.main_grad.clone()) for one in parameters if hasattr(one, "main_grad")]
-    added = [getattr(one, "grad_added_to_main_grad", None) for one in parameters]
-    devices = {one.device.index for one in (*parameters, *values, *given) if one.is_cuda}
-    with torch.random.fork_rng(sorted(devices)), internals.without_accumulation_hooks(parameters):
-        for parameter in parameters:
-            parameter.grad = None
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for own, before in buffers:
-                    own.update(before)
-                for buffer, value in values.items():
-                    buffer.copy_(value)
-                for parameter, value in sums:
-                    parameter.main_grad.copy_(value)
-            for parameter, gradient, was in zip(parameters, gradients, added, strict=True):
-                parameter.grad = gradient
-                if was is not None:
-                    parameter.grad_added_to_main_grad = was  # type: ignore[attr-defined]
-            for module, mode in zip(modules, training, strict=True):
-                module.training = mode
+    tensors = [*model.parameters(), *(one for one in given if one.is_leaf)]
+    devices = {one.device.index for one in (*tensors, *model.buffers(), *given) if one.is_cuda}
+    with contextlib.ExitStack() as at_the_end:
+        at_the_end.enter_context(torch.random.fork_rng(sorted(devices)))
+        at_the_end.enter_context(internals.without_accumulation_hooks(tensors))
+        for module in model.modules():
+            at_the_end.callback(setattr, module, "training", module.training)
+            if not isinstance(module, torch.jit.ScriptModule):
+                at_the_end.callback(module._buffers.update, dict(module._buffers))
+        for buffer in model.buffers():
+            if not is_lazy(buffer):
+                at_the_end.callback(_put_back, buffer, buffer.detach().clone())
+        for tensor in tensors:
+            gradient, main_grad = tensor.grad, getattr(tensor, "main_grad", None)
+            at_the_end.callback(setattr, tensor, "grad", gradient)
+            if gradient is not None and gradient._is_view():  # of memory that all ranks share, say
+                at_the_end.callback(_put_back, gradient, gradient.clone())
+            if isinstance(main_grad, Tensor):
+                at_the_end.callback(_put_back, main_grad, main_grad.clone())
+            if hasattr(tensor, "grad_added_to_main_grad"):
+                was = tensor.grad_added_to_main_grad
+                at_the_end.callback(setattr, tensor, "grad_added_to_main_grad", was)
+            tensor.grad = None
+        yield
+
+
+def _put_back(tensor: Tensor, value: Tensor) -> None:
+    """Only where it has changed: a graph may have saved it, and count its versions."""
+    same = torch.equal(tensor.nan_to_num(), value.nan_to_num()) and torch.equal(
+        tensor.isnan(), value.isnan()
+    )
+    if not same:
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+            tensor.copy_(value)

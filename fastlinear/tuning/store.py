@@ -85,7 +85,8 @@ def _locked(path: Path) -> Iterator[None]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(path.name + ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # not on every network's folder
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -10,33 +10,44 @@ from fastlinear import _torch_internals as internals
 from fastlinear.choice import known, ranks
 
 GRACE = 20.0  # seconds after its deadline in which the rank that measures should be done
-_rounds: dict[str, int] = {}  # how often this process has come here, by device: as often as all
+_turn = 0  # how often this process has begun to tune: as often as all
 
 
-def measured(device: torch.device, deadline: float, measure: Callable[[], bool]) -> bool:
-    """`measure()`, by one rank for each kind of device; whether it measured all there was.
+def begin() -> None:
+    """At the start of each tuning, on every rank, whatever becomes of it there."""
+    global _turn
+    _turn += 1
 
-    The first to come is the one. Where it fails, or is gone, the others go on by what they know.
+
+def measured(device: torch.device, deadline: float, measure: Callable[[], object]) -> None:
+    """`measure()`, by one rank for each kind of device.
+
+    The first to come is the one. Where it fails, is gone or is late, all go on by what they knew.
     """
     if not ranks.in_group() or torch.distributed.get_world_size() == 1:
-        return measure()
+        measure()
+        return
     name, store = known.device_name(device) or str(device), internals.default_store()
-    _rounds[name] = _rounds.get(name, 0) + 1
-    turn = f"fastlinear/tuning/{name}/{_rounds[name]}"
-    rank = str(torch.distributed.get_rank())
-    if store.compare_set(f"{turn}/rank", "", rank).decode() == rank:
-        finished = False
-        try:
-            finished = measure()
-        finally:  # an error too must not leave the others waiting
-            ranks.publish(name, known.readable(name))
-            store.set(f"{turn}/done", str(int(finished)))
-        return finished
+    key, rank = f"fastlinear/tuning/{name}/{_turn}", str(torch.distributed.get_rank())
     try:
-        while time.monotonic() < deadline + GRACE:
-            if store.check([f"{turn}/done"]):
-                return store.get(f"{turn}/done") == b"1"
+        first = store.compare_set(f"{key}/rank", "", rank).decode() == rank
+    except RuntimeError:  # not every kind of store can
+        measure()
+        return
+    if first:
+        try:
+            measure()
+        finally:  # an error too must not leave the others waiting
+            if store.compare_set(f"{key}/end", "", "published") == b"published":
+                ranks.publish(name, known.readable(name))
+            store.set(f"{key}/done", "")
+        return
+    try:
+        while not store.check([f"{key}/done"]):
+            late = time.monotonic() > deadline + GRACE
+            # Either all go by the new table, or none does.
+            if late and store.compare_set(f"{key}/end", "", "given up") == b"given up":
+                return
             time.sleep(0.1)
     except RuntimeError:  # the store went with the rank that had it
         pass
-    return False

@@ -24,6 +24,7 @@ from fastlinear.tuning.record import Call, Noted, record
 from fastlinear.tuning.stopwatch import CpuStopwatch, Measure, OutOfTime, Stopwatch
 from fastlinear.tuning.store import Store
 
+_NOT_YET = "not measured yet"
 GRACE = 5.0  # seconds after its deadline in which what was begun may end
 
 
@@ -121,9 +122,10 @@ def tune(model: nn.Module, *args: Any, seconds: float = 60, **kwargs: Any) -> Tu
     FASTLINEAR_CACHE (~/.cache/fastlinear if not set); other processes go by it when they start.
     A gated pair counts as its two layers; `batched_linear` is listed, and goes PyTorch's way.
 
-    The model is as before: parameters, gradients, buffers, modes, torch's random state. What hooks
-    and the model's own Python attributes do while it runs is theirs. Numbers of rows count as the
-    next power of two, so that changing batches need no measurements of their own.
+    The model is as before: parameters, gradients, buffers, modes, torch's random state. What hooks,
+    and a forward that changes its own parameters or attributes, do while it runs is theirs. Numbers
+    of rows count as the next power of two, so that changing batches need no measurements of their
+    own.
 
     Where several ranks of a process group call it, one measures for each kind of device, and all go
     by what it found.
@@ -140,7 +142,8 @@ def tune(model: nn.Module, *args: Any, seconds: float = 60, **kwargs: Any) -> Tu
         TypeError: model is no `nn.Module`.
         ValueError: seconds is not above 0.
         OSError: the table cannot be written; the message says where.
-        RuntimeError: TRITON_INTERPRET is set: the times of interpreted kernels say nothing.
+        RuntimeError: nobody knows where the home folder is, and FASTLINEAR_CACHE is not set; or
+            TRITON_INTERPRET is: the times of interpreted kernels say nothing.
         KeyboardInterrupt: stopped by Ctrl-C; what was measured is kept.
         Exception: whatever the model raises.
     """
@@ -149,11 +152,12 @@ def tune(model: nn.Module, *args: Any, seconds: float = 60, **kwargs: Any) -> Tu
     if not seconds > 0:
         raise ValueError(f"seconds must be above 0, but is {seconds!r}")
     deadline = time.monotonic() + seconds
+    together.begin()
+    known.user_folder()  # or it raises
     backend.expect_ranks()
     calls = record(model, args, kwargs)
     ordered = sorted(calls, key=lambda call: -_operations(call) * len(calls[call].rows))
     tables: dict[torch.device, Path] = {}
-    finished = True
     for device in dict.fromkeys(call.device for call in ordered):
         wanted = [
             _layer(call, calls[call])
@@ -162,7 +166,7 @@ def tune(model: nn.Module, *args: Any, seconds: float = 60, **kwargs: Any) -> Tu
         ]
         if wanted:
             path = tables[device] = table_of(device)
-            finished &= together.measured(
+            together.measured(
                 device, deadline, functools.partial(measure_all, wanted, device, path, deadline)
             )
     backend.use_tables()
@@ -176,11 +180,11 @@ def tune(model: nn.Module, *args: Any, seconds: float = 60, **kwargs: Any) -> Tu
     ]
     return Tuned(
         device=" and ".join(known.device_name(device) or str(device) for device in tables),
-        table=next(iter(tables.values()), None),
+        table=next((path for path in tables.values() if path.exists()), None),
         calls=tuple(found),
         pytorch_ms=sum(call.calls * (call.pytorch_us or 0) for call in timed) / 1000,
         ms=sum(call.calls * (call.us or 0) for call in timed) / 1000,
-        finished=finished,
+        finished=all(call.way != _NOT_YET for call in found),
         not_converted=len(unconverted),
     )
 
@@ -227,7 +231,7 @@ def _found(call: Call, noted: Noted) -> TunedCall:
         }
         last = measured.get("training" if call.wanted else "output")
         row = None if last is None else last.row
-        way = "not measured yet" if row is None else _way(row, measured)
+        way = _NOT_YET if row is None else _way(row, measured)
     return TunedCall(
         layers=tuple(noted.names),
         op=call.op,
