@@ -9,6 +9,7 @@ import torch
 
 import fastlinear
 from benchmarks.host_time import without_launches
+from fastlinear.choice import known
 from fastlinear.kernels import launch
 
 
@@ -35,6 +36,7 @@ allocate = launch.allocate  # not that of the tests
 def unlaunched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(launch, "allocate", allocate)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # more take a step more
+    monkeypatch.setattr(known, "seen", False)  # and so does a process that has had a table
     with without_launches():
         yield
 
