@@ -127,7 +127,14 @@ def convert(
     skipped = {layer: reason for layer, reason in skipped.items() if layer not in pairs}
     skipped |= {layer: f"activation not folded: {why}" for layer, why in not_folded.items()}
     report = _report(model, layers, skipped, gated, pairs)
-    return replace(report, faster=sum(way.known_faster(layer.weight) for layer in layers))
+    return replace(report, faster=sum(_known_faster(layer) for layer in layers))
+
+
+def _known_faster(layer: TorchLinear) -> bool:
+    # Not by its weight: a parametrization may count how often that is asked for.
+    parameter = next(layer.parameters(), None)
+    sizes = layer.out_features, layer.in_features
+    return parameter is not None and way.known_faster(parameter.device, *sizes)
 
 
 def revert(model: nn.Module, *, made: bool = False) -> Report:

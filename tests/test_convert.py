@@ -695,6 +695,14 @@ def test_report_prints_a_table() -> None:
     )
 
 
+def test_weight_that_is_computed_is_not_asked_for() -> None:
+    """Spectral norm's takes a step of its iteration each time, in training."""
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(5, 3)).train()
+    before = {name: value.clone() for name, value in layer.named_buffers()}
+    convert(layer)
+    assert all(torch.equal(value, before[name]) for name, value in layer.named_buffers())
+
+
 def test_report_cannot_be_changed() -> None:
     with pytest.raises(AttributeError, match="cannot assign to field 'converted'"):
         convert(mlp()).converted = ()  # type: ignore[misc]

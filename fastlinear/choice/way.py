@@ -178,13 +178,13 @@ def _sizes(
     )
 
 
-def known_faster(weight: Tensor) -> bool:
-    """Whether some table says of some batch that another way than PyTorch's is faster."""
+def known_faster(device: torch.device, n: int, k: int) -> bool:
+    """Whether a table says of some batch of a layer that another way than PyTorch's is faster."""
     if not known.available:
         return False
     known.follow_group()
-    sizes = _sizes(weight.device, known.generation, torch.get_num_threads())
-    return any(size[:2] == weight.shape for size in sizes)
+    sizes = _sizes(device, known.generation, torch.get_num_threads())
+    return any(size[:2] == (n, k) for size in sizes)
 
 
 def _key(
