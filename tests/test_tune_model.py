@@ -155,7 +155,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 def test_model_is_as_before(training: bool, clocks: Clocks) -> None:
     model, input = converted(Block()).train(training), torch.randn(6, 16, requires_grad=True)
     model(input).sum().backward()
-    model.drop.eval()  # a mode of its own
+    model.frozen.eval()  # a mode of its own
     model.again.weight.grad = None
     before = state_of(model)
     given = input.grad
