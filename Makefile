@@ -12,7 +12,7 @@ SUPPORTED = import sys; version = sys.version_info[:2]; (3, 10) <= version <= (3
 	"name another one, as in: make PYTHON=python3.12 test")
 
 VERSION_DEPENDENT = $(patsubst %,tests/test_%.py,backward compile compiled_launch contract explain forward gemv gradients \
-	host_time in_use launch persistent pytorch_data shortcut transforms)
+	host_time in_use launch persistent pytorch_data ranks shortcut transforms)
 
 .DEFAULT_GOAL := help
 .PHONY: help test test-oldest test-newest test-versions test-ecosystem lint mutation fuzz resources demo bench bench-pytest report host-time gpu gpu-cache gpu-rehearsal clean
