@@ -213,10 +213,10 @@ def _read(device: torch.device, threads: int, generation: int) -> dict[Key, Foun
         parsed = table.parse(text)
         for row in _usable(parsed, device):
             rows[row.key] = Found(row, Path(path), parsed.date)
-    if not files and not any_files() and ranks.in_group():
-        # Where there are GPUs, it is theirs that settle it.
-        if device.type == "cuda" or not torch.cuda.device_count():
-            _settle()
+    # Where there are GPUs, it is theirs that settle it.
+    last = device.type == "cuda" or not torch.cuda.device_count()
+    if not files and not any_files() and ranks.in_group() and last:
+        _settle()
     return rows
 
 
