@@ -87,10 +87,11 @@ def linear(
         output = of_operands(linear, (input, weight, bias), activation)
         if output is not NotImplemented:
             return output
+    found: way.Way | bool | None = None
     if backend.current != "triton" and (
         not known.available
         or (not is_dynamo_compiling() and way.is_pytorchs(input, weight, activation))
-        or not tables_say_so(input, weight, bias, activation)
+        or not (found := tables_say_so(input, weight, bias, activation))
     ):
         output = F.linear(input, weight, bias)
         return output if activation is None else ACTIVATIONS[activation](output)
@@ -104,8 +105,9 @@ def linear(
         # looked into when the op has refused them. Within a transform it sees other shapes than the
         # caller, and a compiler sees no exception.
         try:
-            found = way.find(input, weight, bias, activation)
-            if found is not None and found.output is not None:
+            if found is None:
+                found = way.find(input, weight, bias, activation)
+            if isinstance(found, way.Way) and found.output is not None:
                 if not (found.requires_grad and torch.is_grad_enabled()):
                     return found.output(input, weight, bias)
                 if activation is None:
@@ -376,8 +378,11 @@ def _by_the_kernels(
 
 def tables_say_so(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
-) -> bool:
-    """Whether backend "auto" takes the op: for plain operands, if a table says so."""
+) -> way.Way | bool:
+    """Whether backend "auto" takes the op: for plain operands, if a table says so.
+
+    By which way, if one is remembered.
+    """
     if (
         backend.current != "auto"
         or type(input) not in _PLAIN
@@ -392,7 +397,7 @@ def tables_say_so(
         return False
     found = way.find(input, weight, bias, activation)
     if found is not None:
-        return found.output is not None
+        return False if found.output is None else found
     if internals.transforming() or internals.tracing() is not None:
         return False
     ours = way.takes_ours(input, weight, bias, activation)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from fastlinear import _torch_internals as internals
 from fastlinear import backend
+from fastlinear.choice import way
+from fastlinear.choice.table import LIBRARIES, PYTORCH
 from fastlinear.elementwise import ACTIVATIONS, GRADIENTS
 from fastlinear.kernels.operands import (
     FROM_OUTPUT,
@@ -31,8 +33,6 @@ def _of_output(
     """What a table says of the output; None for the kernel that the launcher chooses."""
     if not backend.by_tables():
         return None
-    from fastlinear.choice import way
-
     return way.of_output(input, weight, bias, activation)
 
 
@@ -88,8 +88,6 @@ def _by_pytorch(
     activation: str | None = None,
 ) -> Tensor:
     """By F.linear, or by what else PyTorch has."""
-    from fastlinear.choice.table import LIBRARIES
-
     if candidate in LIBRARIES:
         output = LIBRARIES[candidate].output(input, weight, bias, activation)
     else:
@@ -161,9 +159,6 @@ def _gradients_by_rows(
     grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool
 ) -> Sequence[Tensor | None] | None:
     """The gradients as tables say; None where they say nothing of them."""
-    from fastlinear.choice import way
-    from fastlinear.choice.table import PYTORCH
-
     all_pytorchs = backend.takes_pytorch() and not way.any_gradients(grad_output.device)
     if weight is not None and input is not None and not all_pytorchs:
         pair = way.of_pair(grad_output, input, weight, bias)

@@ -5,26 +5,20 @@ group, all ranks of which go by one rank's. The answer depends on the tables and
 ranks choose alike, and nothing is measured here.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import os
 import platform
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 import fastlinear.kernels as kernels
-from fastlinear.choice import ranks
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    # What reads tables is imported where there are some: it takes time
-    from fastlinear.choice.table import Key, Row, Table
+from fastlinear.choice import ranks, table
+from fastlinear.choice.table import BY_ROWS, PYTORCH, Key, Row, Table, why_illegal_row
 
 SHIPPED = Path(kernels.__path__[0]) / "tuned"
 INTERPRETER = "Triton interpreter"
@@ -148,9 +142,9 @@ def name_of(dtype: torch.dtype) -> str:
 @functools.cache
 def software() -> dict[str, str]:
     """What a table's times depend on: versions, and a hash of the kernels' sources."""
-    from importlib import metadata
+    from importlib import metadata  # it takes its time
 
-    import fastlinear
+    import fastlinear  # whose version stands below its imports
 
     try:
         triton = metadata.version("triton")
@@ -184,8 +178,6 @@ def find(device: torch.device, key: Key) -> Found | None:
 
     Of a training with other gradients than were measured, it is that with all of them.
     """
-    from fastlinear.choice import table
-
     follow_group()
     key, rows = key._replace(m=table.bucket(key.m)), found(device)
     if key not in rows and key.product == "training":
@@ -200,8 +192,6 @@ def found(device: torch.device) -> dict[Key, Found]:
 
 @functools.lru_cache
 def _read(device: torch.device, threads: int, generation: int) -> dict[Key, Found]:
-    from fastlinear.choice import table
-
     if given is not None:
         return {row.key: Found(row, Path(), "") for row in given.get(device, ())}
     name = device_name(device)
@@ -230,8 +220,6 @@ def _settle() -> None:
 
 def readable(name: str) -> ranks.Files:
     """This process's own tables for a device."""
-    from fastlinear.choice import table
-
     files = []
     for folder in folders():
         path = folder / table.file_name(name)
@@ -263,8 +251,6 @@ def _warn(message: str) -> None:
 
 def _usable(parsed: Table, device: torch.device) -> list[Row]:
     """The rows by which a call can go here: PyTorch's way where the gain does not count."""
-    from fastlinear.choice.table import BY_ROWS, PYTORCH, why_illegal_row
-
     margin = MARGIN if outdated(parsed) is None else MARGIN_OF_OTHERS
     try:
         from fastlinear.kernels import launch

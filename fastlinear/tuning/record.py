@@ -14,27 +14,21 @@ from fastlinear import _torch_internals as internals
 from fastlinear import backend, functional
 from fastlinear.choice import table, way
 from fastlinear.kernels.operands import DTYPES
+from fastlinear.tuning.products import Layer
 
 
 class Call(NamedTuple):
     """What calls have in common that are measured as one.
 
     op: "linear", as those of a gated pair are too, or "batched_linear".
-    wanted: whose gradients, as in "input weight bias"; "" for none.
-    n, k, m: out_features, in_features and the power of two that stands for the rows.
     plain: whether operands are as tables have them: contiguous, at addresses that divide by 16.
+    layer: what is measured, but for its number of rows.
     """
 
     op: str
     device: torch.device
-    dtype: torch.dtype
-    activation: str | None
-    bias: bool
-    wanted: str
-    n: int
-    k: int
-    m: int
     plain: bool
+    layer: Layer
 
 
 @dataclass
@@ -76,19 +70,18 @@ class Recorder:
         (n, k), device = weight.shape[-2:], input.device
         dtype = backend.dtype_under(backend.autocast_dtype(device.type), input.dtype)
         rows = input.numel() // k
-        plain = _is_plain(input) and _is_plain(weight)
-        call = Call(
-            "linear" if into_main_grad else function.__name__,
-            device,
+        layer = Layer(
             dtype,
+            None,
             activation,
             bias is not None,
-            "" if into_main_grad else way.wanted_of(input, weight, bias),
             n,
             k,
             table.bucket(rows),
-            plain,
+            "" if into_main_grad else way.wanted_of(input, weight, bias),
         )
+        op = "linear" if into_main_grad else function.__name__
+        call = Call(op, device, _is_plain(input) and _is_plain(weight), layer)
         noted = self.calls.setdefault(call, Noted())
         noted.rows.append(rows)
         name = self.names.get(id(weight), "(computed weight)")

@@ -5,7 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +156,11 @@ def tune(model: nn.Module, *args: Any, seconds: float = 60, **kwargs: Any) -> Tu
     known.user_folder()  # or it raises
     backend.expect_ranks()
     calls = record(model, args, kwargs)
-    ordered = sorted(calls, key=lambda call: -_operations(call) * len(calls[call].rows))
+    ordered = sorted(calls, key=lambda call: -_operations(call.layer) * len(calls[call].rows))
     tables: dict[torch.device, Path] = {}
     for device in dict.fromkeys(call.device for call in ordered):
         wanted = [
-            _layer(call, calls[call])
+            replace(call.layer, rows=statistics.mode(calls[call].rows))
             for call in ordered
             if call.device == device and _why_not(call) is None
         ]
@@ -189,9 +189,9 @@ def tune(model: nn.Module, *args: Any, seconds: float = 60, **kwargs: Any) -> Tu
     )
 
 
-def _operations(call: Call) -> int:
-    products = 1 + ("input" in call.wanted) + ("weight" in call.wanted)
-    return products * call.m * call.n * call.k
+def _operations(layer: Layer) -> int:
+    products = 1 + ("input" in layer.wanted) + ("weight" in layer.wanted)
+    return products * layer.m * layer.n * layer.k
 
 
 def _why_not(call: Call) -> str | None:
@@ -205,41 +205,26 @@ def _why_not(call: Call) -> str | None:
     return None
 
 
-def _layer(call: Call, noted: Noted) -> Layer:
-    return Layer(
-        call.dtype,
-        None,
-        call.activation,
-        call.bias,
-        call.n,
-        call.k,
-        call.m,
-        call.wanted,
-        statistics.mode(noted.rows) or 1,
-    )
-
-
 def _found(call: Call, noted: Noted) -> TunedCall:
-    row, way = None, _why_not(call)
+    row, way, layer = None, _why_not(call), call.layer
     if way is None:
-        layer = _layer(call, noted)
         measured = {
             product: found
             for product in ("output", "training")
-            if product == "output" or call.wanted
+            if product == "output" or layer.wanted
             if (found := known.find(call.device, layer.key(product, call.device))) is not None
         }
-        last = measured.get("training" if call.wanted else "output")
+        last = measured.get("training" if layer.wanted else "output")
         row = None if last is None else last.row
         way = _NOT_YET if row is None else _way(row, measured)
     return TunedCall(
         layers=tuple(noted.names),
         op=call.op,
-        in_features=call.k,
-        out_features=call.n,
+        in_features=layer.k,
+        out_features=layer.n,
         rows=statistics.mode(noted.rows),
-        dtype=known.name_of(call.dtype),
-        activation=call.activation,
+        dtype=known.name_of(layer.dtype),
+        activation=layer.activation,
         calls=len(noted.rows),
         pytorch_us=None if row is None else row.pytorch_device_us,
         us=None if row is None else row.device_us,
