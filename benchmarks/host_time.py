@@ -31,9 +31,13 @@ from tqdm import tqdm
 
 import fastlinear
 from benchmarks.environment import environment
+from fastlinear.backend import use_tables
+from fastlinear.choice import known
+from fastlinear.choice.table import Key, row
 from fastlinear.kernels import compiled_launch, launch
 
 ROWS, FEATURES = 4, 16
+TABLE = "auto, with a table"  # that sends this layer PyTorch's way
 MODES = ("no grad", "grad", "forward + backward")
 COLUMNS = ("call", "backend", *MODES)
 
@@ -55,12 +59,27 @@ def cases(device: torch.device) -> list[tuple[str, str, Callable[[Tensor], Tenso
         ("F.linear", "", lambda input: F.linear(input, weight, bias)),
         ("nn.Linear", "", theirs),
     ]
-    for backend in ("auto", "torch", "triton"):
+    for backend in ("auto", TABLE, "torch", "triton"):
         functions += [
             ("fastlinear.linear", backend, lambda input: fastlinear.linear(input, weight, bias)),
             ("fastlinear.Linear", backend, ours),
         ]
     return functions
+
+
+@contextmanager
+def setting(backend: str, device: torch.device) -> Iterator[None]:
+    """Within it, the backend, and a table that knows another layer, if that is wanted."""
+    if backend == TABLE:
+        key = Key("output", "float32", "ieee", None, True, "", 768, 768, 64)
+        use_tables({device: (row(key, "onednn", 1.0, 2.0, 1.0, 2.0),)})
+    try:
+        with fastlinear.use_backend("auto" if backend in ("", TABLE) else backend):
+            yield
+    finally:
+        if backend == TABLE:
+            use_tables()
+            known.seen = False  # for the others to be as in a process that has had none
 
 
 def measure(rounds: int, calls: int) -> list[dict[str, Any]]:
@@ -82,7 +101,7 @@ def measure(rounds: int, calls: int) -> list[dict[str, Any]]:
                     grad_output
                 ),
             }
-            with fastlinear.use_backend(backend or "auto"):
+            with setting(backend, device):
                 for mode, run in runs.items():
                     with torch.set_grad_enabled(mode != "no grad"):
                         spent = microseconds(run, calls)

@@ -105,9 +105,9 @@ def linear(
         # looked into when the op has refused them. Within a transform it sees other shapes than the
         # caller, and a compiler sees no exception.
         try:
-            if found is None:
+            if found is None or found is True:
                 found = way.find(input, weight, bias, activation)
-            if isinstance(found, way.Way) and found.output is not None:
+            if found and found.output is not None:
                 if not (found.requires_grad and torch.is_grad_enabled()):
                     return found.output(input, weight, bias)
                 if activation is None:

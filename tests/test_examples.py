@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -17,8 +19,9 @@ def run(name: str, folder: Path, *given: str) -> str:
     return done.stdout
 
 
-def test_tune(tmp_path: Path) -> None:
-    said = run("tune.py", tmp_path, "--rows", "4", "--seconds", "1")
+@pytest.mark.parametrize("how", [[], ["--train"]], ids=["", "train"])
+def test_tune(how: list[str], tmp_path: Path) -> None:
+    said = run("tune.py", tmp_path, "--rows", "4", "--seconds", "1", *how)
     for line in (
         "6 converted, 0 skipped",
         "1 folded",

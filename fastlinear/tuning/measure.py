@@ -20,7 +20,7 @@ from fastlinear.tuning.products import Layer, Products, in_turn
 from fastlinear.tuning.stopwatch import Call, Measure
 
 # How many times PyTorch's error may be, as a root mean square. On CPUs F.linear adds in blocks, and
-# oneDNN in one run, as most do: that errs by 1.5 times as much in sums of 768 terms, 2.2 in 3072.
+# oneDNN in one run, as most do: that errs by some twice as much in sums of some thousand terms.
 TIMES_THE_ERROR = 2.5
 
 
