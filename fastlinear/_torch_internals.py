@@ -330,6 +330,8 @@ def uncompiled() -> contextlib.AbstractContextManager[object]:
 autocasting: Callable[[], bool] = torch._C._is_any_autocast_enabled
 # Whether a transform of torch.func is active.
 transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
+# Whether one of its arguments is a tensor that requires a gradient.
+any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
 # What torch.jit.trace records to; None where it does not trace.
 tracing: Callable[[], object] = torch._C._get_tracing_state
 

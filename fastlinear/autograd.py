@@ -1,16 +1,19 @@
-"""The torch ops behind the layer.
-
-Schemas, shapes, derivatives of every order, vmap, autocast, operation counts.
+"""The torch ops behind the layer, with and without an activation, and their derivatives.
 
 `fastlinear::linear` takes one layer, input (*, K), weight (N, K), bias (N,), or B layers at once,
 input (B, M, K), weight (B, N, K), bias (B, N). The second form closes it: its derivatives, and vmap
 over any operand, are calls of the same op. `fastlinear::linear_backward` computes the gradients
 together where no graph of them is wanted: grad_input if weight is given, grad_weight if input is,
 grad_bias if asked for, and an empty tensor in the place of each of the others.
+
+`fastlinear::linear_activation` is a layer with its activation,
+`fastlinear::linear_activation_backward` computes its gradients, as above, and
+`fastlinear::linear_activation_forward` also gives the pre-activation, where a derivative needs it:
+an output in its own right, so that derivatives of derivatives flow back through it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,53 +21,58 @@ from torch import Tensor
 
 from fastlinear import _torch_internals as internals
 from fastlinear import backend, implementations
+from fastlinear.batching import as_layers, to_front
 from fastlinear.choice import known
+from fastlinear.elementwise import GRADIENTS
 from fastlinear.kernels.operands import (
-    DTYPES,
+    FROM_OUTPUT,
+    check_activation,
     check_backward_shapes,
     check_forward_shapes,
     check_same_kind,
+    check_saved_shape,
 )
+from fastlinear.op import define, recorded, register
 
 Gradients = tuple[Tensor, Tensor, Tensor]
-Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
-LIBRARY = torch.library.Library("fastlinear", "DEF")
-TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
-# No default for bias: the dispatcher drops arguments that equal their default,
-# and vmap rules would miss them.
-LIBRARY.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor", tags=TAGS)
-LIBRARY.define(
-    "linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, bool bias, bool batched)"
-    " -> (Tensor, Tensor, Tensor)",
-    tags=TAGS,
+_OPERANDS = "Tensor input, Tensor weight, Tensor? bias"
+_FOR_BACKWARD = "Tensor? input, Tensor? weight, bool bias, bool batched"
+linear_op = define(f"linear({_OPERANDS}) -> Tensor")
+linear_backward_op = define(
+    f"linear_backward(Tensor grad_output, {_FOR_BACKWARD}) -> (Tensor, Tensor, Tensor)"
 )
-linear_op = torch.ops.fastlinear.linear.default
-linear_backward_op = torch.ops.fastlinear.linear_backward.default
+linear_activation_op = define(f"linear_activation({_OPERANDS}, str activation) -> Tensor")
+activation_forward_op = define(
+    f"linear_activation_forward({_OPERANDS}, str activation) -> (Tensor, Tensor)"
+)
+activation_backward_op = define(
+    f"linear_activation_backward(Tensor grad_output, Tensor saved, {_FOR_BACKWARD},"
+    " str activation) -> (Tensor, Tensor, Tensor)"
+)
 
-for _device in ("CPU", "CUDA"):
-    LIBRARY.impl("linear", implementations.forward, _device)
-    LIBRARY.impl("linear_backward", implementations.backward, _device)
 
-
-@torch.library.register_fake(linear_op, lib=LIBRARY)
-def linear_fake(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_fake(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
+) -> Tensor:
+    check_activation(activation)
     check_same_kind(input=input, weight=weight, bias=bias)
-    check_forward_shapes(input.shape, weight.shape, None if bias is None else bias.shape)
+    check_forward_shapes(*implementations.shapes_of(input, weight, bias))
     return input.new_empty((*input.shape[:-1], weight.shape[-2]))
 
 
-@torch.library.register_fake(linear_backward_op, lib=LIBRARY)
+def _forward_fake(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    output = linear_fake(input, weight, bias, activation)
+    return output, output.new_empty(0 if activation in FROM_OUTPUT else output.shape)
+
+
 def linear_backward_fake(
     grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool, batched: bool
 ) -> Gradients:
     check_same_kind(grad_output=grad_output, input=input, weight=weight)
-    check_backward_shapes(
-        grad_output.shape,
-        None if input is None else input.shape,
-        None if weight is None else weight.shape,
-        batched,
-    )
+    check_backward_shapes(*implementations.shapes_of(grad_output, input, weight), batched)
     layers = grad_output.shape[:1] if batched else ()
     out_features = grad_output.shape[-1]
     return (
@@ -74,44 +82,69 @@ def linear_backward_fake(
     )
 
 
-def _below_autograd(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    with internals.below_autograd():
-        if internals.transforming():
-            with internals.next_level_differentiates():
-                return linear_op(input, weight, bias)
-        return linear_op(input, weight, bias)
+def _activation_backward_fake(grad_output: Tensor, saved: Tensor, *others: Any) -> Gradients:
+    *operands, activation = others
+    check_activation(activation)
+    check_same_kind(grad_output=grad_output, saved=saved)
+    check_saved_shape(saved.shape, grad_output.shape)
+    return linear_backward_fake(grad_output, *operands)
 
 
 class LinearFunction(internals.SingleLevelFunction):
-    """Derivatives of the op, each in terms of the op."""
+    """Derivatives of an output, and of a pre-activation besides, in terms of the ops.
+
+    Without an activation there is one output, and one argument less.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, compute: Compute
-    ) -> Tensor:
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *activation_and_compute: Any,
+    ) -> Any:
+        *activation, compute = activation_and_compute
+        result = compute(input, weight, bias, *activation)
+        saved = None
+        # To set an attribute takes 0.1 us: of a single layer without an activation there is none.
+        if activation:
+            (ctx.activation,) = activation
+            output, saved = result
+            if ctx.activation in FROM_OUTPUT:
+                ctx.mark_non_differentiable(saved)  # it is empty
+                saved = output
+        if weight.dim() == 3:
+            ctx.batched = True
+        if known.seen:
+            ctx.auto = backend.takes_pytorch()
         needed = ctx.needs_input_grad
         # Each operand is kept for the other's gradient alone,
         # so that what is not kept may change in place.
-        ctx.save_for_backward(input if needed[1] else None, weight if needed[0] else None)
-        if weight.dim() == 3:
-            ctx.batched = True  # to set an attribute takes 0.1 us: of a single layer there is none
+        ctx.save_for_backward(input if needed[1] else None, weight if needed[0] else None, saved)
         if internals.forward_ad_active():
-            ctx.save_for_forward(input, weight)
-        if known.seen:
-            ctx.auto = backend.takes_pytorch()
+            ctx.save_for_forward(input, weight, saved)
         ctx.set_materialize_grads(False)  # no gradient of the output is none of a parameter either
-        return compute(input, weight, bias)
+        return result
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_output is None:
-            return None, None, None, None
-        input, weight = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_preactivation: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        activation: Any = getattr(ctx, "activation", None)
+        of_others = (None,) if activation is None else (None, None)
+        if grad_output is None and grad_preactivation is None:
+            return None, None, None, *of_others
+        input, weight, saved = ctx.saved_tensors
+        if grad_preactivation is not None:
+            through = None if grad_output is None else GRADIENTS[activation](grad_output, saved)
+            grad_output, activation = added(through, grad_preactivation), None
         wanted, batched = internals.wanted(ctx), getattr(ctx, "batched", False)
+        arguments = (grad_output, input, weight, wanted, batched, saved, activation)
         if not known.seen:
-            return *wanted_gradients(grad_output, input, weight, wanted, batched), None
+            return *wanted_gradients(*arguments), *of_others
         with backend.as_its_forward(getattr(ctx, "auto", False)):
-            return *wanted_gradients(grad_output, input, weight, wanted, batched), None
+            return *wanted_gradients(*arguments), *of_others
 
     @staticmethod
     def jvp(
@@ -119,11 +152,31 @@ class LinearFunction(internals.SingleLevelFunction):
         input_tangent: Tensor | None,
         weight_tangent: Tensor | None,
         bias_tangent: Tensor | None,
-        compute_tangent: None,
-    ) -> Tensor | None:
-        with internals.next_level_in_forward_mode(*ctx.saved_tensors) as (input, weight):
-            batched = getattr(ctx, "batched", False)
-            return tangent_of(input, weight, batched, input_tangent, weight_tangent, bias_tangent)
+        *tangents_of_others: None,
+    ) -> Any:
+        batched, activation = getattr(ctx, "batched", False), getattr(ctx, "activation", None)
+        with internals.next_level_in_forward_mode(*ctx.saved_tensors) as (input, weight, saved):
+            tangent = tangent_of(
+                input, weight, batched, input_tangent, weight_tangent, bias_tangent
+            )
+            if activation is None:
+                return tangent
+            if tangent is None:
+                return None, None
+            # The derivative is elementwise: it takes a tangent forward as a gradient back.
+            output_tangent = GRADIENTS[activation](tangent, saved)
+        return output_tangent, None if activation in FROM_OUTPUT else tangent
+
+
+class LinearActivationFunction(LinearFunction):
+    """LinearFunction with an activation, which has a name of its own in graphs."""
+
+
+def added(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Their sum; None counts as zeros."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
 
 
 def tangent_of(
@@ -139,8 +192,8 @@ def tangent_of(
     if input_tangent is not None:
         tangent = linear_op(input_tangent, weight, bias_tangent)
     if weight_tangent is not None:
-        through_weight = linear_op(input, weight_tangent, bias_tangent if tangent is None else None)
-        tangent = through_weight if tangent is None else tangent + through_weight
+        once = bias_tangent if tangent is None else None
+        tangent = added(tangent, linear_op(input, weight_tangent, once))
     if tangent is None and bias_tangent is not None:
         rows = bias_tangent.unsqueeze(1) if batched else bias_tangent
         tangent = rows.expand(*input.shape[:-1], weight.shape[-2]).clone()
@@ -148,16 +201,24 @@ def tangent_of(
 
 
 def wanted_gradients(
-    grad_output: Tensor,
+    grad_output: Tensor | None,
     input: Tensor | None,
     weight: Tensor | None,
     wanted: Sequence[bool],
     batched: bool,
+    saved: Tensor | None = None,
+    activation: str | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`gradients_of`, with None for those of input, weight and bias that are not wanted."""
+    """`gradients_of`, with None for those of input, weight and bias that are not wanted.
+
+    All are None where grad_output is.
+    """
+    if grad_output is None:
+        return None, None, None
     of_input, of_weight, of_bias = wanted[:3]
+    operands = input if of_weight else None, weight if of_input else None
     grad_input, grad_weight, grad_bias = gradients_of(
-        grad_output, input if of_weight else None, weight if of_input else None, of_bias, batched
+        grad_output, *operands, of_bias, batched, saved, activation
     )
     return (
         grad_input if of_input else None,
@@ -167,14 +228,26 @@ def wanted_gradients(
 
 
 def gradients_of(
-    grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool, batched: bool
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    bias: bool,
+    batched: bool,
+    saved: Tensor | None = None,
+    activation: str | None = None,
 ) -> Gradients:
-    """`linear_backward`, as one fused op or as differentiable ops.
+    """`linear_backward`, or `linear_activation_backward`, fused or as differentiable ops.
 
     Differentiable ops are taken where the gradients' own gradients are wanted.
     """
     if not (torch.is_grad_enabled() or internals.forward_ad_active()):
-        return linear_backward_op(grad_output, input, weight, bias, batched)
+        if activation is None:
+            return linear_backward_op(grad_output, input, weight, bias, batched)
+        operands = input, weight
+        return activation_backward_op(grad_output, saved, *operands, bias, batched, activation)
+    if activation is not None:
+        assert saved is not None
+        grad_output = GRADIENTS[activation](grad_output, saved)
     grad_input = grad_weight = grad_bias = grad_output.new_empty(0)
     if weight is not None:
         grad_input = linear_op(grad_output, weight.mT, None)
@@ -191,97 +264,39 @@ def gradients_of(
     return grad_input, grad_weight, grad_bias
 
 
-# The Autograd key's kernels. Where nothing between them and the device's kernel wants the call they
-# go there at once: a second pass through the dispatcher takes as long as F.linear's whole forward.
-
-
-def _linear_autograd(keys: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    differentiated = internals.forward_ad_active() or (
-        torch.is_grad_enabled()
-        and (
-            weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
-        )
-    )
-    plain = not keys.raw_repr() & internals.BEYOND_PLAIN
-    if differentiated:
-        compute = implementations.forward if plain else _below_autograd
-        return internals.apply(LinearFunction, input, weight, bias, compute)
-    if plain:
-        return implementations.forward(input, weight, bias)
-    with internals.below_autograd():
-        return linear_op(input, weight, bias)
-
-
-def _linear_backward_autograd(
-    keys: Any,
-    grad_output: Tensor,
-    input: Tensor | None,
-    weight: Tensor | None,
-    bias: bool,
-    batched: bool,
+def _activation_backward_recorded(
+    plain: bool, grad_output: Tensor, saved: Tensor, *others: Any
 ) -> Gradients:
-    operands = [tensor for tensor in (grad_output, input, weight) if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
-        return gradients_of(grad_output, input, weight, bias, batched)
-    if not keys.raw_repr() & internals.BEYOND_PLAIN:
-        return implementations.backward(grad_output, input, weight, bias, batched)
-    with internals.below_autograd():
-        return linear_backward_op(grad_output, input, weight, bias, batched)
-
-
-LIBRARY.impl("linear", _linear_autograd, "Autograd", with_keyset=True)
-LIBRARY.impl("linear_backward", _linear_backward_autograd, "Autograd", with_keyset=True)
-
-
-def to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    """`tensor` with its vmapped dimension first.
-
-    Where it has none, it gets a first dimension of stride 0.
-    """
-    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
-
-def as_layers(
-    info: Any, in_dims: tuple[int | None, ...], input: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
-    """Operands without the vmapped dimension, which has become, or joined, rows or layers.
-
-    With them comes what gives their output that dimension back, in front.
-    """
-    input_dim, weight_dim, bias_dim = in_dims
-    batched = weight.dim() - (weight_dim is not None) == 3
-    input = to_front(input, input_dim, info.batch_size)
-    if weight_dim is None and bias_dim is None:
-        if not batched:
-            return input, weight, bias, lambda output: output
-        # The vmapped dimension joins the rows of each layer, so that no layer is copied.
-        samples, layers, rows = input.shape[:3]
-        shape = (layers, samples, rows, weight.shape[1])
-        return (
-            input.transpose(0, 1).flatten(1, 2),
-            weight,
-            bias,
-            lambda output: output.reshape(shape).transpose(0, 1),
-        )
-
-    weight = to_front(weight, weight_dim, info.batch_size)
-    if bias is not None:
-        bias = to_front(bias, bias_dim, info.batch_size)
-    leading = (*input.shape[:-1], weight.shape[-2])
-    if batched:
-        weight = weight.flatten(0, 1)
-        bias = None if bias is None else bias.flatten(0, 1)
-    layers = weight.shape[0]
-    rows = math.prod(input.shape[:-1]) // max(layers, 1)
-    input = input.reshape(layers, rows, input.shape[-1])
-    return input, weight, bias, lambda output: output.reshape(leading)
+    *operands, activation = others
+    return gradients_of(GRADIENTS[activation](grad_output, saved), *operands)
 
 
 def linear_vmap(
-    info: Any, in_dims: tuple[int | None, ...], input: Tensor, weight: Tensor, bias: Tensor | None
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *activation: str,
 ) -> tuple[Tensor, int]:
+    op = linear_activation_op if activation else linear_op
     input, weight, bias, restore = as_layers(info, in_dims, input, weight, bias)
-    return restore(linear_op(input, weight, bias)), 0
+    return restore(op(input, weight, bias, *activation)), 0
+
+
+def _forward_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int | None]]:
+    input, weight, bias, restore = as_layers(info, in_dims, input, weight, bias)
+    output, preactivation = activation_forward_op(input, weight, bias, activation)
+    if activation in FROM_OUTPUT:
+        return (restore(output), preactivation), (0, None)
+    return (restore(output), restore(preactivation)), (0, 0)
 
 
 def linear_backward_vmap(
@@ -315,50 +330,15 @@ def linear_backward_vmap(
     return (grad_input, grad_weight, grad_bias), tuple(0 if one else None for one in given)
 
 
-torch.library.register_vmap(linear_op, linear_vmap, lib=LIBRARY)
-torch.library.register_vmap(linear_backward_op, linear_backward_vmap, lib=LIBRARY)
-
-
-def _cast(tensor: Tensor | None, device_type: str) -> Tensor | None:
-    if tensor is None or tensor.dtype not in DTYPES:
-        return tensor
-    dtype = backend.dtype_under(torch.get_autocast_dtype(device_type), tensor.dtype)
-    return internals.autocast_copy(tensor, dtype)
-
-
-def register_autocast(op: torch._ops.OpOverload, operands: int = 3) -> None:
-    """Casts the first `operands` arguments of `op`, as autocast does those of F.linear."""
-    for device_type, key in (
-        ("cpu", internals.DispatchKey.AutocastCPU),
-        ("cuda", internals.DispatchKey.AutocastCUDA),
-    ):
-
-        def cast_and_call(
-            *arguments: Any,
-            device_type: str = device_type,
-            key: internals.DispatchKey = key,
-        ) -> Any:
-            cast = [_cast(operand, device_type) for operand in arguments[:operands]]
-            with internals.excluding(key):
-                return op(*cast, *arguments[operands:])
-
-        internals.hide_from_dynamo(cast_and_call)
-        LIBRARY.impl(op, cast_and_call, key.name)
-
-
-register_autocast(linear_op)
-
-
-for _entry in (
-    implementations.forward,
-    implementations.backward,
-    LinearFunction.backward,
-    _linear_autograd,
-    _linear_backward_autograd,
-    linear_vmap,
-    linear_backward_vmap,
-):
-    internals.hide_from_dynamo(_entry)
+def _activation_backward_vmap(
+    info: Any, in_dims: tuple[int | None, ...], grad_output: Tensor, saved: Tensor, *others: Any
+) -> tuple[Gradients, tuple[int | None, ...]]:
+    *operands, activation = others
+    grad = GRADIENTS[activation](
+        to_front(grad_output, in_dims[0], info.batch_size),
+        to_front(saved, in_dims[1], info.batch_size),
+    )
+    return linear_backward_vmap(info, (0, *in_dims[2:]), grad, *operands)
 
 
 def linear_flops(input: Any, weight: Any, *others: Any, **options: Any) -> int:
@@ -375,11 +355,53 @@ def linear_backward_flops(
     return grad_input + grad_weight
 
 
-def _register_flop_formulas() -> None:
-    from torch.utils.flop_counter import register_flop_formula
+register(
+    linear_op,
+    compute=implementations.forward,
+    fake=linear_fake,
+    record=recorded(LinearFunction, linear_op, implementations.forward),
+    vmap=linear_vmap,
+    flops=linear_flops,
+    autocast=3,
+)
+register(
+    linear_backward_op,
+    compute=implementations.backward,
+    fake=linear_backward_fake,
+    record=lambda plain, *arguments: gradients_of(*arguments),
+    tangents=False,
+    vmap=linear_backward_vmap,
+    flops=linear_backward_flops,
+)
 
-    register_flop_formula(torch.ops.fastlinear.linear)(linear_flops)
-    register_flop_formula(torch.ops.fastlinear.linear_backward)(linear_backward_flops)
-
-
-internals.when_imported("torch.utils.flop_counter", _register_flop_formulas)
+_recorded = recorded(
+    LinearActivationFunction, activation_forward_op, implementations.activation_forward
+)
+register(
+    linear_activation_op,
+    compute=implementations.forward,
+    fake=linear_fake,
+    record=lambda *arguments: _recorded(*arguments)[0],
+    vmap=linear_vmap,
+    flops=linear_flops,
+    autocast=3,
+)
+register(
+    activation_forward_op,
+    compute=implementations.activation_forward,
+    fake=_forward_fake,
+    record=_recorded,
+    vmap=_forward_vmap,
+    flops=linear_flops,
+)
+register(
+    activation_backward_op,
+    compute=implementations.activation_backward,
+    fake=_activation_backward_fake,
+    record=_activation_backward_recorded,
+    tangents=False,
+    vmap=_activation_backward_vmap,
+    flops=lambda grad_output, saved, *others, **options: linear_backward_flops(
+        grad_output, *others
+    ),
+)

@@ -21,8 +21,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastlinear import _torch_internals as internals
 from fastlinear import backend, implementations
-from fastlinear.activations import LinearActivationFunction, linear_activation_op
-from fastlinear.autograd import LinearFunction, linear_op
+from fastlinear.autograd import (
+    LinearActivationFunction,
+    LinearFunction,
+    linear_activation_op,
+    linear_op,
+)
 from fastlinear.choice import known, way
 from fastlinear.elementwise import ACTIVATIONS
 from fastlinear.gated import gated_linear_op

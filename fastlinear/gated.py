@@ -18,19 +18,17 @@ from torch import Tensor
 from fastlinear import _torch_internals as internals
 from fastlinear import implementations
 from fastlinear.autograd import (
-    LIBRARY,
-    TAGS,
     Gradients,
+    added,
     gradients_of,
     linear_backward_flops,
     linear_backward_vmap,
     linear_flops,
     linear_vmap,
-    register_autocast,
     tangent_of,
-    to_front,
     wanted_gradients,
 )
+from fastlinear.batching import to_front
 from fastlinear.elementwise import ACTIVATIONS, GRADIENTS
 from fastlinear.kernels.operands import (
     FROM_OUTPUT,
@@ -39,6 +37,7 @@ from fastlinear.kernels.operands import (
     check_gated_shapes,
     check_same_kind,
 )
+from fastlinear.op import define, recorded, register
 
 Products = tuple[Tensor, Tensor, Tensor]  # output, gate, up
 
@@ -46,81 +45,39 @@ _OPERANDS = (
     "Tensor input, Tensor gate_weight, Tensor up_weight, Tensor? gate_bias, Tensor? up_bias,"
     " str activation"
 )
-LIBRARY.define(f"gated_linear({_OPERANDS}) -> Tensor", tags=TAGS)
-LIBRARY.define(f"gated_linear_forward({_OPERANDS}) -> (Tensor, Tensor, Tensor)", tags=TAGS)
-LIBRARY.define(
+gated_linear_op = define(f"gated_linear({_OPERANDS}) -> Tensor")
+forward_op = define(f"gated_linear_forward({_OPERANDS}) -> (Tensor, Tensor, Tensor)")
+backward_op = define(
     "gated_linear_backward(Tensor grad_output, Tensor gate, Tensor up, Tensor? input,"
     " Tensor? gate_weight, Tensor? up_weight, bool bias, str activation)"
-    " -> (Tensor, Tensor, Tensor)",
-    tags=TAGS,
+    " -> (Tensor, Tensor, Tensor)"
 )
-gated_linear_op = torch.ops.fastlinear.gated_linear.default
-forward_op = torch.ops.fastlinear.gated_linear_forward.default
-backward_op = torch.ops.fastlinear.gated_linear_backward.default
-
-for _device in ("CPU", "CUDA"):
-    LIBRARY.impl("gated_linear", implementations.gated_output, _device)
-    LIBRARY.impl("gated_linear_forward", implementations.gated_forward, _device)
-    LIBRARY.impl("gated_linear_backward", implementations.gated_backward, _device)
 
 
-@torch.library.register_fake(gated_linear_op, lib=LIBRARY)
 def _fake(
-    input: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    activation: str,
+    input: Tensor, gate_weight: Tensor, up_weight: Tensor, *biases_and_activation: Any
 ) -> Tensor:
+    gate_bias, up_bias, activation = biases_and_activation
     check_activation(activation, optional=False)
-    operands = {
-        "input": input,
-        "gate_weight": gate_weight,
-        "up_weight": up_weight,
-        "gate_bias": gate_bias,
-        "up_bias": up_bias,
-    }
+    weights = {"gate_weight": gate_weight, "up_weight": up_weight}
+    operands = {"input": input, **weights, "gate_bias": gate_bias, "up_bias": up_bias}
     check_same_kind(**operands)
-    check_gated_shapes(*(None if one is None else one.shape for one in operands.values()))
+    check_gated_shapes(*implementations.shapes_of(*operands.values()))
     return input.new_empty((*input.shape[:-1], gate_weight.shape[0]))
 
 
-@torch.library.register_fake(forward_op, lib=LIBRARY)
-def _forward_fake(
-    input: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    activation: str,
-) -> Products:
-    output = _fake(input, gate_weight, up_weight, gate_bias, up_bias, activation)
+def _forward_fake(*arguments: Any) -> Products:
+    output = _fake(*arguments)
     return output, torch.empty_like(output), torch.empty_like(output)
 
 
-@torch.library.register_fake(backward_op, lib=LIBRARY)
-def _backward_fake(
-    grad_output: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    input: Tensor | None,
-    gate_weight: Tensor | None,
-    up_weight: Tensor | None,
-    bias: bool,
-    activation: str,
-) -> Gradients:
+def _backward_fake(grad_output: Tensor, *others: Any) -> Gradients:
+    *operands, bias, activation = others
+    gate, up, input, gate_weight, up_weight = operands
     check_activation(activation, optional=False)
-    operands = {
-        "grad_output": grad_output,
-        "gate": gate,
-        "up": up,
-        "input": input,
-        "gate_weight": gate_weight,
-        "up_weight": up_weight,
-    }
-    check_same_kind(**operands)
-    check_gated_backward_shapes(*(None if one is None else one.shape for one in operands.values()))
+    products = {"grad_output": grad_output, "gate": gate, "up": up}
+    check_same_kind(**products, input=input, gate_weight=gate_weight, up_weight=up_weight)
+    check_gated_backward_shapes(*implementations.shapes_of(grad_output, *operands))
     both = 2 * grad_output.shape[-1]
     leading = grad_output.shape[:-1]
     return (
@@ -151,19 +108,12 @@ def gradients_by_parts(
 
     None for what is not wanted, or does not come from a gradient that is there.
     """
-    of_input, of_gate_weight, of_up_weight, of_gate_bias, of_up_bias = wanted[:5]
-    of_gate: tuple[Tensor | None, ...] = (None, None, None)
-    of_up: tuple[Tensor | None, ...] = (None, None, None)
-    if grad_gate is not None:
-        wants = of_input, of_gate_weight, of_gate_bias
-        of_gate = wanted_gradients(grad_gate, input, gate_weight, wants, False)
-    if grad_up is not None:
-        wants = of_input, of_up_weight, of_up_bias
-        of_up = wanted_gradients(grad_up, input, up_weight, wants, False)
-    grad_input = of_gate[0] if of_up[0] is None else of_up[0]
-    if of_gate[0] is not None and of_up[0] is not None:
-        grad_input = of_gate[0] + of_up[0]
-    return grad_input, of_gate[1], of_up[1], of_gate[2], of_up[2]
+    of_input, of_gate_weight, of_up_weight, of_gate_bias, of_up_bias = wanted
+    wants = of_input, of_gate_weight, of_gate_bias
+    of_gate = wanted_gradients(grad_gate, input, gate_weight, wants, False)
+    wants = of_input, of_up_weight, of_up_bias
+    of_up = wanted_gradients(grad_up, input, up_weight, wants, False)
+    return added(of_gate[0], of_up[0]), of_gate[1], of_up[1], of_gate[2], of_up[2]
 
 
 class GatedLinearFunction(internals.SingleLevelFunction):
@@ -171,25 +121,10 @@ class GatedLinearFunction(internals.SingleLevelFunction):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        input: Tensor,
-        gate_weight: Tensor,
-        up_weight: Tensor,
-        gate_bias: Tensor | None,
-        up_bias: Tensor | None,
-        activation: str,
-        plain: bool,
+        ctx: Any, input: Tensor, gate_weight: Tensor, up_weight: Tensor, *others: Any
     ) -> Products:
-        operands = (input, gate_weight, up_weight, gate_bias, up_bias)
-        if plain:
-            output, gate, up = implementations.gated_forward(*operands, activation)
-        else:
-            with internals.below_autograd():
-                if internals.transforming():
-                    with internals.next_level_differentiates():
-                        output, gate, up = forward_op(*operands, activation)
-                else:
-                    output, gate, up = forward_op(*operands, activation)
+        *biases, ctx.activation, compute = others
+        output, gate, up = compute(input, gate_weight, up_weight, *biases, ctx.activation)
         needed = ctx.needs_input_grad
         # Each operand is kept for the others' gradients alone, as in LinearFunction.
         ctx.save_for_backward(
@@ -201,7 +136,6 @@ class GatedLinearFunction(internals.SingleLevelFunction):
         )
         if internals.forward_ad_active():
             ctx.save_for_forward(input, gate_weight, up_weight, gate, up)
-        ctx.activation = activation
         ctx.set_materialize_grads(False)
         return output, gate, up
 
@@ -231,114 +165,48 @@ class GatedLinearFunction(internals.SingleLevelFunction):
                 wanted[3] or wanted[4],
                 activation,
             )
-            features = gate.shape[-1]
-            gradients = (
-                grad_input,
-                grad_weight[:features],
-                grad_weight[features:],
-                grad_bias[:features],
-                grad_bias[features:],
-            )
+            n = gate.shape[-1]
+            parts = grad_weight[:n], grad_weight[n:], grad_bias[:n], grad_bias[n:]
+            gradients = grad_input, *parts
             given = (one if want else None for one, want in zip(gradients, wanted, strict=True))
             return *given, None, None
         if grad_output is not None:
-            through = gate_gradients(grad_output, gate, up, activation)
-            grad_gate = through[0] if grad_gate is None else through[0] + grad_gate
-            grad_up = through[1] if grad_up is None else through[1] + grad_up
+            through_gate, through_up = gate_gradients(grad_output, gate, up, activation)
+            grad_gate, grad_up = added(through_gate, grad_gate), added(through_up, grad_up)
         operands = (grad_gate, grad_up, input, gate_weight, up_weight)
         return *gradients_by_parts(*operands, wanted), None, None
 
     @staticmethod
-    def jvp(
-        ctx: Any,
-        input_tangent: Tensor | None,
-        gate_weight_tangent: Tensor | None,
-        up_weight_tangent: Tensor | None,
-        gate_bias_tangent: Tensor | None,
-        up_bias_tangent: Tensor | None,
-        activation_tangent: None,
-        plain_tangent: None,
-    ) -> Products:
+    def jvp(ctx: Any, *tangents: Any) -> Products:
+        of_input, of_gate_weight, of_up_weight, of_gate_bias, of_up_bias, *_ = tangents
         with internals.next_level_in_forward_mode(*ctx.saved_tensors) as saved:
             input, gate_weight, up_weight, gate, up = saved
-            gate_tangent = tangent_of(
-                input, gate_weight, False, input_tangent, gate_weight_tangent, gate_bias_tangent
-            )
-            up_tangent = tangent_of(
-                input, up_weight, False, input_tangent, up_weight_tangent, up_bias_tangent
-            )
+            of_gate = tangent_of(input, gate_weight, False, of_input, of_gate_weight, of_gate_bias)
+            of_up = tangent_of(input, up_weight, False, of_input, of_up_weight, of_up_bias)
             # Outputs that are differentiable have a tangent each, or none has.
-            if gate_tangent is None:
-                gate_tangent = torch.zeros_like(gate)
-            if up_tangent is None:
-                up_tangent = torch.zeros_like(up)
+            of_gate = torch.zeros_like(gate) if of_gate is None else of_gate
+            of_up = torch.zeros_like(up) if of_up is None else of_up
             activated = ACTIVATIONS[ctx.activation](gate)
             derived_from = activated if ctx.activation in FROM_OUTPUT else gate
             # The derivative is elementwise: it takes a tangent forward as a gradient back.
-            through_gate = GRADIENTS[ctx.activation](gate_tangent, derived_from)
-            return through_gate * up + activated * up_tangent, gate_tangent, up_tangent
+            through_gate = GRADIENTS[ctx.activation](of_gate, derived_from)
+            return through_gate * up + activated * of_up, of_gate, of_up
 
 
-def _differentiated(*operands: Tensor | None) -> bool:
-    return internals.forward_ad_active() or (
-        torch.is_grad_enabled()
-        and any(operand is not None and operand.requires_grad for operand in operands)
-    )
+def _of_both(of_gate: Gradients, of_up: Gradients, dims: Sequence[int]) -> Gradients:
+    """The gradients of a pair of layers from those of each.
+
+    Along `dims` the gate's of a weight and of a bias stand before up's.
+    """
+    grad_weight, grad_bias = map(torch.cat, zip(of_gate[1:], of_up[1:], strict=True), dims)
+    return of_gate[0] + of_up[0], grad_weight, grad_bias
 
 
-def _autograd(keys: Any, *arguments: Any) -> Tensor:
-    plain = not keys.raw_repr() & internals.BEYOND_PLAIN
-    if _differentiated(*arguments[:5]):
-        return internals.apply(GatedLinearFunction, *arguments, plain)[0]
-    if plain:
-        return implementations.gated_output(*arguments)
-    with internals.below_autograd():
-        return gated_linear_op(*arguments)
-
-
-def _forward_autograd(keys: Any, *arguments: Any) -> Products:
-    plain = not keys.raw_repr() & internals.BEYOND_PLAIN
-    if _differentiated(*arguments[:5]):
-        return internals.apply(GatedLinearFunction, *arguments, plain)
-    with internals.below_autograd():
-        return forward_op(*arguments)
-
-
-def _backward_autograd(
-    keys: Any,
-    grad_output: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    input: Tensor | None,
-    gate_weight: Tensor | None,
-    up_weight: Tensor | None,
-    bias: bool,
-    activation: str,
-) -> Gradients:
-    operands = (grad_output, gate, up, input, gate_weight, up_weight)
-    if torch.is_grad_enabled() and any(
-        operand is not None and operand.requires_grad for operand in operands
-    ):
-        halves = [
-            gradients_of(grad, input, weight, bias, False)
-            for grad, weight in zip(
-                gate_gradients(grad_output, gate, up, activation),
-                (gate_weight, up_weight),
-                strict=True,
-            )
-        ]
-        (grad_input, *of_gate), (second_grad_input, *of_up) = halves
-        grad_weight, grad_bias = map(torch.cat, zip(of_gate, of_up, strict=True))
-        return grad_input + second_grad_input, grad_weight, grad_bias
-    if not keys.raw_repr() & internals.BEYOND_PLAIN:
-        return implementations.gated_backward(*operands, bias, activation)
-    with internals.below_autograd():
-        return backward_op(*operands, bias, activation)
-
-
-LIBRARY.impl("gated_linear", _autograd, "Autograd", with_keyset=True)
-LIBRARY.impl("gated_linear_forward", _forward_autograd, "Autograd", with_keyset=True)
-LIBRARY.impl("gated_linear_backward", _backward_autograd, "Autograd", with_keyset=True)
+def _backward_recorded(plain: bool, *arguments: Any) -> Gradients:
+    grad_output, gate, up, input, gate_weight, up_weight, bias, activation = arguments
+    grad_gate, grad_up = gate_gradients(grad_output, gate, up, activation)
+    of_gate = gradients_of(grad_gate, input, gate_weight, bias, False)
+    return _of_both(of_gate, gradients_of(grad_up, input, up_weight, bias, False), (0, 0))
 
 
 def _forward_vmap(
@@ -347,17 +215,18 @@ def _forward_vmap(
     input: Tensor,
     gate_weight: Tensor,
     up_weight: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    activation: str,
-) -> tuple[Products, tuple[int, int, int]]:
+    *others: Any,
+) -> tuple[Products, int]:
     if all(dim is None for dim in in_dims[1:5]):  # the vmapped dimension is one more of rows
         input = to_front(input, in_dims[0], info.batch_size)
-        operands = (input, gate_weight, up_weight, gate_bias, up_bias)
-        return forward_op(*operands, activation), (0, 0, 0)
-    gate, _ = linear_vmap(info, (in_dims[0], in_dims[1], in_dims[3]), input, gate_weight, gate_bias)
-    up, _ = linear_vmap(info, (in_dims[0], in_dims[2], in_dims[4]), input, up_weight, up_bias)
-    return (ACTIVATIONS[activation](gate) * up, gate, up), (0, 0, 0)
+        return forward_op(input, gate_weight, up_weight, *others), 0
+    gate_bias, up_bias, activation = others
+    of_input, of_gate_weight, of_up_weight, of_gate_bias, of_up_bias, _ = in_dims
+    dims = of_input, of_gate_weight, of_gate_bias
+    gate, _ = linear_vmap(info, dims, input, gate_weight, gate_bias)
+    dims = of_input, of_up_weight, of_up_bias
+    up, _ = linear_vmap(info, dims, input, up_weight, up_bias)
+    return (ACTIVATIONS[activation](gate) * up, gate, up), 0
 
 
 def _vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
@@ -369,72 +238,47 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[
 
 
 def _backward_vmap(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    grad_output: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    input: Tensor | None,
-    gate_weight: Tensor | None,
-    up_weight: Tensor | None,
-    bias: bool,
-    activation: str,
+    info: Any, in_dims: tuple[int | None, ...], *arguments: Any
 ) -> tuple[Gradients, tuple[int | None, ...]]:
-    size = info.batch_size
+    *products, input, gate_weight, up_weight, bias, activation = arguments
     grad_output, gate, up = (
-        to_front(tensor, dim, size)
-        for tensor, dim in zip((grad_output, gate, up), in_dims[:3], strict=True)
+        to_front(tensor, dim, info.batch_size)
+        for tensor, dim in zip(products, in_dims[:3], strict=True)
     )
-    gradients = []
-    for grad, weight, weight_dim in zip(
-        gate_gradients(grad_output, gate, up, activation),
-        (gate_weight, up_weight),
-        in_dims[4:6],
-        strict=True,
-    ):
-        dims = (0, in_dims[3], weight_dim, None, None)
-        found, out_dims = linear_backward_vmap(info, dims, grad, input, weight, bias, False)
-        gradients.append(found)
-    (grad_input, *of_gate), (second_grad_input, *of_up) = gradients
-    grad_weight, grad_bias = (
-        torch.cat(pair, 0 if dim is None else 1)
-        for pair, dim in zip(zip(of_gate, of_up, strict=True), out_dims[1:], strict=True)
-    )
-    return (grad_input + second_grad_input, grad_weight, grad_bias), out_dims
+    grad_gate, grad_up = gate_gradients(grad_output, gate, up, activation)
+    dims = (0, in_dims[3], in_dims[4])
+    of_gate, _ = linear_backward_vmap(info, dims, grad_gate, input, gate_weight, bias, False)
+    dims = (0, in_dims[3], in_dims[5])
+    of_up, out_dims = linear_backward_vmap(info, dims, grad_up, input, up_weight, bias, False)
+    return _of_both(of_gate, of_up, [0 if dim is None else 1 for dim in out_dims[1:]]), out_dims
 
 
-torch.library.register_vmap(gated_linear_op, _vmap, lib=LIBRARY)
-torch.library.register_vmap(forward_op, _forward_vmap, lib=LIBRARY)
-torch.library.register_vmap(backward_op, _backward_vmap, lib=LIBRARY)
-register_autocast(gated_linear_op, operands=5)
-
-for _entry in (
-    implementations.gated_output,
-    implementations.gated_forward,
-    implementations.gated_backward,
-    GatedLinearFunction.backward,
-    _autograd,
-    _forward_autograd,
-    _backward_autograd,
-    _vmap,
-    _forward_vmap,
-    _backward_vmap,
-):
-    internals.hide_from_dynamo(_entry)
-
-
-def _register_flop_formulas() -> None:
-    from torch.utils.flop_counter import register_flop_formula
-
-    ops = torch.ops.fastlinear
-    register_flop_formula([ops.gated_linear, ops.gated_linear_forward])(
-        lambda input, gate_weight, *others, **options: 2 * linear_flops(input, gate_weight)
-    )
-    register_flop_formula(ops.gated_linear_backward)(
-        lambda grad_output, gate, up, input, gate_weight, *others, **options: (
-            2 * linear_backward_flops(grad_output, input, gate_weight)
-        )
-    )
-
-
-internals.when_imported("torch.utils.flop_counter", _register_flop_formulas)
+_recorded = recorded(GatedLinearFunction, forward_op, implementations.gated_forward)
+register(
+    gated_linear_op,
+    compute=implementations.gated_output,
+    fake=_fake,
+    record=lambda *arguments: _recorded(*arguments)[0],
+    vmap=_vmap,
+    flops=lambda *operands, **options: 2 * linear_flops(*operands),
+    autocast=5,
+)
+register(
+    forward_op,
+    compute=implementations.gated_forward,
+    fake=_forward_fake,
+    record=_recorded,
+    vmap=_forward_vmap,
+    flops=lambda *operands, **options: 2 * linear_flops(*operands),
+)
+register(
+    backward_op,
+    compute=implementations.gated_backward,
+    fake=_backward_fake,
+    record=_backward_recorded,
+    tangents=False,
+    vmap=_backward_vmap,
+    flops=lambda grad_output, gate, up, *others, **options: (
+        2 * linear_backward_flops(grad_output, *others)
+    ),
+)

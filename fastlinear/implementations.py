@@ -1,6 +1,6 @@
 """What the torch ops run: the kernels, in the settings that are in force, or PyTorch.
 
-PyTorch where a table says so; the ops of gated pairs know no tables.
+PyTorch where a table says so.
 """
 
 import functools
@@ -24,8 +24,6 @@ from fastlinear.kernels.operands import (
     check_saved_shape,
 )
 
-Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
 
 def _of_output(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
@@ -45,10 +43,10 @@ def straight(
     """
     candidate = _of_output(input, weight, bias, activation)
     if activation is not None:
-        output = functools.partial(_activation_output, candidate, activation=activation)
-        return output, functools.partial(_activation_forward, candidate)
+        output = functools.partial(_output, candidate, activation=activation)
+        return output, functools.partial(_with_preactivation, candidate)
     if isinstance(candidate, str):
-        return (functools.partial(_forward, candidate),) * 2
+        return (functools.partial(_output, candidate),) * 2
     kernels = backend.launchers().forward
     plan = kernels.plan_forward(
         kernels.launch.describe(input, weight, bias),
@@ -62,20 +60,80 @@ def straight(
     return (kernels.as_planned(plan) if by_plan else forward,) * 2
 
 
-def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The op `linear` by the kernels, or by PyTorch where a table says so."""
-    return _forward(_of_output(input, weight, bias), input, weight, bias)
+def forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
+) -> Tensor:
+    """The ops `linear` and `linear_activation`."""
+    candidate = _of_output(input, weight, bias, activation)
+    return _output(candidate, input, weight, bias, activation)
 
 
-def _forward(candidate: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _output(
+    candidate: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+) -> Tensor:
     if isinstance(candidate, str):
-        return _by_pytorch(candidate, input, weight, bias)
+        return _by_pytorch(candidate, input, weight, bias, activation)
+    if activation is not None:
+        return _activated_by_kernel(candidate, input, weight, bias, activation, False)[0]
     return backend.launchers().forward.linear_forward(
         input,
         weight,
         bias,
         precision=backend.float32_precision(),
         config=candidate,
+        batch_invariant=backend.invariant,
+    )
+
+
+def activation_forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    """The op `linear_activation_forward`.
+
+    The pre-activation comes back empty where the derivative is taken from the output.
+    """
+    candidate = _of_output(input, weight, bias, activation)
+    return _with_preactivation(candidate, input, weight, bias, activation)
+
+
+def _with_preactivation(
+    candidate: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    keep = activation not in FROM_OUTPUT
+    preactivation: Tensor | None = None
+    if not isinstance(candidate, str):
+        output, preactivation = _activated_by_kernel(
+            candidate, input, weight, bias, activation, keep
+        )
+    elif keep:
+        preactivation = _by_pytorch(candidate, input, weight, bias)
+        output = ACTIVATIONS[activation](preactivation)
+    else:
+        output = _by_pytorch(candidate, input, weight, bias, activation)
+    return output, output.new_empty(0) if preactivation is None else preactivation
+
+
+def _activated_by_kernel(
+    config: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The output and, if it is to be kept, the pre-activation."""
+    return backend.launchers().forward.linear_activation_forward(
+        input,
+        weight,
+        bias,
+        activation,
+        keep,
+        precision=backend.float32_precision(),
+        config=config,
         batch_invariant=backend.invariant,
     )
 
@@ -109,17 +167,12 @@ def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def backward(
     grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool, batched: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `linear_backward` by the kernels, or by PyTorch where a table says so.
+    """The op `linear_backward`.
 
     A gradient that is not wanted is not computed, and comes back empty.
     """
-    _check_backward_shapes(grad_output, input, weight, batched)
-    return _backward(grad_output, input, weight, bias, batched)
-
-
-def _backward(
-    grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool, batched: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = shapes_of(grad_output, input, weight)
+    check_backward_shapes(*shapes, batched)
     gradients: Any = None
     if backend.by_tables():
         if not batched:
@@ -197,17 +250,6 @@ def _gradients_by_rows(
     return grad_input, grad_weight, grad_bias
 
 
-def _check_backward_shapes(
-    grad_output: Tensor, input: Tensor | None, weight: Tensor | None, batched: bool
-) -> None:
-    check_backward_shapes(
-        grad_output.shape,
-        None if input is None else input.shape,
-        None if weight is None else weight.shape,
-        batched,
-    )
-
-
 def _with_empty(
     grad_output: Tensor, gradients: Sequence[Tensor | None], bias: bool, batched: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,71 +266,6 @@ def _with_empty(
     )
 
 
-def activation_output(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
-) -> Tensor:
-    """The op `linear_activation` by the kernels, or by PyTorch where a table says so."""
-    candidate = _of_output(input, weight, bias, activation)
-    return _activation_output(candidate, input, weight, bias, activation)
-
-
-def _activation_output(
-    candidate: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
-) -> Tensor:
-    if isinstance(candidate, str):
-        return _by_pytorch(candidate, input, weight, bias, activation)
-    return _activated_by_kernel(candidate, input, weight, bias, activation, False)[0]
-
-
-def activation_forward(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
-) -> tuple[Tensor, Tensor]:
-    """The op `linear_activation_forward`, as `activation_output`.
-
-    The pre-activation comes back empty where the derivative is taken from the output.
-    """
-    candidate = _of_output(input, weight, bias, activation)
-    return _activation_forward(candidate, input, weight, bias, activation)
-
-
-def _activation_forward(
-    candidate: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
-) -> tuple[Tensor, Tensor]:
-    keep = activation not in FROM_OUTPUT
-    preactivation: Tensor | None = None
-    if not isinstance(candidate, str):
-        output, preactivation = _activated_by_kernel(
-            candidate, input, weight, bias, activation, keep
-        )
-    elif keep:
-        preactivation = _by_pytorch(candidate, input, weight, bias)
-        output = ACTIVATIONS[activation](preactivation)
-    else:
-        output = _by_pytorch(candidate, input, weight, bias, activation)
-    return output, output.new_empty(0) if preactivation is None else preactivation
-
-
-def _activated_by_kernel(
-    config: Any,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The output and, if it is to be kept, the pre-activation."""
-    return backend.launchers().forward.linear_activation_forward(
-        input,
-        weight,
-        bias,
-        activation,
-        keep,
-        precision=backend.float32_precision(),
-        config=config,
-        batch_invariant=backend.invariant,
-    )
-
-
 def activation_backward(
     grad_output: Tensor,
     saved: Tensor,
@@ -298,28 +275,20 @@ def activation_backward(
     batched: bool,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `linear_activation_backward` by the kernels, as `backward`."""
-    _check_backward_shapes(grad_output, input, weight, batched)
+    """The op `linear_activation_backward`.
+
+    It takes the gradient through the activation once, in a pass of its own, whose result both
+    products read, and grad_bias with them: of M x N elements, five reads and writes in all, and one
+    tensor more while it lasts. To take it where each product loads it would spare one of the five,
+    but take it anew for every column of tiles.
+    """
     check_saved_shape(saved.shape, grad_output.shape)
-    if backend.by_tables():
-        grad = _grad_preactivation(grad_output, saved, activation)
-        return _backward(grad, input, weight, bias, batched)
-    *gradients, grad = backend.launchers().activation.linear_activation_backward(
-        grad_output,
-        saved,
-        input,
-        weight,
-        bias,
-        activation,
-        batched=batched,
-        precision=backend.float32_precision(),
-        batch_invariant=backend.invariant,
-    )
-    return _with_empty(grad, gradients, bias, batched)
+    grad = _grad_preactivation(grad_output, saved, activation)
+    return backward(grad, input, weight, bias, batched)
 
 
 def _grad_preactivation(grad_output: Tensor, saved: Tensor, activation: str) -> Tensor:
-    if backend.takes_pytorch() and grad_output.device.type == "cpu":
+    if backend.by_tables() and backend.takes_pytorch() and grad_output.device.type == "cpu":
         if activation == "silu":  # which has no derivative, and needs none here
             return torch.ops.aten.silu_backward(grad_output, saved)
         return GRADIENTS[activation](grad_output, saved)
@@ -327,57 +296,32 @@ def _grad_preactivation(grad_output: Tensor, saved: Tensor, activation: str) -> 
     return kernels.activation_backward(grad_output, saved.contiguous(), activation)
 
 
-def gated_output(
-    input: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    activation: str,
-) -> Tensor:
-    """The op `gated_linear` by the kernels."""
-    operands = (input, gate_weight, up_weight, gate_bias, up_bias)
+# The ops of gated pairs take the operands, and the activation last, and know no tables.
+
+
+def gated_output(*arguments: Any) -> Tensor:
+    """The op `gated_linear`."""
     kernels, precision = backend.launchers().gated, backend.float32_precision()
     return kernels.gated_linear_forward(
-        *operands, activation, False, precision=precision, batch_invariant=backend.invariant
+        *arguments, False, precision=precision, batch_invariant=backend.invariant
     )[0]
 
 
-def gated_forward(
-    input: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `gated_linear_forward` by the kernels."""
-    operands = (input, gate_weight, up_weight, gate_bias, up_bias)
+def gated_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `gated_linear_forward`."""
     kernels, precision = backend.launchers().gated, backend.float32_precision()
     return kernels.gated_linear_forward(
-        *operands, activation, True, precision=precision, batch_invariant=backend.invariant
+        *arguments, True, precision=precision, batch_invariant=backend.invariant
     )
 
 
-def gated_backward(
-    grad_output: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    input: Tensor | None,
-    gate_weight: Tensor | None,
-    up_weight: Tensor | None,
-    bias: bool,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `gated_linear_backward` by the kernels, as `backward`."""
-    operands = (grad_output, gate, up, input, gate_weight, up_weight)
-    check_gated_backward_shapes(*(None if one is None else one.shape for one in operands))
-    *gradients, grad_products = backend.launchers().gated_backward.gated_linear_backward(
-        *operands,
-        bias,
-        activation,
-        precision=backend.float32_precision(),
-        batch_invariant=backend.invariant,
+def gated_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `gated_linear_backward`; what is not wanted comes back empty."""
+    *operands, bias, activation = arguments
+    check_gated_backward_shapes(*shapes_of(*operands))
+    kernels, precision = backend.launchers().gated_backward, backend.float32_precision()
+    *gradients, grad_products = kernels.gated_linear_backward(
+        *operands, bias, activation, precision=precision, batch_invariant=backend.invariant
     )
     return _with_empty(grad_products, gradients, bias, False)
 
@@ -389,3 +333,8 @@ def sum_rows(grad_output: Tensor, batched: bool) -> Tensor:
     leading = tuple(range(grad_output.dim() - 1))
     # sum(()) would sum everything.
     return grad_output.sum(leading) if leading else grad_output.clone()
+
+
+def shapes_of(*operands: Tensor | None) -> list[torch.Size | None]:
+    """Their shapes; None for those that are not there."""
+    return [None if operand is None else operand.shape for operand in operands]

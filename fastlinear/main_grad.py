@@ -18,7 +18,7 @@ from torch.overrides import has_torch_function
 
 from fastlinear import _torch_internals as internals
 from fastlinear import backend, implementations
-from fastlinear.activations import forward_op as activation_forward_op
+from fastlinear.autograd import activation_forward_op
 from fastlinear.choice import known
 from fastlinear.elementwise import ACTIVATIONS, GRADIENTS
 from fastlinear.functional import linear, observe, of_operands, tables_say_so, why_not

@@ -24,7 +24,7 @@ from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.placement_types import Placement
 
 from fastlinear import _torch_internals as internals
-from fastlinear import activations, autograd, gated
+from fastlinear import autograd, gated
 from fastlinear.kernels.operands import FROM_OUTPUT
 
 Placements = list[Placement]
@@ -43,16 +43,12 @@ def _register(op: torch._ops.OpOverload) -> Callable[[RowsOf], RowsOf]:
 
     def register(rows_of: RowsOf) -> RowsOf:
         def of_those_given(*arguments: Any) -> list[tuple[Placements, list[Placement | None]]]:
-            return [
-                (
-                    outputs,
-                    [
-                        None if argument is None else placement
-                        for argument, placement in zip(arguments, placements, strict=False)
-                    ],
-                )
-                for outputs, placements in rows_of(*arguments)
-            ]
+            rows = []
+            for outputs, placements in rows_of(*arguments):
+                pairs = zip(arguments, placements, strict=False)
+                given = [None if argument is None else placement for argument, placement in pairs]
+                rows.append((outputs, given))
+            return rows
 
         register_sharding(op)(of_those_given)
         internals.shard_by_all_arguments(op)
@@ -113,12 +109,12 @@ def linear_backward(
     return _backward(grad_output, input, weight, bias, int(batched))
 
 
-@_register(activations.linear_activation_op)
-def linear_activation(input: Any, weight: Any, bias: Any, activation: str) -> list[Row]:
+@_register(autograd.linear_activation_op)
+def linear_activation(input: Any, weight: Any, *others: Any) -> list[Row]:
     return _forward(input, weight)
 
 
-@_register(activations.forward_op)
+@_register(autograd.activation_forward_op)
 def linear_activation_forward(input: Any, weight: Any, bias: Any, activation: str) -> list[Row]:
     return [
         ([output, WHOLE if activation in FROM_OUTPUT else output], arguments)
@@ -126,52 +122,30 @@ def linear_activation_forward(input: Any, weight: Any, bias: Any, activation: st
     ]
 
 
-@_register(activations.backward_op)
-def linear_activation_backward(
-    grad_output: Any,
-    saved: Any,
-    input: Any,
-    weight: Any,
-    bias: bool,
-    batched: bool,
-    activation: str,
-) -> list[Row]:
-    return [
-        (outputs, [arguments[0], *arguments])
-        for outputs, arguments in _backward(grad_output, input, weight, bias, int(batched))
-    ]
-
-
-def _twice(placements: Placements) -> Placements:
-    """For the operands of a gated pair: an input, both weights and both biases."""
-    input, weight, bias = placements
-    return [input, weight, weight, bias, bias]
+@_register(autograd.activation_backward_op)
+def linear_activation_backward(grad_output: Any, saved: Any, *others: Any) -> list[Row]:
+    rows = linear_backward(grad_output, *others[:-1])
+    return [(outputs, [arguments[0], *arguments]) for outputs, arguments in rows]
 
 
 @_register(gated.gated_linear_op)
 def gated_linear(input: Any, gate_weight: Any, *others: Any) -> list[Row]:
-    return [(outputs, _twice(arguments)) for outputs, arguments in _forward(input, gate_weight)]
+    return [
+        (outputs, [operand, weight, weight, bias, bias])
+        for outputs, (operand, weight, bias) in _forward(input, gate_weight)
+    ]
 
 
 @_register(gated.forward_op)
-def gated_linear_forward(input: Any, gate_weight: Any, *others: Any) -> list[Row]:
-    return [
-        ([output, output, output], _twice(arguments))
-        for (output,), arguments in _forward(input, gate_weight)
-    ]
+def gated_linear_forward(*arguments: Any) -> list[Row]:
+    return [(outputs * 3, placements) for outputs, placements in gated_linear(*arguments)]
 
 
 @_register(gated.backward_op)
 def gated_linear_backward(
-    grad_output: Any,
-    gate: Any,
-    up: Any,
-    input: Any,
-    gate_weight: Any,
-    up_weight: Any,
-    bias: bool,
-    activation: str,
+    grad_output: Any, gate: Any, up: Any, input: Any, gate_weight: Any, *others: Any
 ) -> list[Row]:
+    _, bias, _ = others
     # Not column-wise: each rank would give the gate's columns before up's, where the whole has all
     # of the gate's first. GatedLinearFunction takes another way.
     rows = _backward(grad_output, input, gate_weight, bias, layers=0, by_columns=False)

@@ -460,16 +460,16 @@ MUTANTS = [
     ),
     Mutant(
         "to the kernel past whoever else wants the call",
-        "fastlinear/autograd.py",
+        "fastlinear/op.py",
         "plain = not keys.raw_repr() & internals.BEYOND_PLAIN",
         "plain = True",
         DISPATCH,
     ),
     Mutant(
         "backward to the kernel past whoever else wants the call",
-        "fastlinear/autograd.py",
-        "    if not keys.raw_repr() & internals.BEYOND_PLAIN:",
-        "    if True:",
+        "fastlinear/op.py",
+        "        if plain:\n",
+        "        if True:\n",
         DISPATCH,
     ),
     Mutant(
@@ -614,7 +614,7 @@ MUTANTS = [
     ),
     Mutant(
         "samples of a vmap taken for layers",
-        "fastlinear/autograd.py",
+        "fastlinear/batching.py",
         "input.transpose(0, 1).flatten(1, 2)",
         "input.reshape(layers, samples * rows, -1)",
         ("tests/test_batched.py::test_vmap_over_any_operand",),
@@ -1338,7 +1338,7 @@ MUTANTS = [
         "shards: the parts of a sum are activated",
         "fastlinear/sharding.py",
         "    return _forward(input, weight)\n",
-        "    return linear(input, weight, bias)\n",
+        "    return linear(input, weight, None)\n",
         SHARDED,
     ),
     Mutant(
@@ -1412,13 +1412,6 @@ MUTANTS = [
         in_use("blocked_gradient_leaves_none"),
     ),
     Mutant(
-        "a blocked gradient counts as one of zeros, activated",
-        "fastlinear/activations.py",
-        "        ctx.set_materialize_grads(False)\n",
-        "",
-        in_use("blocked_gradient_leaves_none"),
-    ),
-    Mutant(
         "gradients are computed that nobody asked for",
         "fastlinear/_torch_internals.py",
         "    return [need and _will_run(next(nodes)) for need in needed]",
@@ -1435,13 +1428,13 @@ MUTANTS = [
     Mutant(
         "half of a gated pair's grad_input",
         "fastlinear/gated.py",
-        "        grad_input = of_gate[0] + of_up[0]\n",
-        "        grad_input = of_gate[0]\n",
+        "    return added(of_gate[0], of_up[0]), ",
+        "    return of_gate[0], ",
         in_use("backward_computes_what_is_asked_for"),
     ),
     Mutant(
         "a copy of the weight for every call under autocast",
-        "fastlinear/autograd.py",
+        "fastlinear/op.py",
         "    return internals.autocast_copy(tensor, dtype)",
         "    return tensor.to(dtype)",
         in_use("autocast_makes_one_copy_of_a_weight"),

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastlinear
-from fastlinear.activations import backward_op, forward_op, linear_activation_op
+from fastlinear.autograd import activation_backward_op as backward_op
+from fastlinear.autograd import activation_forward_op as forward_op
+from fastlinear.autograd import linear_activation_op
 from fastlinear.elementwise import ACTIVATIONS, GRADIENTS
 from fastlinear.kernels import launch
 from fastlinear.kernels.operands import FROM_OUTPUT

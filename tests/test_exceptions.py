@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import fastlinear
 from fastlinear import backend
-from fastlinear.activations import backward_op as linear_activation_backward_op
+from fastlinear.autograd import activation_backward_op as linear_activation_backward_op
 from fastlinear.autograd import linear_backward_op, linear_op
 from fastlinear.choice import table as tables
 from fastlinear.gated import backward_op as gated_linear_backward_op
