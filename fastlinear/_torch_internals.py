@@ -401,14 +401,13 @@ def next_level_in_forward_mode(*saved: Any) -> Any:
         )
 
 
-def apply(function: type[SingleLevelFunction], *arguments: Any) -> Any:
-    """`function.apply`, inside a transform too."""
-    if not transforming():
-        return function.apply(*arguments)
+@contextlib.contextmanager
+def one_level_allowed() -> Any:
+    """Within it, SingleLevelFunctions can be applied inside a transform."""
     previous = torch._C._functorch.get_single_level_autograd_function_allowed()
     torch._C._functorch.set_single_level_autograd_function_allowed(True)
     try:
-        return function.apply(*arguments)
+        yield
     finally:
         torch._C._functorch.set_single_level_autograd_function_allowed(previous)
 

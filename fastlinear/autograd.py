@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastlinear import _torch_internals as internals
 from fastlinear import backend, implementations
-from fastlinear.batching import as_layers, to_front
+from fastlinear.batching import InDims, as_layers, to_front
 from fastlinear.choice import known
 from fastlinear.elementwise import GRADIENTS
 from fastlinear.kernels.operands import (
@@ -271,43 +271,31 @@ def _activation_backward_recorded(
     return gradients_of(GRADIENTS[activation](grad_output, saved), *operands)
 
 
-def linear_vmap(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *activation: str,
-) -> tuple[Tensor, int]:
-    op = linear_activation_op if activation else linear_op
-    input, weight, bias, restore = as_layers(info, in_dims, input, weight, bias)
-    return restore(op(input, weight, bias, *activation)), 0
+def linear_vmap(info: Any, in_dims: InDims, *arguments: Any) -> tuple[Tensor, int]:
+    *operands, restore = as_layers(info, in_dims, *arguments[:3])
+    op = linear_op if len(arguments) == 3 else linear_activation_op
+    return restore(op(*operands, *arguments[3:])), 0
 
 
 def _forward_vmap(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str,
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int | None]]:
-    input, weight, bias, restore = as_layers(info, in_dims, input, weight, bias)
-    output, preactivation = activation_forward_op(input, weight, bias, activation)
-    if activation in FROM_OUTPUT:
+    info: Any, in_dims: InDims, *arguments: Any
+) -> tuple[tuple[Tensor, Tensor], InDims]:
+    *operands, restore = as_layers(info, in_dims, *arguments[:3])
+    output, preactivation = activation_forward_op(*operands, arguments[3])
+    if arguments[3] in FROM_OUTPUT:
         return (restore(output), preactivation), (0, None)
     return (restore(output), restore(preactivation)), (0, 0)
 
 
 def linear_backward_vmap(
     info: Any,
-    in_dims: tuple[int | None, ...],
+    in_dims: InDims,
     grad_output: Tensor,
     input: Tensor | None,
     weight: Tensor | None,
     bias: bool,
     batched: bool,
-) -> tuple[Gradients, tuple[int | None, ...]]:
+) -> tuple[Gradients, InDims]:
     grad_dim, input_dim, weight_dim = in_dims[:3]
     grad_output = to_front(grad_output, grad_dim, info.batch_size)
     grad_input = grad_weight = grad_bias = grad_output.new_empty(0)
@@ -331,8 +319,8 @@ def linear_backward_vmap(
 
 
 def _activation_backward_vmap(
-    info: Any, in_dims: tuple[int | None, ...], grad_output: Tensor, saved: Tensor, *others: Any
-) -> tuple[Gradients, tuple[int | None, ...]]:
+    info: Any, in_dims: InDims, grad_output: Tensor, saved: Tensor, *others: Any
+) -> tuple[Gradients, InDims]:
     *operands, activation = others
     grad = GRADIENTS[activation](
         to_front(grad_output, in_dims[0], info.batch_size),

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+InDims = tuple[int | None, ...]  # by argument, the vmapped dimension of those that have one
+
 
 def to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     """`tensor` with its vmapped dimension first.
@@ -16,7 +18,7 @@ def to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def as_layers(
-    info: Any, in_dims: tuple[int | None, ...], input: Tensor, weight: Tensor, bias: Tensor | None
+    info: Any, in_dims: InDims, input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
     """Operands without the vmapped dimension, which has become, or joined, rows or layers.
 

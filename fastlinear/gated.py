@@ -28,7 +28,7 @@ from fastlinear.autograd import (
     tangent_of,
     wanted_gradients,
 )
-from fastlinear.batching import to_front
+from fastlinear.batching import InDims, to_front
 from fastlinear.elementwise import ACTIVATIONS, GRADIENTS
 from fastlinear.kernels.operands import (
     FROM_OUTPUT,
@@ -211,7 +211,7 @@ def _backward_recorded(plain: bool, *arguments: Any) -> Gradients:
 
 def _forward_vmap(
     info: Any,
-    in_dims: tuple[int | None, ...],
+    in_dims: InDims,
     input: Tensor,
     gate_weight: Tensor,
     up_weight: Tensor,
@@ -229,7 +229,7 @@ def _forward_vmap(
     return (ACTIVATIONS[activation](gate) * up, gate, up), 0
 
 
-def _vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+def _vmap(info: Any, in_dims: InDims, *arguments: Any) -> tuple[Tensor, int]:
     if all(dim is None for dim in in_dims[1:5]):
         input = to_front(arguments[0], in_dims[0], info.batch_size)
         return gated_linear_op(input, *arguments[1:]), 0
@@ -237,9 +237,7 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[
     return output, 0
 
 
-def _backward_vmap(
-    info: Any, in_dims: tuple[int | None, ...], *arguments: Any
-) -> tuple[Gradients, tuple[int | None, ...]]:
+def _backward_vmap(info: Any, in_dims: InDims, *arguments: Any) -> tuple[Gradients, InDims]:
     *products, input, gate_weight, up_weight, bias, activation = arguments
     grad_output, gate, up = (
         to_front(tensor, dim, info.batch_size)

@@ -5,7 +5,7 @@ PyTorch where a table says so.
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from fastlinear.kernels.operands import (
     check_gated_backward_shapes,
     check_saved_shape,
 )
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _of_output(
@@ -79,14 +81,9 @@ def _output(
         return _by_pytorch(candidate, input, weight, bias, activation)
     if activation is not None:
         return _activated_by_kernel(candidate, input, weight, bias, activation, False)[0]
-    return backend.launchers().forward.linear_forward(
-        input,
-        weight,
-        bias,
-        precision=backend.float32_precision(),
-        config=candidate,
-        batch_invariant=backend.invariant,
-    )
+    kernels, precision = backend.launchers().forward, backend.float32_precision()
+    settings = {"config": candidate, "batch_invariant": backend.invariant}
+    return kernels.linear_forward(input, weight, bias, precision=precision, **settings)
 
 
 def activation_forward(
@@ -103,39 +100,23 @@ def activation_forward(
 def _with_preactivation(
     candidate: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:
-    keep = activation not in FROM_OUTPUT
+    keep, operands = activation not in FROM_OUTPUT, (input, weight, bias)
     preactivation: Tensor | None = None
     if not isinstance(candidate, str):
-        output, preactivation = _activated_by_kernel(
-            candidate, input, weight, bias, activation, keep
-        )
+        output, preactivation = _activated_by_kernel(candidate, *operands, activation, keep)
     elif keep:
-        preactivation = _by_pytorch(candidate, input, weight, bias)
+        preactivation = _by_pytorch(candidate, *operands)
         output = ACTIVATIONS[activation](preactivation)
     else:
-        output = _by_pytorch(candidate, input, weight, bias, activation)
+        output = _by_pytorch(candidate, *operands, activation)
     return output, output.new_empty(0) if preactivation is None else preactivation
 
 
-def _activated_by_kernel(
-    config: Any,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The output and, if it is to be kept, the pre-activation."""
-    return backend.launchers().forward.linear_activation_forward(
-        input,
-        weight,
-        bias,
-        activation,
-        keep,
-        precision=backend.float32_precision(),
-        config=config,
-        batch_invariant=backend.invariant,
-    )
+def _activated_by_kernel(config: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """The output and, if the last argument says so, the pre-activation."""
+    kernels, precision = backend.launchers().forward, backend.float32_precision()
+    settings = {"config": config, "batch_invariant": backend.invariant}
+    return kernels.linear_activation_forward(*arguments, precision=precision, **settings)
 
 
 def _by_pytorch(
@@ -165,20 +146,28 @@ def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def backward(
-    grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool, batched: bool
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    bias: bool,
+    batched: bool,
+    saved: Tensor | None = None,
+    activation: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `linear_backward`.
+    """The op `linear_backward`, and `linear_activation_backward` of what was saved for it.
 
     A gradient that is not wanted is not computed, and comes back empty.
     """
-    shapes = shapes_of(grad_output, input, weight)
-    check_backward_shapes(*shapes, batched)
-    gradients: Any = None
-    if backend.by_tables():
+    check_backward_shapes(*shapes_of(grad_output, input, weight), batched)
+    by_tables, gradients = backend.by_tables(), None
+    if saved is not None:
+        check_saved_shape(saved.shape, grad_output.shape)
+        grad_output = _grad_preactivation(grad_output, saved, activation, by_tables)
+    if by_tables:
         if not batched:
             gradients = _gradients_by_rows(grad_output, input, weight, bias)
         elif backend.takes_pytorch():
-            gradients = _gradients_by_pytorch(grad_output, input, weight)
+            gradients = _gradients_by_pytorch(grad_output, input, weight, bias, batched)
     if gradients is None:
         gradients = backend.launchers().backward.linear_backward(
             grad_output,
@@ -192,53 +181,80 @@ def backward(
     return _with_empty(grad_output, gradients, bias, batched)
 
 
-def _as_they_are(device_type: str) -> AbstractContextManager[object]:
-    """Lets PyTorch's products take operands as they are: a backward may run under autocast."""
-    if not internals.autocasting() or backend.autocast_dtype(device_type) is None:
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+def activation_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `linear_activation_backward`."""
+    grad_output, saved, *operands, activation = arguments
+    return backward(*(grad_output, *operands, saved, activation))
+
+
+def _grad_preactivation(
+    grad_output: Tensor, saved: Tensor, activation: str, by_tables: bool
+) -> Tensor:
+    """In a pass of its own, whose result both products read, and grad_bias with them.
+
+    Of M x N elements that is five reads and writes in all, and one tensor more while it lasts. To
+    take the gradient where each product loads it would spare one of the five, but take it anew for
+    every column of tiles.
+    """
+    if by_tables and backend.takes_pytorch() and grad_output.device.type == "cpu":
+        if activation == "silu":  # which has no derivative, and needs none here
+            return torch.ops.aten.silu_backward(grad_output, saved)
+        return GRADIENTS[activation](grad_output, saved)
+    kernels = backend.launchers().activation
+    return kernels.activation_backward(grad_output, saved.contiguous(), activation)
 
 
 def _gradients_by_pytorch(
-    grad_output: Tensor, input: Tensor | None, weight: Tensor | None
-) -> Sequence[Tensor | None]:
-    """Those of B layers, without their bias's."""
-    with _as_they_are(grad_output.device.type):
-        grad_input = None if weight is None else torch.bmm(grad_output, weight)
-        return grad_input, None if input is None else torch.bmm(grad_output.mT, input), None
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    bias: bool,
+    batched: bool = False,
+) -> Gradients:
+    """Of B layers all but their bias's; of one layer that too, if weight's is wanted."""
+    device_type = grad_output.device.type
+    product = torch.bmm if batched else torch.matmul
+    # A backward may run under autocast, and products take operands as they are.
+    cast = internals.autocasting() and backend.autocast_dtype(device_type) is not None
+    with torch.autocast(device_type, enabled=False) if cast else nullcontext():
+        grad_input = None if weight is None else product(grad_output, weight)
+        if input is None or batched:
+            return grad_input, None if input is None else product(grad_output.mT, input), None
+        m = input.shape[:-1].numel()
+        grad_columns = grad_output.reshape(m, grad_output.shape[-1]).mT
+        grad_weight = grad_columns @ input.reshape(m, input.shape[-1])
+        return grad_input, grad_weight, sum_rows(grad_output, batched) if bias else None
 
 
 def _gradients_by_rows(
     grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool
-) -> Sequence[Tensor | None] | None:
-    """The gradients as tables say; None where they say nothing of them."""
-    all_pytorchs = backend.takes_pytorch() and not way.any_gradients(grad_output.device)
-    if weight is not None and input is not None and not all_pytorchs:
+) -> Gradients | None:
+    """The gradients of one layer as tables say; None where they say nothing of them."""
+    takes_pytorch = backend.takes_pytorch()
+    if takes_pytorch and not way.any_gradients(grad_output.device):
+        return _gradients_by_pytorch(grad_output, input, weight, bias)
+    precision = backend.float32_precision()
+    if weight is not None and input is not None:
         pair = way.of_pair(grad_output, input, weight, bias)
         if pair is not None:
-            precision = backend.float32_precision()
             together = backend.launchers().backward.linear_backward
             return together(grad_output, input, weight, bias, precision=precision, config=pair)
-    operand = weight if weight is not None else input
-    if operand is None:
-        return (None, None, None) if backend.takes_pytorch() else None
-    n, k = grad_output.shape[-1], operand.shape[-1]
-    of_input = of_weight = PYTORCH if all_pytorchs else None
-    if weight is not None and not all_pytorchs:
-        of_input = way.of_product("grad_input", grad_output, weight, n, k)
-    if input is not None and not all_pytorchs:
+    if weight is None and input is None:
+        return (None, None, None) if takes_pytorch else None
+    n, of_input, of_weight = grad_output.shape[-1], None, None
+    if weight is not None:
+        of_input = way.of_product("grad_input", grad_output, weight, n, weight.shape[-1])
+    if input is not None:
+        k = input.shape[-1]
         of_weight = way.of_product("grad_weight", grad_output, input, n, k, bias=bias)
     if of_input is None and of_weight is None:
         return None
-    grad_input = grad_weight = grad_bias = None
-    with _as_they_are(grad_output.device.type):
-        if of_input == PYTORCH and weight is not None:
-            grad_input = torch.matmul(grad_output, weight)
-        if of_weight == PYTORCH and input is not None:
-            m = input.shape[:-1].numel()
-            grad_weight = grad_output.reshape(m, n).mT @ input.reshape(m, k)
-            grad_bias = sum_rows(grad_output, batched=False) if bias else None
-    precision = backend.float32_precision()
+    grad_input, grad_weight, grad_bias = _gradients_by_pytorch(
+        grad_output,
+        input if of_weight == PYTORCH else None,
+        weight if of_input == PYTORCH else None,
+        bias,
+    )
     if of_input != PYTORCH and weight is not None:
         grad_input = backend.launchers().backward.linear_backward_input(
             grad_output, weight, precision=precision, config=of_input
@@ -264,36 +280,6 @@ def _with_empty(
         grad_output.new_empty(0) if grad_weight is None else grad_weight,
         grad_output.new_empty(0) if grad_bias is None else grad_bias,
     )
-
-
-def activation_backward(
-    grad_output: Tensor,
-    saved: Tensor,
-    input: Tensor | None,
-    weight: Tensor | None,
-    bias: bool,
-    batched: bool,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `linear_activation_backward`.
-
-    It takes the gradient through the activation once, in a pass of its own, whose result both
-    products read, and grad_bias with them: of M x N elements, five reads and writes in all, and one
-    tensor more while it lasts. To take it where each product loads it would spare one of the five,
-    but take it anew for every column of tiles.
-    """
-    check_saved_shape(saved.shape, grad_output.shape)
-    grad = _grad_preactivation(grad_output, saved, activation)
-    return backward(grad, input, weight, bias, batched)
-
-
-def _grad_preactivation(grad_output: Tensor, saved: Tensor, activation: str) -> Tensor:
-    if backend.by_tables() and backend.takes_pytorch() and grad_output.device.type == "cpu":
-        if activation == "silu":  # which has no derivative, and needs none here
-            return torch.ops.aten.silu_backward(grad_output, saved)
-        return GRADIENTS[activation](grad_output, saved)
-    kernels = backend.launchers().activation
-    return kernels.activation_backward(grad_output, saved.contiguous(), activation)
 
 
 # The ops of gated pairs take the operands, and the activation last, and know no tables.

@@ -148,25 +148,25 @@ class IntoMainGrad(torch.autograd.Function):
         input, used, saved = ctx.saved_tensors
         of_input, of_weight, bias = internals.wanted(ctx)[:3]
         main_grad = _main_grad_of(ctx.weight) if of_weight else None
-        used = used if of_input else None
+        used, all_by_kernels = used if of_input else None, ctx.kernels and not ctx.auto
+        grad_input = grad_bias = None
         with torch.autocast(input.device.type, enabled=False):
-            if ctx.kernels and not ctx.auto:
+            if saved is not None and all_by_kernels:
+                of_activation = backend.launchers().activation.activation_backward
+                grad_output = of_activation(grad_output, saved.contiguous(), ctx.activation)
+            elif saved is not None:
+                grad_output = GRADIENTS[ctx.activation](grad_output, saved)
+            if all_by_kernels:
                 with _adding:
-                    grad_input, grad_bias = _together(
-                        grad_output, saved, input, used, bias, main_grad, ctx.activation
-                    )
+                    grad_input, grad_bias = _together(grad_output, input, used, bias, main_grad)
             else:
-                if saved is not None:
-                    grad_output = GRADIENTS[ctx.activation](grad_output, saved)
-                by_table = ctx.auto and known.available
-                grad_input = None if used is None else _grad_input(grad_output, used, by_table)
+                if used is not None:
+                    grad_input = _grad_input(grad_output, used, ctx.auto and known.available)
                 if main_grad is not None:
                     with _adding:
                         grad_bias = _add(grad_output, input, bias, main_grad, ctx.kernels)
-                else:
-                    grad_bias = (
-                        implementations.sum_rows(grad_output, batched=False) if bias else None
-                    )
+            if bias and grad_bias is None:
+                grad_bias = implementations.sum_rows(grad_output, batched=False)
         grad_weight = None
         if main_grad is not None:
             torch.autograd.graph.increment_version(main_grad)
@@ -182,21 +182,10 @@ _apply: Callable[..., Tensor] = IntoMainGrad.apply
 
 
 def _together(
-    grad_output: Tensor,
-    saved: Tensor | None,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: bool,
-    main_grad: Tensor | None,
-    activation: str | None,
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: bool, main_grad: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """All gradients by the kernels; without main_grad none of weight."""
-    kernels = backend.launchers()
-    if saved is not None:
-        grad_output = kernels.activation.activation_backward(
-            grad_output, saved.contiguous(), activation
-        )
-    grad_input, _, grad_bias = kernels.backward.linear_backward(
+    """grad_input and grad_bias by the kernels, which add to main_grad, if it is there."""
+    grad_input, _, grad_bias = backend.launchers().backward.linear_backward(
         grad_output,
         None if main_grad is None else input,
         weight,
@@ -205,8 +194,6 @@ def _together(
         precision=backend.float32_precision(),
         batch_invariant=backend.invariant,
     )
-    if bias and grad_bias is None:
-        grad_bias = implementations.sum_rows(grad_output, batched=False)
     return grad_input, grad_bias
 
 
@@ -221,27 +208,24 @@ def _grad_input(grad_output: Tensor, weight: Tensor, by_table: bool) -> Tensor:
 def _add(
     grad_output: Tensor, input: Tensor, bias: bool, main_grad: Tensor, kernels: bool
 ) -> Tensor | None:
-    """Adds to main_grad; returns grad_bias, if that is wanted.
+    """Adds to main_grad by the kernel if `kernels`, unless Triton cannot launch it, or by PyTorch.
 
-    By the kernel if `kernels`, unless Triton cannot launch it.
+    Returns grad_bias where the kernel sums it too.
     """
-    if not kernels:
-        return _add_by_pytorch(grad_output, input, bias, main_grad)
-    launchers = backend.launchers()
-    try:
-        _, grad_bias = launchers.backward_weight.linear_backward_weight(
-            grad_output, input, bias, main_grad=main_grad, precision=backend.float32_precision()
-        )
-    except launchers.forward.launch.CannotLaunch:
-        _without_kernels.add(input.device)
-        return _add_by_pytorch(grad_output, input, bias, main_grad)
-    return grad_bias
+    if kernels:
+        launchers, precision = backend.launchers(), backend.float32_precision()
+        try:
+            _, grad_bias = launchers.backward_weight.linear_backward_weight(
+                grad_output, input, bias, main_grad=main_grad, precision=precision
+            )
+            return grad_bias
+        except launchers.forward.launch.CannotLaunch:
+            _without_kernels.add(input.device)
+    _add_by_pytorch(grad_output, input, main_grad)
+    return None
 
 
-def _add_by_pytorch(
-    grad_output: Tensor, input: Tensor, bias: bool, main_grad: Tensor
-) -> Tensor | None:
-    """As `_add`."""
+def _add_by_pytorch(grad_output: Tensor, input: Tensor, main_grad: Tensor) -> None:
     m = input.shape[:-1].numel()
     rows = input.reshape(m, input.shape[-1])
     grad_columns = grad_output.reshape(m, grad_output.shape[-1]).mT
@@ -250,4 +234,3 @@ def _add_by_pytorch(
         main_grad.add_(torch.mm(grad_columns, rows, out_dtype=torch.float32))
     else:
         main_grad.addmm_(grad_columns.to(main_grad.dtype), rows.to(main_grad.dtype))
-    return implementations.sum_rows(grad_output, batched=False) if bias else None

@@ -88,7 +88,10 @@ def recorded(
             return op(*arguments)
 
     def record(plain: bool, *arguments: Any) -> Any:
-        return internals.apply(function, *arguments, compute if plain else below_autograd)
+        if not internals.transforming():
+            return function.apply(*arguments, compute if plain else below_autograd)
+        with internals.one_level_allowed():
+            return function.apply(*arguments, compute if plain else below_autograd)
 
     internals.hide_from_dynamo(function.backward)
     return record

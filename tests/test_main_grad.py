@@ -175,7 +175,7 @@ def test_cublas_is_asked_for_its_float32_sums() -> None:
                 torch.empty(*shape, dtype=dtype, device="cuda")
                 for shape in ((5, 7, 4), (5, 7, 3), (4, 3))
             )
-            module._add_by_pytorch(grad_output, input, False, main_grad.float())
+            module._add_by_pytorch(grad_output, input, main_grad.float())
     mm, addmm = torch.ops.aten.mm.dtype, torch.ops.aten.addmm_.default
     assert products == [(mm, torch.bfloat16), (mm, torch.float16), (addmm, torch.float32)]
 
