@@ -264,13 +264,6 @@ def gradients_of(
     return grad_input, grad_weight, grad_bias
 
 
-def _activation_backward_recorded(
-    plain: bool, grad_output: Tensor, saved: Tensor, *others: Any
-) -> Gradients:
-    *operands, activation = others
-    return gradients_of(GRADIENTS[activation](grad_output, saved), *operands)
-
-
 def linear_vmap(info: Any, in_dims: InDims, *arguments: Any) -> tuple[Tensor, int]:
     *operands, restore = as_layers(info, in_dims, *arguments[:3])
     op = linear_op if len(arguments) == 3 else linear_activation_op
@@ -343,14 +336,29 @@ def linear_backward_flops(
     return grad_input + grad_weight
 
 
+_activation_recorded = recorded(
+    LinearActivationFunction, activation_forward_op, implementations.activation_forward
+)
+for _op, _record in (
+    (linear_op, recorded(LinearFunction, linear_op, implementations.forward)),
+    (linear_activation_op, lambda *arguments: _activation_recorded(*arguments)[0]),
+):
+    register(
+        _op,
+        compute=implementations.forward,
+        fake=linear_fake,
+        record=_record,
+        vmap=linear_vmap,
+        flops=linear_flops,
+        autocast=3,
+    )
 register(
-    linear_op,
-    compute=implementations.forward,
-    fake=linear_fake,
-    record=recorded(LinearFunction, linear_op, implementations.forward),
-    vmap=linear_vmap,
+    activation_forward_op,
+    compute=implementations.activation_forward,
+    fake=_forward_fake,
+    record=_activation_recorded,
+    vmap=_forward_vmap,
     flops=linear_flops,
-    autocast=3,
 )
 register(
     linear_backward_op,
@@ -361,32 +369,13 @@ register(
     vmap=linear_backward_vmap,
     flops=linear_backward_flops,
 )
-
-_recorded = recorded(
-    LinearActivationFunction, activation_forward_op, implementations.activation_forward
-)
-register(
-    linear_activation_op,
-    compute=implementations.forward,
-    fake=linear_fake,
-    record=lambda *arguments: _recorded(*arguments)[0],
-    vmap=linear_vmap,
-    flops=linear_flops,
-    autocast=3,
-)
-register(
-    activation_forward_op,
-    compute=implementations.activation_forward,
-    fake=_forward_fake,
-    record=_recorded,
-    vmap=_forward_vmap,
-    flops=linear_flops,
-)
 register(
     activation_backward_op,
     compute=implementations.activation_backward,
     fake=_activation_backward_fake,
-    record=_activation_backward_recorded,
+    record=lambda plain, grad_output, saved, *others: gradients_of(
+        GRADIENTS[others[-1]](grad_output, saved), *others[:-1]
+    ),
     tangents=False,
     vmap=_activation_backward_vmap,
     flops=lambda grad_output, saved, *others, **options: linear_backward_flops(

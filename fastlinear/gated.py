@@ -96,26 +96,6 @@ def gate_gradients(
     return GRADIENTS[activation](grad_output * up, saved), grad_output * activated
 
 
-def gradients_by_parts(
-    grad_gate: Tensor | None,
-    grad_up: Tensor | None,
-    input: Tensor | None,
-    gate_weight: Tensor | None,
-    up_weight: Tensor | None,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """The gradients of all operands from those of gate and up, which are those of two layers.
-
-    None for what is not wanted, or does not come from a gradient that is there.
-    """
-    of_input, of_gate_weight, of_up_weight, of_gate_bias, of_up_bias = wanted
-    wants = of_input, of_gate_weight, of_gate_bias
-    of_gate = wanted_gradients(grad_gate, input, gate_weight, wants, False)
-    wants = of_input, of_up_weight, of_up_bias
-    of_up = wanted_gradients(grad_up, input, up_weight, wants, False)
-    return added(of_gate[0], of_up[0]), of_gate[1], of_up[1], of_gate[2], of_up[2]
-
-
 class GatedLinearFunction(internals.SingleLevelFunction):
     """Derivatives of the output, of gate and of up, in terms of the ops."""
 
@@ -173,8 +153,13 @@ class GatedLinearFunction(internals.SingleLevelFunction):
         if grad_output is not None:
             through_gate, through_up = gate_gradients(grad_output, gate, up, activation)
             grad_gate, grad_up = added(through_gate, grad_gate), added(through_up, grad_up)
-        operands = (grad_gate, grad_up, input, gate_weight, up_weight)
-        return *gradients_by_parts(*operands, wanted), None, None
+        # Those of two layers.
+        wants = wanted[0], wanted[1], wanted[3]
+        of_gate = wanted_gradients(grad_gate, input, gate_weight, wants, False)
+        wants = wanted[0], wanted[2], wanted[4]
+        of_up = wanted_gradients(grad_up, input, up_weight, wants, False)
+        grad_input = added(of_gate[0], of_up[0])
+        return grad_input, of_gate[1], of_up[1], of_gate[2], of_up[2], None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Products:

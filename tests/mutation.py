@@ -1428,8 +1428,8 @@ MUTANTS = [
     Mutant(
         "half of a gated pair's grad_input",
         "fastlinear/gated.py",
-        "    return added(of_gate[0], of_up[0]), ",
-        "    return of_gate[0], ",
+        "        grad_input = added(of_gate[0], of_up[0])\n",
+        "        grad_input = of_gate[0]\n",
         in_use("backward_computes_what_is_asked_for"),
     ),
     Mutant(
