@@ -138,6 +138,7 @@ class LinearFunction(internals.SingleLevelFunction):
         input, weight, saved = ctx.saved_tensors
         if grad_preactivation is not None:
             through = None if grad_output is None else GRADIENTS[activation](grad_output, saved)
+            # Which is through the activation already.
             grad_output, activation = added(through, grad_preactivation), None
         wanted, batched = internals.wanted(ctx), getattr(ctx, "batched", False)
         arguments = (grad_output, input, weight, wanted, batched, saved, activation)
@@ -154,11 +155,9 @@ class LinearFunction(internals.SingleLevelFunction):
         bias_tangent: Tensor | None,
         *tangents_of_others: None,
     ) -> Any:
-        batched, activation = getattr(ctx, "batched", False), getattr(ctx, "activation", None)
+        activation = getattr(ctx, "activation", None)
         with internals.next_level_in_forward_mode(*ctx.saved_tensors) as (input, weight, saved):
-            tangent = tangent_of(
-                input, weight, batched, input_tangent, weight_tangent, bias_tangent
-            )
+            tangent = tangent_of(input, weight, input_tangent, weight_tangent, bias_tangent)
             if activation is None:
                 return tangent
             if tangent is None:
@@ -182,7 +181,6 @@ def added(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 def tangent_of(
     input: Tensor,
     weight: Tensor,
-    batched: bool,
     input_tangent: Tensor | None,
     weight_tangent: Tensor | None,
     bias_tangent: Tensor | None,
@@ -195,7 +193,7 @@ def tangent_of(
         once = bias_tangent if tangent is None else None
         tangent = added(tangent, linear_op(input, weight_tangent, once))
     if tangent is None and bias_tangent is not None:
-        rows = bias_tangent.unsqueeze(1) if batched else bias_tangent
+        rows = bias_tangent.unsqueeze(1) if weight.dim() == 3 else bias_tangent
         tangent = rows.expand(*input.shape[:-1], weight.shape[-2]).clone()
     return tangent
 

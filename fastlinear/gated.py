@@ -166,8 +166,8 @@ class GatedLinearFunction(internals.SingleLevelFunction):
         of_input, of_gate_weight, of_up_weight, of_gate_bias, of_up_bias, *_ = tangents
         with internals.next_level_in_forward_mode(*ctx.saved_tensors) as saved:
             input, gate_weight, up_weight, gate, up = saved
-            of_gate = tangent_of(input, gate_weight, False, of_input, of_gate_weight, of_gate_bias)
-            of_up = tangent_of(input, up_weight, False, of_input, of_up_weight, of_up_bias)
+            of_gate = tangent_of(input, gate_weight, of_input, of_gate_weight, of_gate_bias)
+            of_up = tangent_of(input, up_weight, of_input, of_up_weight, of_up_bias)
             # Outputs that are differentiable have a tangent each, or none has.
             of_gate = torch.zeros_like(gate) if of_gate is None else of_gate
             of_up = torch.zeros_like(up) if of_up is None else of_up

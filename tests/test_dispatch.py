@@ -1,7 +1,7 @@
 """The way from the op to the kernel: nothing that wants a call on the way is left out.
 
 The op goes to the kernel without a second pass through PyTorch's dispatcher where only plain
-tensors are around (fastlinear/autograd.py); here is what else can be around.
+tensors are around (fastlinear/op.py); here is what else can be around.
 """
 
 from typing import Any
