@@ -13,7 +13,7 @@ an output in its own right, so that derivatives of derivatives flow back through
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -91,41 +91,24 @@ def _activation_backward_fake(grad_output: Tensor, saved: Tensor, *others: Any) 
 
 
 class LinearFunction(internals.SingleLevelFunction):
-    """Derivatives of an output, and of a pre-activation besides, in terms of the ops.
-
-    Without an activation there is one output, and one argument less.
-    """
+    """Derivatives of the op, each in terms of the op. What is saved third is for an activation."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        *activation_and_compute: Any,
-    ) -> Any:
-        *activation, compute = activation_and_compute
-        result = compute(input, weight, bias, *activation)
-        saved = None
-        # To set an attribute takes 0.1 us: of a single layer without an activation there is none.
-        if activation:
-            (ctx.activation,) = activation
-            output, saved = result
-            if ctx.activation in FROM_OUTPUT:
-                ctx.mark_non_differentiable(saved)  # it is empty
-                saved = output
-        if weight.dim() == 3:
-            ctx.batched = True
-        if known.seen:
-            ctx.auto = backend.takes_pytorch()
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, compute: Callable[..., Any]
+    ) -> Tensor:
         needed = ctx.needs_input_grad
         # Each operand is kept for the other's gradient alone,
         # so that what is not kept may change in place.
-        ctx.save_for_backward(input if needed[1] else None, weight if needed[0] else None, saved)
+        ctx.save_for_backward(input if needed[1] else None, weight if needed[0] else None, None)
+        if weight.dim() == 3:
+            ctx.batched = True  # to set an attribute takes 0.1 us: of a single layer there is none
         if internals.forward_ad_active():
-            ctx.save_for_forward(input, weight, saved)
+            ctx.save_for_forward(input, weight, None)
+        if known.seen:
+            ctx.auto = backend.takes_pytorch()
         ctx.set_materialize_grads(False)  # no gradient of the output is none of a parameter either
-        return result
+        return compute(input, weight, bias)
 
     @staticmethod
     def backward(
@@ -168,7 +151,33 @@ class LinearFunction(internals.SingleLevelFunction):
 
 
 class LinearActivationFunction(LinearFunction):
-    """LinearFunction with an activation, which has a name of its own in graphs."""
+    """Derivatives of the output and of the pre-activation, in terms of the ops."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        compute: Callable[..., Any],
+    ) -> tuple[Tensor, Tensor]:
+        output, preactivation = compute(input, weight, bias, activation)
+        saved = preactivation
+        if activation in FROM_OUTPUT:
+            saved = output
+            ctx.mark_non_differentiable(preactivation)  # it is empty
+        needed = ctx.needs_input_grad
+        ctx.save_for_backward(input if needed[1] else None, weight if needed[0] else None, saved)
+        if weight.dim() == 3:
+            ctx.batched = True
+        if internals.forward_ad_active():
+            ctx.save_for_forward(input, weight, saved)
+        if known.seen:
+            ctx.auto = backend.takes_pytorch()
+        ctx.activation = activation
+        ctx.set_materialize_grads(False)
+        return output, preactivation
 
 
 def added(first: Tensor | None, second: Tensor | None) -> Tensor | None:

@@ -81,9 +81,14 @@ def _output(
         return _by_pytorch(candidate, input, weight, bias, activation)
     if activation is not None:
         return _activated_by_kernel(candidate, input, weight, bias, activation, False)[0]
-    kernels, precision = backend.launchers().forward, backend.float32_precision()
-    settings = {"config": candidate, "batch_invariant": backend.invariant}
-    return kernels.linear_forward(input, weight, bias, precision=precision, **settings)
+    return backend.launchers().forward.linear_forward(
+        input,
+        weight,
+        bias,
+        precision=backend.float32_precision(),
+        config=candidate,
+        batch_invariant=backend.invariant,
+    )
 
 
 def activation_forward(
@@ -114,9 +119,12 @@ def _with_preactivation(
 
 def _activated_by_kernel(config: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
     """The output and, if the last argument says so, the pre-activation."""
-    kernels, precision = backend.launchers().forward, backend.float32_precision()
-    settings = {"config": config, "batch_invariant": backend.invariant}
-    return kernels.linear_activation_forward(*arguments, precision=precision, **settings)
+    return backend.launchers().forward.linear_activation_forward(
+        *arguments,
+        precision=backend.float32_precision(),
+        config=config,
+        batch_invariant=backend.invariant,
+    )
 
 
 def _by_pytorch(

@@ -447,8 +447,8 @@ MUTANTS = [
     Mutant(
         "weight's gradient takes the saved weight",
         "fastlinear/autograd.py",
-        "input if needed[1] else None, weight if needed[0] else None",
-        "input if needed[0] else None, weight if needed[1] else None",
+        "input if needed[1] else None, weight if needed[0] else None, None)",
+        "input if needed[0] else None, weight if needed[1] else None, None)",
         ("tests/test_gradients.py::test_every_mask_of_requires_grad",),
     ),
     Mutant(
@@ -998,8 +998,8 @@ MUTANTS = [
     Mutant(
         "a second backward goes by the backend in force",
         "fastlinear/autograd.py",
-        "ctx.auto = backend.takes_pytorch()",
-        'ctx.auto = backend.current == "auto"',
+        "            ctx.auto = backend.takes_pytorch()\n        ctx.set_materialize",
+        '            ctx.auto = backend.current == "auto"\n        ctx.set_materialize',
         TABLES,
     ),
     Mutant(
@@ -1409,6 +1409,13 @@ MUTANTS = [
         "fastlinear/autograd.py",
         "        ctx.set_materialize_grads(False)  # no gradient",
         "        ctx.set_materialize_grads(True)  # no gradient",
+        in_use("blocked_gradient_leaves_none"),
+    ),
+    Mutant(
+        "a blocked gradient counts as one of zeros, activated",
+        "fastlinear/autograd.py",
+        "        ctx.set_materialize_grads(False)\n",
+        "",
         in_use("blocked_gradient_leaves_none"),
     ),
     Mutant(
