@@ -7,7 +7,6 @@ import gc
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -362,7 +361,7 @@ def plain_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calla
     def write(*given: Row) -> None:
         device = known.device_name(CPU)
         assert device is not None
-        rows.write(tmp_path / rows.file_name(device), replace(table(*given), device=device))
+        rows.write(tmp_path / rows.file_name(device), table(*given)._replace(device=device))
         backend.use_tables()
 
     with fastlinear.use_backend("auto"):
@@ -390,7 +389,7 @@ def test_table_is_for_a_number_of_threads(
     output, taken = onednn.output, []
     monkeypatch.setattr(onednn, "output", lambda *given: taken.append(1) or output(*given))
     torch.set_num_threads(1)
-    plain_cpu(rows.row(key("output", 4), "onednn", 1.0, 2.0, 1.0, 2.0))
+    plain_cpu(rows.Row(*key("output", 4), "onednn", 1.0, 2.0, 1.0, 2.0))
     name = known.device_name(CPU)
     assert name is not None
     assert name.endswith(", 1 thread")
@@ -408,7 +407,7 @@ def test_table_that_is_read_while_onednn_is_off_counts_when_it_is_on(
     enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
-        plain_cpu(rows.row(key("output", 4), "onednn", 1.0, 2.0, 1.0, 2.0))
+        plain_cpu(rows.Row(*key("output", 4), "onednn", 1.0, 2.0, 1.0, 2.0))
         assert way_of() == "torch.nn.functional.linear"
     finally:
         torch._C._set_mkldnn_enabled(enabled)
@@ -419,8 +418,8 @@ def test_compiled_step_runs_in_every_backend_but_the_kernels(
     plain_cpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain_cpu(
-        rows.row(key("output", 4), "onednn", 1.0, 2.0, 1.0, 2.0),
-        rows.row(key("training", 4, "input weight bias"), BY_ROWS, 1.0, 2.0, 1.0, 2.0),
+        rows.Row(*key("output", 4), "onednn", 1.0, 2.0, 1.0, 2.0),
+        rows.Row(*key("training", 4, "input weight bias"), BY_ROWS, 1.0, 2.0, 1.0, 2.0),
     )
     layer, input = fastlinear.Linear(K, N), torch.randn(4, K, requires_grad=True)
     compiled = torch.compile(layer, backend="aot_eager")
@@ -432,9 +431,9 @@ def test_compiled_step_runs_in_every_backend_but_the_kernels(
 
 def test_step_goes_by_the_row_of_its_gradients(plain_cpu: Callable[..., None]) -> None:
     plain_cpu(
-        rows.row(key("output", 4), "onednn", 1.0, 2.0, 1.0, 2.0),
-        rows.row(key("training", 4, "input weight bias"), BY_ROWS, 1.0, 2.0, 1.0, 2.0),
-        rows.row(key("training", 4, "input bias"), PYTORCH, 2.0, 2.0, 2.0, 2.0),
+        rows.Row(*key("output", 4), "onednn", 1.0, 2.0, 1.0, 2.0),
+        rows.Row(*key("training", 4, "input weight bias"), BY_ROWS, 1.0, 2.0, 1.0, 2.0),
+        rows.Row(*key("training", 4, "input bias"), PYTORCH, 2.0, 2.0, 2.0, 2.0),
     )
     for wanted, path in (
         ("", "onednn"),
@@ -449,8 +448,8 @@ def test_kernels_of_a_cpu_s_table_are_no_matter_without_triton(
     plain_cpu: Callable[..., None],
 ) -> None:
     plain_cpu(
-        rows.row(key("output", 4), TILE, 1.0, 2.0, 1.0, 2.0),
-        rows.row(key("training", 4, "input weight bias"), BY_ROWS, 1.0, 2.0, 1.0, 2.0),
+        rows.Row(*key("output", 4), TILE, 1.0, 2.0, 1.0, 2.0),
+        rows.Row(*key("training", 4, "input weight bias"), BY_ROWS, 1.0, 2.0, 1.0, 2.0),
     )
     for wanted in ("", "input weight bias"):
         assert way_of(wanted) == "torch.nn.functional.linear"

@@ -166,25 +166,14 @@ def _a_row(input: Tensor, weight: Tensor, activation: str | None) -> bool:
     )
 
 
-@functools.lru_cache
-def _sizes(
-    device: torch.device, generation: object, threads: object
-) -> frozenset[tuple[int, int, int]]:
-    """The n, k and m of all rows by which "auto" can take another way, whatever they are for."""
-    return frozenset(
-        (key.n, key.k, key.m)
+def faster_sizes(device: torch.device) -> set[tuple[int, int]]:
+    """The (n, k) of layers for which, of some batch, another way than PyTorch's is known."""
+    known.follow_group()
+    return {
+        (key.n, key.k)
         for key, found in known.found(device).items()
         if key.product in ("output", "training") and found.row.candidate != PYTORCH
-    )
-
-
-def known_faster(device: torch.device, n: int, k: int) -> bool:
-    """Whether a table says of some batch of a layer that another way than PyTorch's is faster."""
-    if not known.available:
-        return False
-    known.follow_group()
-    sizes = _sizes(device, known.generation, torch.get_num_threads())
-    return any(size[:2] == (n, k) for size in sizes)
+    }
 
 
 def _key(
@@ -203,29 +192,7 @@ def _key(
     return Key(product, name, precision, activation, bias, wanted, n, k, m)
 
 
-@functools.lru_cache(maxsize=4096)
-def ranges(
-    generation: int, threads: int, device: torch.device, key: Key
-) -> tuple[tuple[int, int], ...]:
-    """The numbers of rows, from and to, for which another way is faster than PyTorch's.
-
-    `key.m` is no matter.
-    """
-    wins = []
-    for m in sorted({one.m for one in known.found(device)}):
-        found = known.find(device, key._replace(m=m))
-        if found is not None and found.row.candidate != PYTORCH:
-            wins.append(m)
-    merged: list[tuple[int, int]] = []
-    for m in wins:
-        first = m // 2 + 1
-        if merged and merged[-1][1] == first - 1:
-            first = merged.pop()[0]
-        merged.append((first, m))
-    return tuple(merged)
-
-
-def _ranges(
+def _for_any_rows(
     device: torch.device,
     product: str,
     dtype: torch.dtype,
@@ -234,15 +201,17 @@ def _ranges(
     wanted: str,
     n: int,
     k: int,
-) -> tuple[tuple[int, int], ...]:
-    """`ranges`, for a function that is being compiled: a constant there."""
+) -> bool:
+    """Whether another way than PyTorch's is faster for some number of rows."""
     known.follow_group()
     precision = backend.table_precision(dtype, device)  # which Dynamo guards itself
-    key = Key(product, known.name_of(dtype), precision, activation, bias, wanted, n, k, 0)
-    return ranges(known.generation, torch.get_num_threads(), device, key)
+    key = Key(product, known.name_of(dtype), precision, activation, bias, wanted, n, k, 1)
+    rows = {one.m for one in known.found(device)}
+    found = (known.find(device, key._replace(m=m)) for m in rows)
+    return any(one is not None and one.row.candidate != PYTORCH for one in found)
 
 
-internals.constant_to_dynamo(_ranges)
+internals.constant_to_dynamo(_for_any_rows)
 
 
 def takes_ours(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> bool:
@@ -283,7 +252,8 @@ def takes_ours(input: Tensor, weight: Tensor, bias: Tensor | None, activation: s
     wanted = wanted_of(input, weight, bias)
     product = "training" if wanted else "output"
     if compiling:
-        return bool(_ranges(device, product, dtype, activation, bias is not None, wanted, n, k))
+        what = device, product, dtype, activation, bias is not None, wanted
+        return _for_any_rows(*what, n, k)
     m = input.numel() // k
     key = _key(product, input, dtype, activation, bias is not None, n, k, m, wanted)
     found = known.find(device, key)
@@ -313,6 +283,30 @@ def wanted_of(input: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     return " ".join(wanted + ["bias"] * (bias is not None and bias.requires_grad))
 
 
+def row_of(
+    product: str,
+    first: Tensor,
+    second: Tensor,
+    n: int,
+    k: int,
+    activation: str | None = None,
+    bias: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Found | None:
+    """The row for a product of `first`, which has its rows, and `second`, if there is one.
+
+    Only of operands that lie as they did when it was measured. dtype: theirs, or what autocast
+    makes of it.
+    """
+    if not (first.is_contiguous() and second.is_contiguous() and n * k):
+        return None
+    if (first.data_ptr() | second.data_ptr()) % 16:
+        return None
+    m = first.numel() // first.shape[-1]
+    key = _key(product, first, dtype or first.dtype, activation, bias, n, k, m)
+    return known.find(first.device, key)
+
+
 def of_product(
     product: str,
     first: Tensor,
@@ -322,19 +316,14 @@ def of_product(
     activation: str | None = None,
     bias: bool = False,
 ) -> Candidate | None:
-    """What computes a product of `first`, which has its rows, and `second`.
+    """What computes a product, as `row_of` takes it.
 
     PYTORCH, a library's name, a kernel in a configuration of a table's, or, with None, in that
     which the launcher chooses.
     """
     if backend.only_pytorch():
         return PYTORCH
-    found = None
-    plain = first.is_contiguous() and second.is_contiguous()
-    if plain and n * k and (first.data_ptr() | second.data_ptr()) % 16 == 0:
-        m = first.numel() // first.shape[-1]
-        key = _key(product, first, first.dtype, activation, bias, n, k, m)
-        found = known.find(first.device, key)
+    found = row_of(product, first, second, n, k, activation, bias)
     candidate = None if found is None else found.row.candidate
     if candidate and not _is_there(candidate, first.device, first.dtype, activation, bias):
         candidate = None
@@ -368,16 +357,9 @@ def of_pair(
     grad_output: Tensor, input: Tensor, weight: Tensor, bias: bool
 ) -> BackwardConfig | None:
     """That in which one launch computes both products of a backward, where a table says so."""
-    if backend.only_pytorch():
-        return None
-    operands, addresses = (grad_output, input, weight), grad_output.data_ptr()
-    addresses |= input.data_ptr() | weight.data_ptr()
-    if addresses % 16 or not weight.numel() or not all(one.is_contiguous() for one in operands):
-        return None
     n, k = weight.shape
-    key = _key("gradients", weight, weight.dtype, None, bias, n, k, input.numel() // k)
-    found = known.find(weight.device, key)
-    candidate = None if found is None else found.row.candidate
+    plain = grad_output.is_contiguous() and grad_output.data_ptr() % 16 == 0
+    candidate = of_product("gradients", input, weight, n, k, bias=bias) if plain else None
     return candidate if isinstance(candidate, BackwardConfig) else None
 
 
@@ -385,21 +367,19 @@ def rows_of(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, dtype: torch.dtype
 ) -> dict[str, Found]:
     """The rows that a call goes by, by product, for `explain`."""
-    n, k = weight.shape
-    if not (input.is_contiguous() and weight.is_contiguous()) or 0 in (n, k):
-        return {}
-    if (input.data_ptr() | weight.data_ptr()) % 16:
-        return {}
-    m = input.numel() // k
-    bias_wanted = bias is not None and bias.requires_grad
-    keys = [
-        _key("output", input, dtype, activation, bias is not None, n, k, m),
-        _key("grad_input", input, dtype, None, False, n, k, m),
-        _key("grad_weight", input, dtype, None, bias_wanted, n, k, m),
-    ]
+    of_bias = bias is not None and bias.requires_grad
+    asked: dict[str, tuple[str | None, bool]] = {
+        "output": (activation, bias is not None),
+        "grad_input": (None, False),
+        "grad_weight": (None, of_bias),
+    }
     if input.requires_grad and weight.requires_grad:
-        keys += [_key("gradients", input, dtype, None, bias_wanted, n, k, m)]
-    rows = {key.product: known.find(input.device, key) for key in keys}
+        asked["gradients"] = None, of_bias
+    n, k = weight.shape
+    rows = {
+        product: row_of(product, input, weight, n, k, *what, dtype)
+        for product, what in asked.items()
+    }
     # With backend "triton" a row that holds no kernel has no say.
     return {
         product: found
