@@ -5,6 +5,7 @@ What test_transforms does is done again with it.
 
 import gc
 import itertools
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,7 +92,10 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
 def operands(
     shape: tuple[int, ...], dtype: torch.dtype, biased: bool, wanted: str = ""
 ) -> list[Tensor | None]:
-    made = [torch.randn(one).to(dtype) for one in ((*shape, K), (N, K), (N,))]
+    # Activations get values of about 1, as in a model: where a sigmoid is nearly 1, what its error
+    # makes of the gradient has no bound.
+    made = [torch.randn(*shape, K), torch.randn(N, K) / math.sqrt(K), torch.randn(N)]
+    made = [one.to(dtype) for one in made]
     for name, one in zip(rows.OPERANDS, made, strict=True):
         one.requires_grad_(name in wanted.split())
     return [*made[:2], made[2] if biased else None]
