@@ -179,18 +179,22 @@ def _gradients_by_rows(
         return None
     grad_input = grad_weight = grad_bias = None
     with _as_they_are(grad_output.device.type):
-        if of_input == PYTORCH and weight is not None:
+        if of_input in LIBRARIES and weight is not None:
+            grad_input = LIBRARIES[of_input].grad_input(grad_output, weight)
+        elif of_input == PYTORCH and weight is not None:
             grad_input = torch.matmul(grad_output, weight)
-        if of_weight == PYTORCH and input is not None:
+        if of_weight in LIBRARIES and input is not None:
+            grad_weight, grad_bias = LIBRARIES[of_weight].grad_weight(grad_output, input, bias)
+        elif of_weight == PYTORCH and input is not None:
             m = input.shape[:-1].numel()
             grad_weight = grad_output.reshape(m, n).mT @ input.reshape(m, k)
             grad_bias = sum_rows(grad_output, batched=False) if bias else None
     precision = backend.float32_precision()
-    if of_input != PYTORCH and weight is not None:
+    if not isinstance(of_input, str) and weight is not None:
         grad_input = backend.launchers().backward.linear_backward_input(
             grad_output, weight, precision=precision, config=of_input
         )
-    if of_weight != PYTORCH and input is not None:
+    if not isinstance(of_weight, str) and input is not None:
         grad_weight, grad_bias = backend.launchers().backward_weight.linear_backward_weight(
             grad_output, input, bias, precision=precision, config=of_weight
         )

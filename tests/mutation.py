@@ -1073,6 +1073,20 @@ MUTANTS = [
         ONEDNN,
     ),
     Mutant(
+        "oneDNN is asked for gradients that it has not",
+        "fastlinear/choice/onednn.py",
+        'return None if dtype == torch.float32 else f"oneDNN has no gradients in {dtype}"',
+        "return None",
+        ONEDNN,
+    ),
+    Mutant(
+        "a gradient by oneDNN goes by the other's row",
+        "fastlinear/implementations.py",
+        "        if of_weight in LIBRARIES and input is not None:\n",
+        "        if of_input in LIBRARIES and input is not None:\n",
+        ONEDNN,
+    ),
+    Mutant(
         "a rank that was given up publishes its table",
         "fastlinear/choice/ranks.py",
         '"", "published") == b"published"',

@@ -16,10 +16,10 @@ def take_everywhere(patch: pytest.MonkeyPatch) -> None:
     def find(device: torch.device, key: Key) -> Found | None:
         if key.product == "training":
             return Found(Row(*key, BY_ROWS, 1.0, 2.0, 1.0, 2.0), Path(), "")
-        if key.product != "output":
+        if key.product == "gradients":
             return None
         dtype = getattr(torch, key.dtype)
-        refused = onednn.why_not(device, dtype, key.activation, key.bias)
+        refused = onednn.why_not(key.product, device, dtype, key.activation, key.bias)
         candidate = "onednn" if refused is None else PYTORCH
         # That of float64 is PyTorch's, by way of our op.
         return Found(Row(*key, candidate, 1.0, 2.0, 1.0, 2.0), Path(), "")
@@ -30,4 +30,5 @@ def take_everywhere(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(known, "available", True)
     patch.setattr(known, "seen", True)
     patch.setattr(known, "follow_group", lambda: None)
+    patch.setattr(way, "any_gradients", lambda device: True)
     patch.setattr(way, "_for_any_rows", lambda *given: True)

@@ -405,7 +405,8 @@ def test_without_triton_what_pytorch_has_is_measured(
     monkeypatch.setattr(backend, "launchers", missing)
     path = tmp_path / NAME
     assert run(Clocks(), "--rows", "4") == 0
-    assert {product for product, _ in rows_of(path)} == {"output", "training"}
+    products = {product for product, _ in rows_of(path)}
+    assert products in (set(tables.PRODUCTS) - {"gradients"}, {"output", "training"})
 
 
 def in_a_process(code: str, *given: str) -> "subprocess.Popen[bytes]":
@@ -486,7 +487,8 @@ def test_command_without_a_gpu_measures_the_cpu(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     (path,) = tmp_path.glob("*.json")
     assert "thread" in tables.read(path).device
-    assert {row.product for row in tables.read(path).rows} == {"output", "training"}
+    products = {row.product for row in tables.read(path).rows}
+    assert products in (set(tables.PRODUCTS) - {"gradients"}, {"output", "training"})
     assert all(row.wall_us == row.device_us > 0 for row in tables.read(path).rows)
 
 

@@ -29,8 +29,8 @@ KERNEL_OF: dict[str, Kernel] = {
     "grad_input": "forward",
     "grad_weight": "backward_weight",
 }
-# What else than a kernel's configuration a row may have: PyTorch's F.linear and matmul; for outputs
-# what PyTorch has besides them; and, for the last two products, each product as its own row says.
+# What else than a kernel's configuration a row may have: PyTorch's F.linear and matmul; what
+# PyTorch has besides them; and, for the last two products, each product as its own row says.
 PYTORCH = "pytorch"
 LIBRARIES = {library.NAME: library for library in (onednn, epilogue)}
 BY_ROWS = "rows"
@@ -64,8 +64,7 @@ class Row(NamedTuple):
     wanted: of "training", whose gradients, as in "input weight bias"; "" of the others.
     n, k: out_features and in_features.
     m: rows that it was measured with; it stands for all numbers of rows with this `bucket`.
-    candidate: a Config, for "gradients" a BackwardConfig, for "output" a library's name, or PYTORCH
-        or BY_ROWS.
+    candidate: a Config, for "gradients" a BackwardConfig, a library's name, PYTORCH or BY_ROWS.
     device_us, wall_us: microseconds of a call on the device, and for the caller: on a CPU the same.
     pytorch_device_us, pytorch_wall_us: PyTorch's.
     """
@@ -244,8 +243,8 @@ def _parse_row(row: Any, number: int) -> Row:
 def _parse_candidate(given: Any, product: str) -> Candidate | None:
     """The candidate of a row for `product`; None if it is none."""
     if isinstance(given, str):
-        several = product in ("training", "gradients")
-        named = (PYTORCH, *LIBRARIES) if product == "output" else (PYTORCH, BY_ROWS)[: 1 + several]
+        named = [PYTORCH, *(name for name, one in LIBRARIES.items() if product in one.PRODUCTS)]
+        named += [BY_ROWS] * (product in ("training", "gradients"))
         return given if given in named else None
     if product == "training" or not isinstance(given, dict):
         return None

@@ -259,20 +259,22 @@ def takes_ours(input: Tensor, weight: Tensor, bias: Tensor | None, activation: s
     found = known.find(device, key)
     if found is None or found.row.candidate == PYTORCH:
         return False
-    return _is_there(found.row.candidate, input.device, dtype, activation, bias is not None)
+    how = activation, bias is not None
+    return _is_there(found.row.candidate, product, device, dtype, *how)
 
 
 def _is_there(
     candidate: Candidate,
+    product: str,
     device: torch.device,
     dtype: torch.dtype,
     activation: str | None,
     bias: bool,
 ) -> bool:
-    """Whether a library, where that is the candidate, takes such a layer here and now."""
+    """Whether a library, where that is the candidate, takes such a product here and now."""
     if not isinstance(candidate, str) or candidate not in LIBRARIES:
         return True
-    return LIBRARIES[candidate].why_not(device, dtype, activation, bias) is None
+    return LIBRARIES[candidate].why_not(product, device, dtype, activation, bias) is None
 
 
 def wanted_of(input: Tensor, weight: Tensor, bias: Tensor | None) -> str:
@@ -325,7 +327,7 @@ def of_product(
         return PYTORCH
     found = row_of(product, first, second, n, k, activation, bias)
     candidate = None if found is None else found.row.candidate
-    if candidate and not _is_there(candidate, first.device, first.dtype, activation, bias):
+    if candidate and not _is_there(candidate, product, first.device, first.dtype, activation, bias):
         candidate = None
     if backend.takes_pytorch():
         return PYTORCH if candidate is None else candidate
@@ -333,14 +335,17 @@ def of_product(
 
 
 def any_gradients(device: torch.device) -> bool:
-    """Whether a table says anything of a gradient's product there."""
+    """Whether a table has something else than PyTorch for a gradient's product there."""
     return _any_gradients(device, known.generation, torch.get_num_threads())
 
 
 @functools.lru_cache
 def _any_gradients(device: torch.device, generation: int, threads: int) -> bool:
     products = ("grad_input", "grad_weight", "gradients")
-    return any(key.product in products for key in known.found(device))
+    return any(
+        key.product in products and found.row.candidate != PYTORCH
+        for key, found in known.found(device).items()
+    )
 
 
 def of_output(

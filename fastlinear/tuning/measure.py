@@ -47,18 +47,24 @@ def keys_of(call: Key, device: torch.device) -> list[Key]:
     if call.product == "output":
         return [call]
     output = call._replace(product="output", wanted="")
-    if not backend.kernels_run_on(device):
-        return [output, call]  # the gradients' products are PyTorch's
     wanted, plain = call.wanted.split(), output._replace(activation=None)
     with_bias = plain._replace(bias="bias" in wanted)
     gradients = {
         "input": plain._replace(product="grad_input", bias=False),
         "weight": with_bias._replace(product="grad_weight"),
     }
-    keys = [output, *(key for name, key in gradients.items() if name in wanted)]
-    if len(keys) == 3:
+    keys = [key for name, key in gradients.items() if name in wanted]
+    if not backend.kernels_run_on(device):
+        keys = [key for key in keys if libraries_for(key, device)]
+    elif len(keys) == 2:
         keys.append(with_bias._replace(product="gradients"))
-    return [*keys, call]
+    return [output, *keys, call]
+
+
+def libraries_for(key: Key, device: torch.device) -> list[Candidate]:
+    """The libraries that take such a product."""
+    what = key.product, device, getattr(torch, key.dtype), key.activation, key.bias
+    return [name for name, library in LIBRARIES.items() if library.why_not(*what) is None]
 
 
 class Products:
@@ -129,12 +135,16 @@ class Products:
     def by_kernel(self, product: str, config: Candidate | None) -> Results:
         """By a kernel in a configuration, None being the launcher's choice, or by a library."""
         activation, bias = self.call.activation, self.grad_bias
+        last = None if bias else -1  # no grad_bias
         if isinstance(config, str):
             library = LIBRARIES[config]
+            if product == "grad_input":
+                return lambda: (library.grad_input(self.grad, self.weight),)
+            if product == "grad_weight":
+                return lambda: library.grad_weight(self.grad, self.input, bias)[:last]
             return lambda: (library.output(*self.operands, activation),)
         kernels = backend.launchers()
         how: dict[str, Any] = {"precision": self.call.precision, "config": config}
-        last = None if bias else -1  # no grad_bias
         if product == "output" and activation is None:
             return lambda: (kernels.forward.linear_forward(*self.operands, **how),)
         if product == "output":
@@ -155,15 +165,15 @@ class Products:
 
     def candidates(self, product: str) -> list[Candidate]:
         """What else may compute a product: libraries, and the kernels' best, as modelled."""
-        what = self.device, self.weight.dtype, self.call.activation, self.call.bias
-        found: list[Candidate] = []
-        if product == "output":
-            found += [name for name, one in LIBRARIES.items() if one.why_not(*what) is None]
+        found = libraries_for(self._key(product), self.device)
         return found + (self.configs(product) if backend.kernels_run_on(self.device) else [])
+
+    def _key(self, product: str) -> Key:
+        return next(key for key in keys_of(self.call, self.device) if key.product == product)
 
     def configs(self, product: str) -> list[Candidate]:
         """The kernels' best, as modelled."""
-        (key,) = (key for key in keys_of(self.call, self.device) if key.product == product)
+        key = self._key(product)
         target = backend.launchers().forward.launch.target_of(self.device)
         traits, (n, k) = table.traits_of(key, target), (key.n, key.k)
         if product == "gradients":
@@ -252,45 +262,47 @@ def measure_call(
 def _measured(products: Products, key: Key, measure: Measure, parts: list[Row]) -> Row:
     """The row of `key`; `parts` are those of the products before."""
     product, device = key.product, products.device
+
+    def call_of(candidate: Candidate) -> Callable[[Products], Call]:
+        """What makes its call: of an output and a step a user's, who waits for the way there."""
+        if product in ("output", "training"):
+            return lambda one: one.called(product, by_pytorch=candidate == PYTORCH)
+        if candidate in (PYTORCH, BY_ROWS):
+            return lambda one: one.by_pytorch(product) if candidate == PYTORCH else one.by_rows()
+        return lambda one: one.by_kernel(product, candidate)
+
     calls = {} if product == "training" else exact_calls(products, product)
-    if product == "training" and any(row.candidate != PYTORCH for row in parts):
-        calls[BY_ROWS] = products.called(product, by_pytorch=False)
-    if product == "gradients" and any(row.candidate != PYTORCH for row in parts[1:]):
-        calls[BY_ROWS] = products.by_rows()
-    public = product in ("output", "training")  # what a caller waits for is the way there too
-    native = products.by_pytorch(product) if product != "training" else None
+    others = {"training": parts, "gradients": parts[1:]}.get(product, [])
+    if any(row.candidate != PYTORCH for row in others):
+        calls[BY_ROWS] = call_of(BY_ROWS)(products)
     times: dict[str, list[float]] = {}
     best = next(iter(calls), PYTORCH)
     if not on_cpu(device):
-        timed = {PYTORCH: native or products.called(product, by_pytorch=True)}
+        native = call_of(PYTORCH) if product == "training" else lambda one: one.by_pytorch(product)
+        timed = {PYTORCH: native(products)} | {str(one): call for one, call in calls.items()}
         with _trial(device, parts, key, BY_ROWS):
-            times = measure(timed | {str(one): call for one, call in calls.items()}, "device")
+            times = measure(timed, "device")
         best = min(calls, key=lambda one: statistics.median(times[str(one)]), default=PYTORCH)
     chosen = [one for one in dict.fromkeys((best, BY_ROWS)) if one in calls]
-    waited = {str(one): calls[one] for one in chosen}
-    if public:
-        waited = {str(one): _in_turn(products, product, by_pytorch=False) for one in chosen}
-        waited[PYTORCH] = _in_turn(products, product, by_pytorch=True)
-    elif native is not None:
-        waited[PYTORCH] = native
     with _trial(device, parts, key, best), torch.set_grad_enabled(product == "training"):
-        walls = measure(dict(reversed(waited.items())), "wall")
+        waited = {str(one): _in_turn(products, call_of(one)) for one in (PYTORCH, *chosen)}
+        walls = measure(waited, "wall")
     times = times or walls
     for one in chosen:
-        others = [PYTORCH] if one == BY_ROWS else [other for other in walls if other != str(one)]
-        if all(wins(str(one), other, times, walls) for other in others):
+        than = [PYTORCH] if one == BY_ROWS else [other for other in walls if other != str(one)]
+        if all(wins(str(one), other, times, walls) for other in than):
             return _row(key, one, times, walls)
     return _row(key, PYTORCH, times, walls)
 
 
-def _in_turn(first: Products, product: str, by_pytorch: bool) -> Call:
-    """`Products.called`, on a CPU with the operands of several such layers in turn."""
+def _in_turn(first: Products, call_of: Callable[[Products], Call]) -> Call:
+    """The call of `first`, on a CPU with the operands of several such layers in turn."""
     if first.device.type != "cpu":
-        return first.called(product, by_pytorch)
+        return call_of(first)
     size = first.input.nbytes + first.weight.nbytes + first.grad.nbytes
     copies = min(MOST_COPIES, max(1, COLD_BYTES // size))
     again = (Products(first.call, first.device, first.rows) for _ in range(copies - 1))
-    calls = itertools.cycle([one.called(product, by_pytorch) for one in (first, *again)])
+    calls = itertools.cycle([call_of(one) for one in (first, *again)])
     return lambda: next(calls)()
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from fastlinear import _torch_internals as internals
 from fastlinear import backend
 from fastlinear.choice import known, ranks, table
-from fastlinear.choice.table import BY_ROWS, Key, Row
+from fastlinear.choice.table import BY_ROWS, PYTORCH, Candidate, Key, Row
 from fastlinear.modules import Linear
 from fastlinear.tuning.measure import bytes_of, keys_of, measure_call
 from fastlinear.tuning.record import Call, Noted, record
@@ -35,8 +35,8 @@ class TunedCall:
     calls: how often a step of the model makes them.
     pytorch_us, us: microseconds of one by PyTorch and from now on, forward and, in training,
         backward; None where neither was measured.
-    way: what computes the output from now on: "pytorch", "onednn", "epilogue" or "kernel"; or why
-        it was not measured.
+    way: what computes the output from now on, or a gradient where it is PyTorch that computes that:
+        "pytorch", "onednn", "epilogue" or "kernel"; or why it was not measured.
     """
 
     layers: tuple[str, ...]
@@ -114,10 +114,11 @@ def tune(model: nn.Module, *args: Any, seconds: float = 60, **kwargs: Any) -> Tu
     It runs the model once, and its backward if the model is in training mode and gradients are
     enabled, and notes each distinct call of `fastlinear`'s layers. Those of `linear` it measures on
     the device they were made on, by PyTorch and by all that may be faster there: on a CPU oneDNN's
-    fused linear; on a GPU the kernels, and PyTorch's product with a fused activation. What is not
-    as exact as PyTorch, against float64, is left out. What is faster by 5% or more goes into a
-    table, one for a kind of GPU, or for a kind of CPU and its number of threads, in the folder
-    FASTLINEAR_CACHE (~/.cache/fastlinear if not set); other processes go by it when they start.
+    fused linear, and its gradients in float32; on a GPU the kernels, and PyTorch's product with a
+    fused activation. What is not as exact as PyTorch, against float64, is left out. What is faster
+    by 5% or more goes into a table, one for a kind of GPU, or for a kind of CPU and its number of
+    threads, in the folder FASTLINEAR_CACHE (~/.cache/fastlinear if not set); other processes go by
+    it when they start.
     A gated pair counts as its two layers; `batched_linear` is listed, and goes PyTorch's way.
 
     The model is as before: parameters, gradients, buffers, modes, torch's random state. What hooks,
@@ -222,10 +223,12 @@ def _found(call: Call, noted: Noted) -> TunedCall:
         found = known.find(call.device, key)
         row = None if found is None else found.row
         way = _NOT_YET
-        if row is not None and row.candidate == BY_ROWS:
-            found = known.find(call.device, key._replace(product="output", wanted=""))
-        if found is not None:
-            way = found.row.candidate if isinstance(found.row.candidate, str) else "kernel"
+        if row is not None:
+            way = _name_of(row.candidate)
+        if way == BY_ROWS:
+            parts = (known.find(call.device, part) for part in keys_of(key, call.device))
+            names = [_name_of(one.row.candidate) for one in parts if one is not None]
+            way = next((name for name in names if name not in (PYTORCH, BY_ROWS)), PYTORCH)
     return TunedCall(
         layers=tuple(noted.names),
         op=call.op,
@@ -239,6 +242,10 @@ def _found(call: Call, noted: Noted) -> TunedCall:
         us=None if row is None else row.device_us,
         way=way,
     )
+
+
+def _name_of(candidate: Candidate) -> str:
+    return candidate if isinstance(candidate, str) else "kernel"
 
 
 def table_of(device: torch.device) -> Path:
