@@ -1073,6 +1073,13 @@ MUTANTS = [
         ONEDNN,
     ),
     Mutant(
+        "a batch that a table has another way for is told to be too small",
+        "fastlinear/choice/way.py",
+        "elements = (key.m // 2 + 1) * key.k",
+        "elements = key.m * key.k",
+        TABLES,
+    ),
+    Mutant(
         "oneDNN is asked for gradients that it has not",
         "fastlinear/choice/onednn.py",
         'return None if dtype == torch.float32 else f"oneDNN has no gradients in {dtype}"',
@@ -1110,8 +1117,8 @@ MUTANTS = [
     Mutant(
         "a CPU's table serves other numbers of threads",
         "fastlinear/choice/way.py",
-        "            _threads(),\n",
-        "            0,\n",
+        "read_by = _threads(), internals",
+        "read_by = 0, internals",
         ONEDNN,
     ),
     Mutant(

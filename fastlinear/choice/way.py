@@ -6,6 +6,7 @@ PyTorch dispatches by and all that a plan depends on. `takes_ours` decides for b
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -104,8 +105,11 @@ def remember(
     ways.append(Way(internals.alike(*operands), wanted, output, recorded))
 
 
-# Whether no table has a row for a call, by what most calls can be told by.
+# Whether no table has a row for a call, by what most calls can be told by. And, for what is told
+# sooner, by how many threads and in which group tables were read, and with how many elements of an
+# input a weight of so many begins to have another way than PyTorch's by them.
 _pytorchs: dict[Any, bool] = {}
+_least: tuple[Any, dict[int, int]] = (None, {})
 known.watchers.append(lambda: _forget())
 
 
@@ -114,8 +118,23 @@ _recording, _threads = torch.is_grad_enabled, torch.get_num_threads
 
 
 def _forget() -> None:
-    global _pytorchs
-    _pytorchs = {}  # another thread may be about to write to the old one
+    global _pytorchs, _least
+    _pytorchs, _least = {}, (None, {})  # another thread may be about to write to the old ones
+
+
+def _note_least(read_by: Any) -> None:
+    global _least
+    if torch.cuda.is_available() and not torch.cuda.is_initialized():
+        return  # to ask for a GPU's name would start it
+    least: dict[int, int] = {}
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in (torch.device("cpu"), *gpus):
+        for key, found in known.found(device).items():
+            if key.product in ("output", "training") and found.row.candidate != PYTORCH:
+                elements = (key.m // 2 + 1) * key.k
+                weights = key.n * key.k
+                least[weights] = min(elements, least.get(weights, elements))
+    _least = read_by, least
 
 
 def is_pytorchs(input: Tensor, weight: Tensor, activation: str | None) -> bool:
@@ -124,15 +143,20 @@ def is_pytorchs(input: Tensor, weight: Tensor, activation: str | None) -> bool:
     False where more has to be looked into.
     """
     try:
+        elements, weights = input.numel(), weight.numel()  # half as long as their shapes
+        read_by = _threads(), internals.default_group()
+        noted, least = _least
+        # No symbols, which would be guarded.
+        if read_by == noted and type(elements) is int and elements < least.get(weights, math.inf):
+            return True
         key = (
-            input.numel(),  # which costs half as much as its shape
-            weight.numel(),
+            elements,
+            weights,
             input.dtype,
             input.device,
             activation,
             _recording() and (weight.requires_grad or input.requires_grad),
-            _threads(),
-            internals.default_group(),
+            read_by,
         )
         answer = _pytorchs.get(key)
     except (AttributeError, RuntimeError, TypeError):  # no tensors; symbols have no hash
@@ -141,6 +165,8 @@ def is_pytorchs(input: Tensor, weight: Tensor, activation: str | None) -> bool:
         if internals.tracing() is not None:  # sizes are tensors there
             return True
         known.follow_group()
+        if noted != read_by:
+            _note_least(read_by)
         answers = _pytorchs
         answer = not _a_row(input, weight, activation)
         if len(answers) >= LARGEST_CACHE:
