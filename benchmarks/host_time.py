@@ -33,7 +33,7 @@ import fastlinear
 from benchmarks.environment import environment
 from fastlinear.backend import use_tables
 from fastlinear.choice import known
-from fastlinear.choice.table import Key, row
+from fastlinear.choice.table import Key, Row
 from fastlinear.kernels import compiled_launch, launch
 
 ROWS, FEATURES = 4, 16
@@ -72,7 +72,7 @@ def setting(backend: str, device: torch.device) -> Iterator[None]:
     """Within it, the backend, and a table that knows another layer, if that is wanted."""
     if backend == TABLE:
         key = Key("output", "float32", "ieee", None, True, "", 768, 768, 64)
-        use_tables({device: (row(key, "onednn", 1.0, 2.0, 1.0, 2.0),)})
+        use_tables({device: (Row(*key, "onednn", 1.0, 2.0, 1.0, 2.0),)})
     try:
         with fastlinear.use_backend("auto" if backend in ("", TABLE) else backend):
             yield

@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,11 @@ from benchmarks.environment import environment
 from benchmarks.files import write_rows
 from benchmarks.setting import SETTING
 from benchmarks.watch import LeftOut, watch
-from fastlinear.choice.table import PYTORCH
+from fastlinear.choice import table as tables
+from fastlinear.choice.table import PYTORCH, Key
 from fastlinear.kernels import launch
 from fastlinear.kernels.backward import plan_backward
-from fastlinear.tuning.products import Layer, Products
+from fastlinear.tuning.measure import Products
 from fastlinear.tuning.stopwatch import Call, Measure
 
 ARITHMETICS = [
@@ -52,27 +52,13 @@ TIMED = ("bfloat16",)  # in `make gpu`
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Point(Layer):
-    """A layer, and how its products are formed, whatever is in force.
-
-    name: of dtype and that, in results.
-    """
-
-    name: str = ""
-    formed: str = ""
-
-    def precision(self, device: torch.device) -> str:
-        return self.formed
-
-
-def points(dtypes: Sequence[str]) -> Iterator[Point]:
+def points(dtypes: Sequence[str]) -> Iterator[Key]:
+    """The calls whose products are timed, for dtypes and precisions by name."""
     for dtype, precision in ARITHMETICS:
         name = str(dtype)[6:] if precision == "ieee" else precision
         if name in dtypes:
             for m, (n, k) in itertools.product(SETTING.timed_rows, SETTING.timed):
-                sizes, of = (n, k, m), {"name": name, "formed": precision}
-                yield Point(dtype, precision == "tf32", None, True, *sizes, **of)
+                yield tables.call(dtype, True, n, k, m, precision=precision)
 
 
 def calls(products: Products, product: str, candidates: int = CANDIDATES) -> dict[str, Call]:
@@ -80,14 +66,14 @@ def calls(products: Products, product: str, candidates: int = CANDIDATES) -> dic
 
     With each other's names: a launch for each of both gradients is None.
     """
-    layer = products.layer
+    layer = products.call
     ranked = products.configs(product)
     chosen = ranked[0]
     if product == "gradients":
         g, w, x = products.grad, products.weight, products.input
         operands = launch.describe(g, w, x)
         bias = layer.bias
-        plan = plan_backward(operands, None, bias, False, layer.formed, None, None)
+        plan = plan_backward(operands, None, bias, False, layer.precision, None, None)
         chosen = plan.config
     configs = [chosen, *(config for config in ranked if config != chosen)][:candidates]
     return {str(config): products.by_kernel(product, config) for config in configs}
@@ -116,7 +102,8 @@ def measure(
     device: torch.device,
 ) -> None:
     for layer in points(dtypes):
-        torch.set_float32_matmul_precision("high" if layer.tf32 else "highest")
+        torch.set_float32_matmul_precision("high" if layer.precision == "tf32" else "highest")
+        name_of_dtype = layer.dtype if layer.precision == "ieee" else layer.precision
         products = Products(layer, device)
         for product, name in PRODUCTS.items():
             if time.monotonic() > deadline:
@@ -126,11 +113,11 @@ def measure(
             usable, failed = launchable(ours)
             times = stopwatch({PYTORCH: products.by_pytorch(product)} | usable, "device")
             times = {key: [round(one, 3) for one in found] for key, found in times.items()}
-            row: Row = {"part": "time", "product": name, "dtype": layer.name}
+            row: Row = {"part": "time", "product": name, "dtype": name_of_dtype}
             row |= {"m": layer.m, "n": layer.n, "k": layer.k, "chosen": next(iter(ours))}
             row |= {"native_us": times.pop(PYTORCH), "kernel_us": times}
             record(row | ({"failed": failed} if failed else {}))
-        print(f"timed: {layer.name}, M = {layer.m}, N = {layer.n}, K = {layer.k}", flush=True)
+        print(f"timed: {name_of_dtype}, M = {layer.m}, N = {layer.n}, K = {layer.k}", flush=True)
 
 
 def ratio(row: Row) -> float | None:

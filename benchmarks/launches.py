@@ -19,8 +19,9 @@ from benchmarks.cases import ARITHMETICS, Group
 from benchmarks.cases import FAMILIES as CHECKED
 from benchmarks.setting import SETTING
 from benchmarks.shapes import LAYERS
+from fastlinear.choice import table
 from fastlinear.choice.table import PRODUCTS
-from fastlinear.tuning.products import Layer, Products
+from fastlinear.tuning.measure import Products
 
 Launches = Iterator[tuple[str, Callable[[], Any]]]
 
@@ -39,7 +40,7 @@ def timed(device: str, sizes: str) -> Launches:
         products = Products(layer, torch.device(device))
         for product in kernels.PRODUCTS:
             for config, call in kernels.calls(products, product).items():
-                yield f"{product}, {layer.name}, {layer}, {config}", call
+                yield f"{product}, {table.in_words(layer)}, {config}", call
 
 
 def checked(which: str, device: str, sizes: str) -> Launches:
@@ -54,11 +55,11 @@ def checked(which: str, device: str, sizes: str) -> Launches:
 
 def tuned(device: str, sizes: str) -> Launches:
     """What the tuner measures of each product; "training" launches no others."""
-    for layer in tuning.layers():
+    for layer in tuning.calls():
         products = Products(layer, torch.device(device))
         for product in PRODUCTS[:-1]:
             for config in products.configs(product):
-                name = f"{product}, {layer}, {config}"
+                name = f"{product}, {table.in_words(layer)}, {config}"
                 yield name, products.by_kernel(product, config)
 
 
@@ -68,10 +69,10 @@ def swept(device: str, sizes: str) -> Launches:
         one = LAYERS[name]
         for dtype in tuning.DTYPES:
             for m in SETTING.swept_rows:
-                layer = Layer(dtype, False, None, one.bias, one.out_features, one.in_features, m)
+                layer = table.call(dtype, one.bias, one.out_features, one.in_features, m)
                 products = Products(layer, torch.device(device))
                 for product in ("output", "gradients"):
-                    yield f"{product}, {layer}", products.by_kernel(product, None)
+                    yield f"{product}, {table.in_words(layer)}", products.by_kernel(product, None)
 
 
 CALLS = {

@@ -38,11 +38,10 @@ from benchmarks.problem import Problem, errors, step, why_wrong
 from benchmarks.setting import SETTING
 from benchmarks.shapes import BATCH_SIZES, LAYERS, Layer, least_bytes, memory, operations
 from benchmarks.watch import LeftOut, watch
-from fastlinear import use_backend
-from fastlinear.choice.table import bucket
+from fastlinear import backend, use_backend
+from fastlinear.choice import table as tables
+from fastlinear.choice.table import Key
 from fastlinear.elementwise import ACTIVATIONS
-from fastlinear.tuning import products as tuned
-from fastlinear.tuning.products import ALL
 from fastlinear.tuning.tune import measure_all, table_of
 
 MODES = ("forward", "backward", "forward+backward")
@@ -373,15 +372,23 @@ def main() -> int:
 
 def tune(wanted: list[Point], device: torch.device, dtype: torch.dtype) -> None:
     """Has fastlinear's table know what is to be measured, as `fastlinear.tune` would."""
-    layers = []
+    calls: dict[Key, int] = {}
     for point in wanted:
         layer, rows = point["layer"], point["rows"]
-        what = point["activation"], point["bias"], layer.out_features, layer.in_features
         for mode in point["modes"]:
-            gradients = "" if mode == "forward" else ALL
-            layers.append(tuned.Layer(dtype, None, *what, bucket(rows), gradients, rows))
+            key = tables.call(
+                dtype,
+                point["bias"],
+                layer.out_features,
+                layer.in_features,
+                rows,
+                wanted="" if mode == "forward" else "input weight bias",
+                activation=point["activation"],
+                precision=backend.table_precision(dtype, device),
+            )
+            calls.setdefault(key, rows)
+    measure_all(calls, device, math.inf)
     path = table_of(device)
-    measure_all(list(dict.fromkeys(layers)), device, path, math.inf)
     print(f"tuned: {path}")
 
 

@@ -6,7 +6,9 @@ tune` does, after each product, under the name that it has in kernels/tuned/.
 
 import argparse
 import math
+import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,14 +17,14 @@ import torch
 from benchmarks.setting import SETTING
 from benchmarks.shapes import LAYERS
 from benchmarks.watch import watch
-from fastlinear.choice import known, table
-from fastlinear.tuning import command
-from fastlinear.tuning.products import Layer
+from fastlinear.choice import table
+from fastlinear.choice.table import Key
+from fastlinear.tuning.tune import measure_all
 
 DTYPES = (torch.bfloat16, torch.float32)
 
 
-def layers() -> Iterator[Layer]:
+def calls() -> Iterator[Key]:
     """What is tuned, the most valuable first: by dtype, batch size and then size of the layer.
 
     Models mostly run in bfloat16, and a float32 product takes ten times as long to measure. The
@@ -35,7 +37,7 @@ def layers() -> Iterator[Layer]:
         for m in SETTING.tuned_rows:
             for one in chosen:
                 sizes = one.out_features, one.in_features, m
-                yield Layer(dtype, False, None, one.bias, *sizes)
+                yield table.call(dtype, one.bias, *sizes)
 
 
 def main() -> int:
@@ -47,10 +49,15 @@ def main() -> int:
         sys.exit(lacking)
     watch()
     torch.manual_seed(0)
-    device = torch.device(SETTING.device)
-    path = arguments.folder / table.file_name(known.device_name(device) or str(device))
-    wanted = list(dict.fromkeys(layers()))
-    return command.tune(wanted, path, arguments.minutes, SETTING.clock(device).stopwatch)
+    os.environ["FASTLINEAR_CACHE"] = str(arguments.folder)
+    device, deadline = torch.device(SETTING.device), time.monotonic() + 60 * arguments.minutes
+    wanted = {call: call.m for call in calls()}
+    try:
+        finished = measure_all(wanted, device, deadline, SETTING.clock(device).stopwatch)
+    except OSError as error:
+        sys.exit(str(error))
+    print("all is measured" if finished else "out of time; the same command goes on from here")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Converts models in place: every `nn.Linear` becomes a `fastlinear.Linear`, and back."""
 
-from collections.abc import Callable, Collection
+import functools
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -10,7 +11,7 @@ from torch.nn.utils import parametrize
 from fastlinear import _torch_internals as internals
 from fastlinear import backend
 from fastlinear._torch_internals import Linear as TorchLinear
-from fastlinear.choice import way
+from fastlinear.choice import known, way
 from fastlinear.fold import FOLD, find_pairs, fold, stay_folded, unfold
 from fastlinear.gated_mlp import gate, gated_layers, ungate
 from fastlinear.modules import Linear, is_as_written
@@ -127,14 +128,20 @@ def convert(
     skipped = {layer: reason for layer, reason in skipped.items() if layer not in pairs}
     skipped |= {layer: f"activation not folded: {why}" for layer, why in not_folded.items()}
     report = _report(model, layers, skipped, gated, pairs)
-    return replace(report, faster=sum(_known_faster(layer) for layer in layers))
+    return replace(report, faster=_known_faster(layers))
 
 
-def _known_faster(layer: TorchLinear) -> bool:
-    # Not by its weight: a parametrization may count how often that is asked for.
-    parameter = next(layer.parameters(), None)
-    sizes = layer.out_features, layer.in_features
-    return parameter is not None and way.known_faster(parameter.device, *sizes)
+def _known_faster(layers: Iterable[TorchLinear]) -> int:
+    """For how many of them a table says that another way than PyTorch's is faster."""
+    if not known.available:
+        return 0
+    sizes = functools.cache(way.faster_sizes)
+    # Not by weights: a parametrization may count how often they are asked for.
+    first = [(next(layer.parameters(), None), layer) for layer in layers]
+    return sum(
+        one is not None and (layer.out_features, layer.in_features) in sizes(one.device)
+        for one, layer in first
+    )
 
 
 def revert(model: nn.Module, *, made: bool = False) -> Report:

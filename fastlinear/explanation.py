@@ -144,8 +144,9 @@ def explain(layer: nn.Linear, input: Tensor) -> Explanation:
                 from fastlinear.planned import plans_of
 
                 plans = plans_of(input, weight, bias, activation, dtype)
-                if plans["output"].kernel in LIBRARIES:
-                    path = plans["output"].kernel
+                named = (plans[one].kernel for one in ("output", "grad_input", "grad_weight"))
+                first = next(filter(None, named), None)
+                path = first if first in LIBRARIES else path
             products = _products(input, weight, bias, activation, dtype, plans)
             if isinstance(layer, Linear) and layer.accumulate_into_main_grad:
                 by = "the kernel" if main_grad.by_the_kernels(input) else "PyTorch"

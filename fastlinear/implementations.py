@@ -218,16 +218,27 @@ def _gradients_by_pytorch(
     weight: Tensor | None,
     bias: bool,
     batched: bool = False,
+    of_input: Any = PYTORCH,
+    of_weight: Any = PYTORCH,
 ) -> Gradients:
-    """Of B layers all but their bias's; of one layer that too, if weight's is wanted."""
+    """Of B layers all but their bias's; of one layer that too, if weight's is wanted.
+
+    By `of_input` and `of_weight` where they name a library.
+    """
     device_type = grad_output.device.type
     product = torch.bmm if batched else torch.matmul
     # A backward may run under autocast, and products take operands as they are.
     cast = internals.autocasting() and backend.autocast_dtype(device_type) is not None
     with torch.autocast(device_type, enabled=False) if cast else nullcontext():
-        grad_input = None if weight is None else product(grad_output, weight)
+        grad_input = None
+        if of_input in LIBRARIES and weight is not None:
+            grad_input = LIBRARIES[of_input].grad_input(grad_output, weight)
+        elif weight is not None:
+            grad_input = product(grad_output, weight)
         if input is None or batched:
             return grad_input, None if input is None else product(grad_output.mT, input), None
+        if of_weight in LIBRARIES:
+            return grad_input, *LIBRARIES[of_weight].grad_weight(grad_output, input, bias)
         m = input.shape[:-1].numel()
         grad_columns = grad_output.reshape(m, grad_output.shape[-1]).mT
         grad_weight = grad_columns @ input.reshape(m, input.shape[-1])
@@ -259,15 +270,17 @@ def _gradients_by_rows(
         return None
     grad_input, grad_weight, grad_bias = _gradients_by_pytorch(
         grad_output,
-        input if of_weight == PYTORCH else None,
-        weight if of_input == PYTORCH else None,
+        input if isinstance(of_weight, str) else None,
+        weight if isinstance(of_input, str) else None,
         bias,
+        of_input=of_input,
+        of_weight=of_weight,
     )
-    if of_input != PYTORCH and weight is not None:
+    if not isinstance(of_input, str) and weight is not None:
         grad_input = backend.launchers().backward.linear_backward_input(
             grad_output, weight, precision=precision, config=of_input
         )
-    if of_weight != PYTORCH and input is not None:
+    if not isinstance(of_weight, str) and input is not None:
         grad_weight, grad_bias = backend.launchers().backward_weight.linear_backward_weight(
             grad_output, input, bias, precision=precision, config=of_weight
         )

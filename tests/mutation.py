@@ -955,9 +955,9 @@ MUTANTS = [
     ),
     Mutant(
         "a table's row for more rows than were measured",
-        "fastlinear/choice/way.py",
-        "        first = m // 2 + 1\n",
-        "        first = m // 4 + 1\n",
+        "fastlinear/choice/table.py",
+        "1 << max(m - 1, 0).bit_length()",
+        "1 << max(m - 2, 0).bit_length()",
         TABLES,
     ),
     Mutant(
@@ -1019,8 +1019,8 @@ MUTANTS = [
     Mutant(
         "one launch of both gradients that is slower than two wins",
         "fastlinear/tuning/measure.py",
-        "    if best != apart and wins(*of_best, *of_apart) and wins(*of_best, *of_pytorch):\n",
-        "    if best != apart and wins(*of_best, *of_pytorch):\n",
+        "[PYTORCH] if one == BY_ROWS else [other for other in walls if other != str(one)]",
+        "[PYTORCH]",
         TUNER,
     ),
     Mutant(
@@ -1040,15 +1040,15 @@ MUTANTS = [
     Mutant(
         "a kernel that callers wait longer for wins",
         "fastlinear/tuning/measure.py",
-        "    if faster(their_device, device) or faster(their_wall, wall):\n",
-        "    if faster(their_device, device):\n",
+        "    slower = any(faster(clock[other], clock[one]) for clock in clocks)\n",
+        "    slower = faster(times[other], times[one])\n",
         ("tests/test_tune.py::test_kernel_wins_if_it_is_faster_on_one_clock_and_slower_on_none",),
     ),
     Mutant(
         "an inexact kernel wins",
         "fastlinear/tuning/measure.py",
-        "            if as_exact(call(), theirs, exact, most):\n",
-        "            if as_exact(call(), theirs, exact, most) or layer.m:\n",
+        "            if as_exact(computed(), theirs, exact, most):\n",
+        "            if as_exact(computed(), theirs, exact, most) or call.m:\n",
         ("tests/test_tune.py::test_inexact_kernel_cannot_win",),
     ),
     Mutant(
@@ -1073,8 +1073,29 @@ MUTANTS = [
         ONEDNN,
     ),
     Mutant(
+        "a batch that a table has another way for is told to be too small",
+        "fastlinear/choice/way.py",
+        "elements = (key.m // 2 + 1) * key.k",
+        "elements = key.m * key.k",
+        TABLES,
+    ),
+    Mutant(
+        "oneDNN is asked for gradients that it has not",
+        "fastlinear/choice/onednn.py",
+        'return None if dtype == torch.float32 else f"oneDNN has no gradients in {dtype}"',
+        "return None",
+        ONEDNN,
+    ),
+    Mutant(
+        "a gradient by oneDNN goes by the other's row",
+        "fastlinear/implementations.py",
+        "        if of_weight in LIBRARIES:\n",
+        "        if of_input in LIBRARIES:\n",
+        ONEDNN,
+    ),
+    Mutant(
         "a rank that was given up publishes its table",
-        "fastlinear/tuning/together.py",
+        "fastlinear/choice/ranks.py",
         '"", "published") == b"published"',
         '"", "published")',
         TUNE_MODEL,
@@ -1096,8 +1117,8 @@ MUTANTS = [
     Mutant(
         "a CPU's table serves other numbers of threads",
         "fastlinear/choice/way.py",
-        "            _threads(),\n",
-        "            0,\n",
+        "read_by = _threads(), internals",
+        "read_by = 0, internals",
         ONEDNN,
     ),
     Mutant(
@@ -1144,7 +1165,7 @@ MUTANTS = [
     ),
     Mutant(
         "another rank than the first measures too",
-        "fastlinear/tuning/together.py",
+        "fastlinear/choice/ranks.py",
         '"", rank).decode() == rank\n',
         '"", rank).decode() != ""\n',
         TUNE_MODEL,

@@ -5,11 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlinear.choice import known, onednn, table, way
+from fastlinear.choice import known, onednn, way
 from fastlinear.choice.known import Found
-from fastlinear.choice.table import BY_ROWS, PYTORCH, Key
-
-EVERY_ROW = ((0, 2**31),)
+from fastlinear.choice.table import BY_ROWS, PYTORCH, Key, Row
 
 
 def take_everywhere(patch: pytest.MonkeyPatch) -> None:
@@ -17,14 +15,14 @@ def take_everywhere(patch: pytest.MonkeyPatch) -> None:
 
     def find(device: torch.device, key: Key) -> Found | None:
         if key.product == "training":
-            return Found(table.row(key, BY_ROWS, 1.0, 2.0, 1.0, 2.0), Path(), "")
-        if key.product != "output":
+            return Found(Row(*key, BY_ROWS, 1.0, 2.0, 1.0, 2.0), Path(), "")
+        if key.product == "gradients":
             return None
         dtype = getattr(torch, key.dtype)
-        refused = onednn.why_not(device, dtype, key.activation, key.bias)
+        refused = onednn.why_not(key.product, device, dtype, key.activation, key.bias)
         candidate = "onednn" if refused is None else PYTORCH
         # That of float64 is PyTorch's, by way of our op.
-        return Found(table.row(key, candidate, 1.0, 2.0, 1.0, 2.0), Path(), "")
+        return Found(Row(*key, candidate, 1.0, 2.0, 1.0, 2.0), Path(), "")
 
     patch.setattr(way, "_ways", {})
     patch.setattr(way, "is_pytorchs", lambda *given: False)
@@ -32,4 +30,5 @@ def take_everywhere(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(known, "available", True)
     patch.setattr(known, "seen", True)
     patch.setattr(known, "follow_group", lambda: None)
-    patch.setattr(way, "ranges", lambda *given: EVERY_ROW)
+    patch.setattr(way, "any_gradients", lambda device: True)
+    patch.setattr(way, "_for_any_rows", lambda *given: True)

@@ -21,7 +21,7 @@ def run(name: str, folder: Path, *given: str) -> str:
 
 @pytest.mark.parametrize("how", [[], ["--train"]], ids=["", "train"])
 def test_tune(how: list[str], tmp_path: Path) -> None:
-    said = run("tune.py", tmp_path, "--rows", "4", "--seconds", "1", *how)
+    said = run("tune.py", tmp_path, "--rows", "4", "--seconds", "8", *how)
     for line in (
         "6 converted, 0 skipped",
         "1 folded",

@@ -5,7 +5,6 @@ case here reaches fails the last test. What PyTorch raises for bad operands is i
 """
 
 import ast
-import contextlib
 import errno
 import json
 import os
@@ -14,16 +13,16 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace, TracebackType
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from test_tables import TILE, row, table
-from test_tune import command
 from torch import Tensor, nn
 
 import fastlinear
+from fastlinear import __main__ as command
 from fastlinear import backend
 from fastlinear.autograd import activation_backward_op as linear_activation_backward_op
 from fastlinear.autograd import linear_backward_op, linear_op
@@ -35,10 +34,7 @@ from fastlinear.kernels.configs import BackwardConfig, Config
 from fastlinear.kernels.indexing import locate_tile
 from fastlinear.kernels.operands import check_main_grad
 from fastlinear.main_grad import linear_into_main_grad
-from fastlinear.tuning import command as tune
-from fastlinear.tuning import store as tune_store
 from fastlinear.tuning import tune as tuning
-from fastlinear.tuning.products import Layer
 from fastlinear.tuning.stopwatch import CpuStopwatch, OutOfTime
 
 Patch = pytest.MonkeyPatch
@@ -83,7 +79,11 @@ def parsed(said: str, **changes: Any) -> Case:
 
 
 def tuned_with(said: str, *given: str) -> Case:
-    return Case(ValueError, said, lambda patch: tune.layers(command(Path(), *given)))
+    def call(patch: Patch) -> None:
+        patch.setattr(command, "on_cpu", lambda device: True)
+        command.calls_of(command.arguments_of(["tune", *given]), CPU)
+
+    return Case(ValueError, said, call)
 
 
 def without_triton(patch: Patch) -> None:
@@ -114,16 +114,10 @@ def on_an_unknown_gpu(patch: Patch) -> None:
     compiled_launch._run_by_triton(locate_tile, planned, (W(1),))
 
 
-def another_s_table(patch: Patch) -> None:
-    found = SimpleNamespace(device="NVIDIA A100")
-    patch.setattr(tables, "read", lambda path: found)
-    patch.setattr(tune_store, "_locked", contextlib.nullcontext)
-    tune_store.Store(Path(__file__), CPU, own=False)
-
-
-def tuned_into(patch: Patch, path: Path) -> None:
-    layer = Layer(torch.float32, None, None, True, 24, 40, 4, "")
-    tuning.measure_all([layer], CPU, path, 0.0, lambda calls, clock: {one: [1.0] for one in calls})
+def tuned_into(patch: Patch, folder: Path) -> None:
+    call = tables.call(torch.float32, True, 24, 40, 4, wanted="")
+    patch.setenv("FASTLINEAR_CACHE", str(folder))
+    tuning.measure_all({call: 4}, CPU, 0.0, lambda calls, clock: {one: [1.0] for one in calls})
 
 
 def out_of_time(patch: Patch) -> None:
@@ -137,7 +131,7 @@ def full_disk(patch: Patch) -> None:
 
     patch.setattr(tables, "write", full)
     with tempfile.TemporaryDirectory() as folder:
-        tuned_into(patch, Path(folder) / "table.json")
+        tuned_into(patch, Path(folder))
 
 
 def compiling(patch: Patch) -> None:
@@ -446,7 +440,9 @@ CASES = {
     "tune --minutes": tuned_with(
         "--minutes takes a number above 0, but got -1.0", "--minutes", "-1"
     ),
-    "tune --output": Case(ValueError, "it is for 'NVIDIA A100', and this is '.*'", another_s_table),
+    "tune --dtypes": tuned_with(
+        "--dtypes takes tf32 on a GPU only, and there is none", "--dtypes", "tf32"
+    ),
     "tune, model": Case(
         TypeError,
         r"tune\(\) takes an nn.Module, but model is Tensor",
@@ -460,7 +456,7 @@ CASES = {
     "tune, folder": Case(
         OSError,
         "cannot use .* for the table: .*; FASTLINEAR_CACHE names another folder",
-        lambda patch: tuned_into(patch, Path(__file__) / "table.json"),
+        lambda patch: tuned_into(patch, Path(__file__)),
     ),
     "tune, time": Case(
         OutOfTime,
@@ -489,7 +485,7 @@ CASES = {
     ),
     "table, columns": parsed(
         "it has date, device, driver, fastlinear, format, kernels, rows, surprise, torch, triton "
-        "instead of format, device, driver, torch, triton, fastlinear, kernels, date, rows",
+        "instead of date, device, driver, fastlinear, format, kernels, rows, torch, triton",
         surprise=1,
     ),
     "table, device": parsed("device is 5, not a text of 200 characters at most", device=5),

@@ -4,7 +4,6 @@ Other files have those that belong to their subject: test_backend a Triton that 
 test_tables tables that cannot be used, test_tune what stops the tuner.
 """
 
-import dataclasses
 import errno
 import math
 import os
@@ -29,7 +28,7 @@ from oracle import (
     sum_scale,
 )
 from test_tables import TILE, row, table
-from test_tune import Clocks, command, rows_of
+from test_tune import NAME, Clocks, rows_of, run
 from torch import Tensor
 from triton.runtime.errors import PTXASError
 
@@ -48,7 +47,6 @@ from fastlinear.kernels import (
 from fastlinear.kernels.backward import linear_backward
 from fastlinear.kernels.configs import Config
 from fastlinear.kernels.indexing import locate_tile
-from fastlinear.tuning import command as tune
 
 interpreted_only = pytest.mark.skipif(
     not launch.INTERPRETING, reason="a GPU's launch is queued whole or not at all"
@@ -373,9 +371,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def tune_into_it(*given: str) -> int:
-    arguments = command(Path(), "--rows", "4", *given)
-    arguments.output = None
-    return tune.run(arguments, Clocks())
+    return run(Clocks(), "--rows", "4", *given)
 
 
 @interpreted_only
@@ -441,10 +437,10 @@ def test_table_is_never_unpickled(folder: Path, monkeypatch: pytest.MonkeyPatch)
 # The tuner is stopped or refused by what cannot be stood in for: each time in a fork of a process
 # that is made once. It measures nothing, so that nearly all it does is to write.
 TUNERS = """
-import argparse, contextlib, os, random, resource, signal, sys, time
+import contextlib, os, random, resource, signal, sys, time
+from fastlinear import __main__ as command
 from fastlinear import backend
-from fastlinear.tuning import command as tune
-from fastlinear.tuning import measure as tune_rows
+from fastlinear.tuning import measure
 from fastlinear.choice import table as tables
 from pathlib import Path
 
@@ -452,9 +448,7 @@ sys.modules["tqdm"] = None  # a line a layer
 backend.launchers()
 signal.signal(signal.SIGINT, signal.default_int_handler)
 path = Path(sys.argv[1])
-tune_rows._exact_calls = lambda products, product: {}
-parser = argparse.ArgumentParser()
-tune.add_arguments(parser)
+measure.exact_calls = lambda products, product: {}
 
 def tuner(*given, limit=None):
     '''The id of a process that tunes.'''
@@ -468,8 +462,8 @@ def tuner(*given, limit=None):
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
-            given = parser.parse_args(["--output", str(path), "--dtypes", "float32", *given])
-            status = tune.run(given, lambda calls, clock: dict.fromkeys(calls, [1.0] * 3))
+            given = command.arguments_of(["tune", "--dtypes", "float32", *given])
+            status = command.tune(given, lambda calls, clock: dict.fromkeys(calls, [1.0] * 3))
     finally:
         os._exit(status)
 
@@ -508,10 +502,10 @@ print("full", status, path.read_bytes() == text, list(path.parent.glob("*.part")
 
 @interpreted_only
 def test_tuner_that_is_killed_or_out_of_space_leaves_the_table_whole(tmp_path: Path) -> None:
-    path = tmp_path / "table.json"
+    path, changed = tmp_path / NAME, {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", TUNERS, str(path)],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env=os.environ | changed | {"FASTLINEAR_CACHE": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=120,
@@ -525,4 +519,4 @@ def test_tuner_that_is_killed_or_out_of_space_leaves_the_table_whole(tmp_path: P
         "[Errno 27] File too large; the 0 new rows before are in it\n"
     )
     assert rows_of(path)
-    assert dataclasses.is_dataclass(tables.read(path))
+    assert type(tables.read(path)) is tables.Table

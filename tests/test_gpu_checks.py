@@ -304,9 +304,9 @@ def test_launches_are_those_that_the_parts_make(
         call()
     assert by_part == made
     made.clear()
-    layers = list(tuning.layers())
+    layers = list(tuning.calls())
     for layer in layers:
-        list(tune_rows.measure_layer(layer, device, stopwatch, {}))
+        list(tune_rows.measure_call(layer, layer.m, device, stopwatch, {}))
     by_part, _ = made.copy(), made.clear()
     for _, call in launches.tuned(device.type, device.type):
         call()

@@ -5,9 +5,9 @@ What test_transforms does is done again with it.
 
 import gc
 import itertools
+import math
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,9 @@ N, K = 24, 40
 pytestmark = [
     pytest.mark.usefixtures("triton_backend"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="it is for CPUs"),
-    pytest.mark.skipif(onednn.why_not(CPU, torch.float32, None, True) is not None, reason="none"),
+    pytest.mark.skipif(
+        onednn.why_not("output", CPU, torch.float32, None, True) is not None, reason="none"
+    ),
 ]
 
 
@@ -89,10 +91,32 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     return found
 
 
+@pytest.fixture
+def gradients(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Those that oneDNN computes, by product."""
+    found: list[str] = []
+
+    def note(product: str) -> None:
+        compute = getattr(onednn, product)
+
+        def noted(*given: Any) -> Any:
+            found.append(product)
+            return compute(*given)
+
+        monkeypatch.setattr(onednn, product, noted)
+
+    for product in ("grad_input", "grad_weight"):
+        note(product)
+    return found
+
+
 def operands(
     shape: tuple[int, ...], dtype: torch.dtype, biased: bool, wanted: str = ""
 ) -> list[Tensor | None]:
-    made = [torch.randn(one).to(dtype) for one in ((*shape, K), (N, K), (N,))]
+    # Activations get values of about 1, as in a model: where a sigmoid is nearly 1, what its error
+    # makes of the gradient has no bound.
+    made = [torch.randn(*shape, K), torch.randn(N, K) / math.sqrt(K), torch.randn(N)]
+    made = [one.to(dtype) for one in made]
     for name, one in zip(rows.OPERANDS, made, strict=True):
         one.requires_grad_(name in wanted.split())
     return [*made[:2], made[2] if biased else None]
@@ -142,13 +166,13 @@ def check(compute: Compute, given: list[Tensor | None], roundings: int = 4, time
 def test_outputs_are_as_exact_as_pytorch_s(
     activation: str | None, dtype: torch.dtype, shape: tuple[int, ...], taken: list[str | None]
 ) -> None:
-    if onednn.why_not(CPU, dtype, None, True) is not None:
+    if onednn.why_not("output", CPU, dtype, None, True) is not None:
         pytest.skip("not on this CPU")
     for biased in (True, False):
         given = operands(shape, dtype, biased)
         check(lambda linear, operands: (linear(*operands, activation),), given)
         assert fastlinear.linear(*given, activation).is_contiguous()
-    fused = onednn.why_not(CPU, dtype, activation, True) is None
+    fused = onednn.why_not("output", CPU, dtype, activation, True) is None
     assert taken == ([activation] * 8 if fused else [])
 
 
@@ -162,7 +186,7 @@ def wanted_of(operands: list[Any]) -> list[Tensor]:
 @pytest.mark.parametrize("wanted", MASKS)
 @pytest.mark.parametrize("activation", [None, "relu", "gelu", "silu", "relu_squared"])
 def test_gradients_of_every_mask_are_as_exact_as_pytorch_s(
-    wanted: str, activation: str | None, taken: list[str | None]
+    wanted: str, activation: str | None, taken: list[str | None], gradients: list[str]
 ) -> None:
     grad = torch.randn(2, 3, N)
 
@@ -172,6 +196,8 @@ def test_gradients_of_every_mask_are_as_exact_as_pytorch_s(
 
     check(compute, operands((2, 3), torch.float32, True, wanted), roundings=10)
     assert len(taken) == (0 if activation == "relu_squared" else 3)
+    by = [f"grad_{name}" for name in ("input", "weight") if name in wanted.split()]
+    assert gradients == by * 3
 
 
 @pytest.mark.parametrize("activation", [None, "gelu", "sigmoid"])
@@ -337,7 +363,7 @@ def test_explain_names_it(taken: list[str | None]) -> None:
     layer, input = fastlinear.Linear(K, N, activation="gelu"), torch.randn(4, K)
     said = fastlinear.explain(layer, input)
     assert said.path == "onednn"
-    assert [product.kernel for product in said.products] == ["onednn", *[None] * 2]
+    assert [product.kernel for product in said.products] == ["onednn", None, "onednn"]
     assert "takes onednn: a table says that it is faster here" in str(said)
     assert not taken
 
@@ -362,7 +388,7 @@ def plain_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calla
     def write(*given: Row) -> None:
         device = known.device_name(CPU)
         assert device is not None
-        rows.write(tmp_path / rows.file_name(device), replace(table(*given), device=device))
+        rows.write(tmp_path / rows.file_name(device), table(*given)._replace(device=device))
         backend.use_tables()
 
     with fastlinear.use_backend("auto"):
@@ -390,7 +416,7 @@ def test_table_is_for_a_number_of_threads(
     output, taken = onednn.output, []
     monkeypatch.setattr(onednn, "output", lambda *given: taken.append(1) or output(*given))
     torch.set_num_threads(1)
-    plain_cpu(rows.row(key("output", 4), "onednn", 1.0, 2.0, 1.0, 2.0))
+    plain_cpu(rows.Row(*key("output", 4), "onednn", 1.0, 2.0, 1.0, 2.0))
     name = known.device_name(CPU)
     assert name is not None
     assert name.endswith(", 1 thread")
@@ -408,7 +434,7 @@ def test_table_that_is_read_while_onednn_is_off_counts_when_it_is_on(
     enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
-        plain_cpu(rows.row(key("output", 4), "onednn", 1.0, 2.0, 1.0, 2.0))
+        plain_cpu(rows.Row(*key("output", 4), "onednn", 1.0, 2.0, 1.0, 2.0))
         assert way_of() == "torch.nn.functional.linear"
     finally:
         torch._C._set_mkldnn_enabled(enabled)
@@ -419,8 +445,8 @@ def test_compiled_step_runs_in_every_backend_but_the_kernels(
     plain_cpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain_cpu(
-        rows.row(key("output", 4), "onednn", 1.0, 2.0, 1.0, 2.0),
-        rows.row(key("training", 4, "input weight bias"), BY_ROWS, 1.0, 2.0, 1.0, 2.0),
+        rows.Row(*key("output", 4), "onednn", 1.0, 2.0, 1.0, 2.0),
+        rows.Row(*key("training", 4, "input weight bias"), BY_ROWS, 1.0, 2.0, 1.0, 2.0),
     )
     layer, input = fastlinear.Linear(K, N), torch.randn(4, K, requires_grad=True)
     compiled = torch.compile(layer, backend="aot_eager")
@@ -432,9 +458,9 @@ def test_compiled_step_runs_in_every_backend_but_the_kernels(
 
 def test_step_goes_by_the_row_of_its_gradients(plain_cpu: Callable[..., None]) -> None:
     plain_cpu(
-        rows.row(key("output", 4), "onednn", 1.0, 2.0, 1.0, 2.0),
-        rows.row(key("training", 4, "input weight bias"), BY_ROWS, 1.0, 2.0, 1.0, 2.0),
-        rows.row(key("training", 4, "input bias"), PYTORCH, 2.0, 2.0, 2.0, 2.0),
+        rows.Row(*key("output", 4), "onednn", 1.0, 2.0, 1.0, 2.0),
+        rows.Row(*key("training", 4, "input weight bias"), BY_ROWS, 1.0, 2.0, 1.0, 2.0),
+        rows.Row(*key("training", 4, "input bias"), PYTORCH, 2.0, 2.0, 2.0, 2.0),
     )
     for wanted, path in (
         ("", "onednn"),
@@ -445,12 +471,40 @@ def test_step_goes_by_the_row_of_its_gradients(plain_cpu: Callable[..., None]) -
         assert way_of(wanted) == path, wanted
 
 
+@pytest.mark.parametrize("product", ["grad_input", "grad_weight"])
+def test_gradient_goes_by_its_own_row(
+    product: str, plain_cpu: Callable[..., None], gradients: list[str]
+) -> None:
+    plain_cpu(
+        rows.Row(*key("output", 4), PYTORCH, 1.0, 1.0, 1.0, 1.0),
+        rows.Row(*key("training", 4, "input weight bias"), BY_ROWS, 1.0, 2.0, 1.0, 2.0),
+        rows.Row(
+            *key(product, 4)._replace(bias=product == "grad_weight"), "onednn", 1.0, 2.0, 1.0, 2.0
+        ),
+    )
+    assert way_of("input weight bias") == "onednn"
+    layer, input = fastlinear.Linear(K, N), torch.randn(4, K, requires_grad=True)
+    layer(input).sum().backward()
+    assert gradients == []  # of an expanded gradient, which is not as it was measured
+    (layer(input) * 1).sum().backward()
+    assert gradients == [product]
+
+
+def test_gradients_are_the_same_bits_each_time(gradients: list[str]) -> None:
+    input, weight = torch.randn(64, 300), torch.randn(200, 300)
+    grad = torch.randn(64, 200)
+    first = onednn.grad_input(grad, weight), *onednn.grad_weight(grad, input, True)
+    for _ in range(20):
+        again = onednn.grad_input(grad, weight), *onednn.grad_weight(grad, input, True)
+        assert all(map(torch.equal, again, first))
+
+
 def test_kernels_of_a_cpu_s_table_are_no_matter_without_triton(
     plain_cpu: Callable[..., None],
 ) -> None:
     plain_cpu(
-        rows.row(key("output", 4), TILE, 1.0, 2.0, 1.0, 2.0),
-        rows.row(key("training", 4, "input weight bias"), BY_ROWS, 1.0, 2.0, 1.0, 2.0),
+        rows.Row(*key("output", 4), TILE, 1.0, 2.0, 1.0, 2.0),
+        rows.Row(*key("training", 4, "input weight bias"), BY_ROWS, 1.0, 2.0, 1.0, 2.0),
     )
     for wanted in ("", "input weight bias"):
         assert way_of(wanted) == "torch.nn.functional.linear"

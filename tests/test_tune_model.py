@@ -26,7 +26,7 @@ from fastlinear import backend
 from fastlinear.choice import known, ranks, table
 from fastlinear.choice.table import PYTORCH
 from fastlinear.kernels import launch
-from fastlinear.tuning import together, tune
+from fastlinear.tuning import tune
 from fastlinear.tuning.record import record
 from fastlinear.tuning.stopwatch import CpuStopwatch
 
@@ -389,7 +389,7 @@ def two_ranks(clocks: Clocks, monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     monkeypatch.setattr(internals, "default_store", lambda: store)
     monkeypatch.setattr(internals, "default_group", lambda: store)
     monkeypatch.setattr(ranks, "group", lambda: id(store))
-    monkeypatch.setattr(together, "_turn", 0)
+    monkeypatch.setattr(ranks, "_turn", 0)
     return store
 
 
@@ -404,7 +404,7 @@ def test_one_rank_measures_and_the_other_goes_by_it(
         # As rank 1, on another machine: without the file.
         next(tmp_path.glob("*.json")).unlink()
         monkeypatch.setattr(dist, "get_rank", lambda: 1)
-        monkeypatch.setattr(together, "_turn", 0)
+        monkeypatch.setattr(ranks, "_turn", 0)
         with pytest.warns(RuntimeWarning, match="another rank's tables"):
             tuned = fastlinear.tune(model, torch.randn(4, 8))
     assert clocks.asked == asked
@@ -416,7 +416,7 @@ def test_rank_that_dies_is_not_waited_for(
 ) -> None:
     name = known.device_name(torch.device("cpu"))
     two_ranks.set(f"fastlinear/tuning/{name}/1/rank", "1")  # and never done
-    monkeypatch.setattr(together, "GRACE", 0.2)
+    monkeypatch.setattr(ranks, "GRACE", 0.2)
     model = converted(nn.Sequential(nn.Linear(8, 8))).eval()
     started = time.monotonic()
     with torch.no_grad():
@@ -433,24 +433,28 @@ def test_rank_that_fails_lets_the_others_go_on(
         raise OSError("no space")
 
     with pytest.raises(OSError, match="no space"):
-        together.measured(torch.device("cpu"), time.monotonic(), failing)
+        ranks.measured("CPU", time.monotonic(), failing, list)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    together.measured(torch.device("cpu"), time.monotonic() + 60, failing)
+    ranks.measured("CPU", time.monotonic() + 60, failing, list)
 
 
 def test_rank_that_is_late_keeps_its_table_to_itself(
     two_ranks: dist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that all choose alike: the others have gone on by the one before."""
-    device, published = torch.device("cpu"), []
-    monkeypatch.setattr(ranks, "publish", lambda *given: published.append(given))
-    monkeypatch.setattr(together, "GRACE", 0.0)
+    published: list[str] = []
+
+    def publish() -> list[Any]:
+        published.append("a table")
+        return []
+
+    monkeypatch.setattr(ranks, "GRACE", 0.0)
 
     def late() -> None:
         monkeypatch.setattr(dist, "get_rank", lambda: 1)
-        together.measured(device, time.monotonic(), lambda: None)
+        ranks.measured("CPU", time.monotonic(), lambda: None, publish)
 
-    together.measured(device, time.monotonic(), late)
+    ranks.measured("CPU", time.monotonic(), late, publish)
     assert not published
 
 

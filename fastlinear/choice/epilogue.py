@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 
 NAME = "epilogue"
+PRODUCTS = ("output",)
 
 
 def why_not(
-    device: torch.device, dtype: torch.dtype, activation: str | None, bias: bool
+    product: str, device: torch.device, dtype: torch.dtype, activation: str | None, bias: bool
 ) -> str | None:
-    """What it cannot take of such a layer, in words; None where it takes all."""
+    """What it cannot take of such a layer's product, in words; None where it takes all."""
+    if product not in PRODUCTS:
+        return "the fused epilogue computes outputs alone"
     if device.type != "cuda":
         return "the fused epilogue is cuBLASLt's, for GPUs"
     if activation not in ("relu", "gelu_tanh"):

@@ -2,13 +2,15 @@
 
 Ranks that chose different kernels would round differently, and replicas of a parameter drift apart.
 So all go by the tables of one of them: the first that asks for those of its kind of GPU puts them
-into the group's store, where the others find them. No rank waits for another, and no collective is
-called.
+into the group's store, where the others find them. No collective is called, and no rank waits for
+another, but for the one that tunes.
 """
 
 import json
 import os
+import time
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.distributed
@@ -67,9 +69,55 @@ def agreed(device: str, mine: Files) -> Files:
     return theirs
 
 
-def publish(device: str, mine: Files) -> None:
-    """Has all ranks go by this rank's tables for `device` from their next reading on."""
-    internals.default_store().set(_key(device), json.dumps(mine))
+GRACE = 20.0  # seconds after its deadline in which the rank that measures should be done
+_turn = 0  # how often this process has begun to tune: as often as all
+
+
+def begin() -> None:
+    """At the start of each tuning, on every rank, whatever becomes of it there."""
+    global _turn
+    _turn += 1
+
+
+def measured(
+    device: str, deadline: float, measure: Callable[[], object], mine: Callable[[], Files]
+) -> None:
+    """`measure()`, by one rank for each kind of device, the first to come.
+
+    Where it fails, is gone or is late, all go on by what they knew.
+
+    Args:
+        device: its name.
+        deadline: by time.monotonic(), when it should be over.
+        mine: this rank's tables for it, after measuring.
+    """
+    if not in_group() or torch.distributed.get_world_size() == 1:
+        measure()
+        return
+    store, rank = internals.default_store(), str(torch.distributed.get_rank())
+    key = f"fastlinear/tuning/{device}/{_turn}"
+    try:
+        first = store.compare_set(f"{key}/rank", "", rank).decode() == rank
+    except RuntimeError:  # not every kind of store can
+        measure()
+        return
+    if first:
+        try:
+            measure()
+        finally:  # an error too must not leave the others waiting
+            if store.compare_set(f"{key}/end", "", "published") == b"published":
+                store.set(_key(device), json.dumps(mine()))
+            store.set(f"{key}/done", "")
+        return
+    try:
+        while not store.check([f"{key}/done"]):
+            late = time.monotonic() > deadline + GRACE
+            # Either all go by the new table, or none does.
+            if late and store.compare_set(f"{key}/end", "", "given up") == b"given up":
+                return
+            time.sleep(0.1)
+    except RuntimeError:  # the store went with the rank that had it
+        pass
 
 
 def _key(device: str) -> str:

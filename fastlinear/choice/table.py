@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -30,13 +29,13 @@ KERNEL_OF: dict[str, Kernel] = {
     "grad_input": "forward",
     "grad_weight": "backward_weight",
 }
-# What else than a kernel's configuration a row may have: PyTorch's F.linear and matmul; for outputs
-# what PyTorch has besides them; and, for the last two products, each product as its own row says.
+# What else than a kernel's configuration a row may have: PyTorch's F.linear and matmul; what
+# PyTorch has besides them; and, for the last two products, each product as its own row says.
 PYTORCH = "pytorch"
 LIBRARIES = {library.NAME: library for library in (onednn, epilogue)}
 BY_ROWS = "rows"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-PRECISION = re.compile("[a-z0-9]{1,16}")
+PRECISION = re.compile("[a-z0-9 ]{1,16}")
 OPERANDS = ("input", "weight", "bias")
 
 Candidate: TypeAlias = Config | BackwardConfig | str
@@ -56,8 +55,7 @@ class Key(NamedTuple):
     m: int
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """The fastest of the candidates that were measured for one product.
 
     product, dtype, precision: of what.
@@ -66,13 +64,12 @@ class Row:
     wanted: of "training", whose gradients, as in "input weight bias"; "" of the others.
     n, k: out_features and in_features.
     m: rows that it was measured with; it stands for all numbers of rows with this `bucket`.
-    candidate: a Config, for "gradients" a BackwardConfig, for "output" a library's name, or PYTORCH
-        or BY_ROWS.
+    candidate: a Config, for "gradients" a BackwardConfig, a library's name, PYTORCH or BY_ROWS.
     device_us, wall_us: microseconds of a call on the device, and for the caller: on a CPU the same.
     pytorch_device_us, pytorch_wall_us: PyTorch's.
     """
 
-    product: Product
+    product: str
     dtype: str
     precision: str
     activation: str | None
@@ -89,7 +86,7 @@ class Row:
 
     @property
     def key(self) -> Key:
-        return Key(*(getattr(self, name) for name in Key._fields))
+        return Key(*self[:9])
 
     def wins(self, margin: float) -> bool:
         """Whether it is so many times as fast on the device, and no slower for the caller."""
@@ -98,23 +95,11 @@ class Row:
 
     def by_pytorch(self) -> "Row":
         """The same product, computed by PyTorch."""
-        return dataclasses.replace(
-            self,
-            candidate=PYTORCH,
-            device_us=self.pytorch_device_us,
-            wall_us=self.pytorch_wall_us,
-        )
+        device_us, wall_us = self.pytorch_device_us, self.pytorch_wall_us
+        return self._replace(candidate=PYTORCH, device_us=device_us, wall_us=wall_us)
 
 
-def row(key: Key, candidate: Candidate, *times: float) -> Row:
-    """That of `key`, with its times in the order of Row."""
-    names = ("device_us", "pytorch_device_us", "wall_us", "pytorch_wall_us")
-    fields: dict[str, Any] = key._asdict() | dict(zip(names, times, strict=True))
-    return Row(candidate=candidate, **fields)
-
-
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Rows, and what they were measured on and with.
 
     kernels: a hash of the kernels' sources.
@@ -128,6 +113,31 @@ class Table:
     kernels: str
     date: str
     rows: tuple[Row, ...]
+
+
+def call(
+    dtype: torch.dtype,
+    bias: bool,
+    n: int,
+    k: int,
+    m: int,
+    *,
+    wanted: str = "input weight bias",
+    activation: str | None = None,
+    precision: str = "ieee",
+) -> Key:
+    """The key of a call of `linear`: of its training or, where nothing is wanted, its output."""
+    product = "training" if wanted else "output"
+    wanted = wanted if bias else wanted.removesuffix("bias").strip()
+    name = str(dtype).removeprefix("torch.")
+    return Key(product, name, precision, activation, bias, wanted, n, k, bucket(m))
+
+
+def in_words(call: Key) -> str:
+    """A call, in a few words."""
+    dtype = call.dtype if call.precision == "ieee" else call.precision
+    words = [dtype, f"{call.n}x{call.k}", call.activation, None if call.bias else "no bias"]
+    return " ".join(filter(None, [*words, f"{call.m} rows"]))
 
 
 def bucket(m: int) -> int:
@@ -186,10 +196,10 @@ def parse(text: str) -> Table:
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         version = found.get("format") if isinstance(found, dict) else None
         raise ValueError(f"its format is {version!r}, and {FORMAT} is what is read here")
-    names = [field.name for field in dataclasses.fields(Table)]
-    if set(found) != {"format", *names} or not isinstance(found["rows"], list):
-        raise ValueError(f"it has {', '.join(sorted(found))} instead of format, {', '.join(names)}")
-    texts = {name: found[name] for name in names if name != "rows"}
+    names = {"format", *Table._fields}
+    if set(found) != names or not isinstance(found["rows"], list):
+        raise ValueError(f"it has {', '.join(sorted(found))} instead of {', '.join(sorted(names))}")
+    texts = {name: found[name] for name in Table._fields[:-1]}
     for name, value in texts.items():
         if not isinstance(value, str) or len(value) > 200:
             raise ValueError(f"{name} is {value!r:.60}, not a text of 200 characters at most")
@@ -198,79 +208,70 @@ def parse(text: str) -> Table:
 
 
 def _parse_row(row: Any, number: int) -> Row:
-    def check(right: bool, name: str, takes: str) -> None:
+    def check(right: object, name: str, takes: str) -> None:
         if not right:
             raise ValueError(f"row {number} has {name} = {row[name]!r:.60}, which is not {takes}")
 
-    names = sorted(field.name for field in dataclasses.fields(Row))
     found = sorted(row) if isinstance(row, dict) else [repr(row)]
-    if found != names:
-        raise ValueError(f"row {number} has {', '.join(found):.200} instead of {', '.join(names)}")
-    check(row["product"] in PRODUCTS, "product", f"one of {', '.join(PRODUCTS)}")
+    if found != sorted(Row._fields):
+        takes = ", ".join(sorted(Row._fields))
+        raise ValueError(f"row {number} has {', '.join(found):.200} instead of {takes}")
+    product, activation = row["product"], row["activation"]
+    check(product in PRODUCTS, "product", f"one of {', '.join(PRODUCTS)}")
     check(row["dtype"] in DTYPES, "dtype", f"one of {', '.join(DTYPES)}")
     precision = isinstance(row["precision"], str) and PRECISION.fullmatch(row["precision"])
-    check(bool(precision), "precision", "a word of a to z and 0 to 9")
-    applied = row["activation"] is None or row["activation"] in ACTIVATIONS
+    check(precision, "precision", "a word of a to z and 0 to 9")
+    applied = activation is None or activation in ACTIVATIONS
     check(applied, "activation", f"null or one of {', '.join(ACTIVATIONS)}")
     check(type(row["bias"]) is bool, "bias", "true or false")
-    check(not (row["bias"] and row["product"] == "grad_input"), "bias", "false, as grad_input's is")
-    named = row["wanted"].split() if isinstance(row["wanted"], str) else [""]
-    right = named == [name for name in OPERANDS if name in named]
-    right = right and bool(named) == (row["product"] == "training")
+    check(not (row["bias"] and product == "grad_input"), "bias", "false, as grad_input's is")
+    wanted = row["wanted"].split() if isinstance(row["wanted"], str) else [""]
+    right = wanted == [name for name in OPERANDS if name in wanted]
+    right = right and bool(wanted) == (product == "training")
     check(right, "wanted", "operands that the training is to have gradients of")
     for name in ("n", "k", "m"):
         check(type(row[name]) is int and 0 < row[name] < 2**31, name, "from 1 to 2147483647")
     check(row["m"] == bucket(row["m"]), "m", "a power of two")
-    for name in names:
-        if name.endswith("_us"):
-            right = type(row[name]) in (int, float) and 0 < row[name] < 1e9
-            check(right, name, "microseconds above 0 and below 1e9")
-    candidate = _parse_candidate(row["candidate"], row["product"])
+    for name in Row._fields[-4:]:
+        right = type(row[name]) in (int, float) and 0 < row[name] < 1e9
+        check(right, name, "microseconds above 0 and below 1e9")
+    candidate = _parse_candidate(row["candidate"], product)
     check(candidate is not None, "candidate", "what computes that product")
     return Row(**row | {"candidate": candidate})
 
 
 def _parse_candidate(given: Any, product: str) -> Candidate | None:
     """The candidate of a row for `product`; None if it is none."""
-    if given == PYTORCH:
-        return PYTORCH
-    if product in ("training", "gradients") and given == BY_ROWS:
-        return BY_ROWS
-    if product == "output" and isinstance(given, str) and given in LIBRARIES:
-        return given
-    if product == "training":
+    if isinstance(given, str):
+        named = [PYTORCH, *(name for name, one in LIBRARIES.items() if product in one.PRODUCTS)]
+        named += [BY_ROWS] * (product in ("training", "gradients"))
+        return given if given in named else None
+    if product == "training" or not isinstance(given, dict):
         return None
     if product != "gradients":
         return _parse_config(given)
-    if not isinstance(given, dict) or set(given) != {"input", "weight"}:
+    if set(given) != {"input", "weight"}:
         return None
     input, weight = _parse_config(given["input"]), _parse_config(given["weight"])
     return None if input is None or weight is None else BackwardConfig(input, weight)
 
 
 def _parse_config(given: Any) -> Config | None:
-    names = {field.name for field in dataclasses.fields(Config)}
-    if not isinstance(given, dict) or set(given) != names:
+    names = [field.name for field in dataclasses.fields(Config)]
+    if not isinstance(given, dict) or set(given) != set(names):
         return None
-    for name, value in given.items():
-        if name == "kind":
-            right = value in get_args(Kind)
-        else:
-            right = type(value) is int and 0 < value <= 65_536
-        if not right:
-            return None
-    return Config(**given)
+    sizes = [given[name] for name in names if name != "kind"]
+    right = all(type(size) is int and 0 < size <= 65_536 for size in sizes)
+    return Config(**given) if right and given["kind"] in get_args(Kind) else None
 
 
 def as_text(table: Table) -> str:
     """What `parse` reads, a row a line."""
-    head = {"format": FORMAT} | {
-        field.name: getattr(table, field.name)
-        for field in dataclasses.fields(Table)
-        if field.name != "rows"
-    }
-    lines = ",\n".join(f"  {json.dumps(dataclasses.asdict(row))}" for row in table.rows)
-    return json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n'
+    head = {"format": FORMAT} | table._replace(rows=())._asdict()
+    lines = ",\n".join(
+        f"  {json.dumps(row._asdict(), default=dataclasses.asdict)}" for row in table.rows
+    )
+    return json.dumps(head, indent=1).replace("[]\n}", f"[\n{lines}\n ]\n}}\n")
 
 
 def read(path: Path) -> Table:

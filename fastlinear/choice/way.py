@@ -6,6 +6,7 @@ PyTorch dispatches by and all that a plan depends on. `takes_ours` decides for b
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -104,8 +105,11 @@ def remember(
     ways.append(Way(internals.alike(*operands), wanted, output, recorded))
 
 
-# Whether no table has a row for a call, by what most calls can be told by.
+# Whether no table has a row for a call, by what most calls can be told by. And, for what is told
+# sooner, by how many threads and in which group tables were read, and with how many elements of an
+# input a weight of so many begins to have another way than PyTorch's by them.
 _pytorchs: dict[Any, bool] = {}
+_least: tuple[Any, dict[int, int]] = (None, {})
 known.watchers.append(lambda: _forget())
 
 
@@ -114,8 +118,23 @@ _recording, _threads = torch.is_grad_enabled, torch.get_num_threads
 
 
 def _forget() -> None:
-    global _pytorchs
-    _pytorchs = {}  # another thread may be about to write to the old one
+    global _pytorchs, _least
+    _pytorchs, _least = {}, (None, {})  # another thread may be about to write to the old ones
+
+
+def _note_least(read_by: Any) -> None:
+    global _least
+    if torch.cuda.is_available() and not torch.cuda.is_initialized():
+        return  # to ask for a GPU's name would start it
+    least: dict[int, int] = {}
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in (torch.device("cpu"), *gpus):
+        for key, found in known.found(device).items():
+            if key.product in ("output", "training") and found.row.candidate != PYTORCH:
+                elements = (key.m // 2 + 1) * key.k
+                weights = key.n * key.k
+                least[weights] = min(elements, least.get(weights, elements))
+    _least = read_by, least
 
 
 def is_pytorchs(input: Tensor, weight: Tensor, activation: str | None) -> bool:
@@ -124,15 +143,20 @@ def is_pytorchs(input: Tensor, weight: Tensor, activation: str | None) -> bool:
     False where more has to be looked into.
     """
     try:
+        elements, weights = input.numel(), weight.numel()  # half as long as their shapes
+        read_by = _threads(), internals.default_group()
+        noted, least = _least
+        # No symbols, which would be guarded.
+        if read_by == noted and type(elements) is int and elements < least.get(weights, math.inf):
+            return True
         key = (
-            input.numel(),  # which costs half as much as its shape
-            weight.numel(),
+            elements,
+            weights,
             input.dtype,
             input.device,
             activation,
             _recording() and (weight.requires_grad or input.requires_grad),
-            _threads(),
-            internals.default_group(),
+            read_by,
         )
         answer = _pytorchs.get(key)
     except (AttributeError, RuntimeError, TypeError):  # no tensors; symbols have no hash
@@ -141,6 +165,8 @@ def is_pytorchs(input: Tensor, weight: Tensor, activation: str | None) -> bool:
         if internals.tracing() is not None:  # sizes are tensors there
             return True
         known.follow_group()
+        if noted != read_by:
+            _note_least(read_by)
         answers = _pytorchs
         answer = not _a_row(input, weight, activation)
         if len(answers) >= LARGEST_CACHE:
@@ -166,25 +192,14 @@ def _a_row(input: Tensor, weight: Tensor, activation: str | None) -> bool:
     )
 
 
-@functools.lru_cache
-def _sizes(
-    device: torch.device, generation: object, threads: object
-) -> frozenset[tuple[int, int, int]]:
-    """The n, k and m of all rows by which "auto" can take another way, whatever they are for."""
-    return frozenset(
-        (key.n, key.k, key.m)
+def faster_sizes(device: torch.device) -> set[tuple[int, int]]:
+    """The (n, k) of layers for which, of some batch, another way than PyTorch's is known."""
+    known.follow_group()
+    return {
+        (key.n, key.k)
         for key, found in known.found(device).items()
         if key.product in ("output", "training") and found.row.candidate != PYTORCH
-    )
-
-
-def known_faster(device: torch.device, n: int, k: int) -> bool:
-    """Whether a table says of some batch of a layer that another way than PyTorch's is faster."""
-    if not known.available:
-        return False
-    known.follow_group()
-    sizes = _sizes(device, known.generation, torch.get_num_threads())
-    return any(size[:2] == (n, k) for size in sizes)
+    }
 
 
 def _key(
@@ -203,29 +218,7 @@ def _key(
     return Key(product, name, precision, activation, bias, wanted, n, k, m)
 
 
-@functools.lru_cache(maxsize=4096)
-def ranges(
-    generation: int, threads: int, device: torch.device, key: Key
-) -> tuple[tuple[int, int], ...]:
-    """The numbers of rows, from and to, for which another way is faster than PyTorch's.
-
-    `key.m` is no matter.
-    """
-    wins = []
-    for m in sorted({one.m for one in known.found(device)}):
-        found = known.find(device, key._replace(m=m))
-        if found is not None and found.row.candidate != PYTORCH:
-            wins.append(m)
-    merged: list[tuple[int, int]] = []
-    for m in wins:
-        first = m // 2 + 1
-        if merged and merged[-1][1] == first - 1:
-            first = merged.pop()[0]
-        merged.append((first, m))
-    return tuple(merged)
-
-
-def _ranges(
+def _for_any_rows(
     device: torch.device,
     product: str,
     dtype: torch.dtype,
@@ -234,15 +227,17 @@ def _ranges(
     wanted: str,
     n: int,
     k: int,
-) -> tuple[tuple[int, int], ...]:
-    """`ranges`, for a function that is being compiled: a constant there."""
+) -> bool:
+    """Whether another way than PyTorch's is faster for some number of rows."""
     known.follow_group()
     precision = backend.table_precision(dtype, device)  # which Dynamo guards itself
-    key = Key(product, known.name_of(dtype), precision, activation, bias, wanted, n, k, 0)
-    return ranges(known.generation, torch.get_num_threads(), device, key)
+    key = Key(product, known.name_of(dtype), precision, activation, bias, wanted, n, k, 1)
+    rows = {one.m for one in known.found(device)}
+    found = (known.find(device, key._replace(m=m)) for m in rows)
+    return any(one is not None and one.row.candidate != PYTORCH for one in found)
 
 
-internals.constant_to_dynamo(_ranges)
+internals.constant_to_dynamo(_for_any_rows)
 
 
 def takes_ours(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> bool:
@@ -283,26 +278,29 @@ def takes_ours(input: Tensor, weight: Tensor, bias: Tensor | None, activation: s
     wanted = wanted_of(input, weight, bias)
     product = "training" if wanted else "output"
     if compiling:
-        return bool(_ranges(device, product, dtype, activation, bias is not None, wanted, n, k))
+        what = device, product, dtype, activation, bias is not None, wanted
+        return _for_any_rows(*what, n, k)
     m = input.numel() // k
     key = _key(product, input, dtype, activation, bias is not None, n, k, m, wanted)
     found = known.find(device, key)
     if found is None or found.row.candidate == PYTORCH:
         return False
-    return _is_there(found.row.candidate, input.device, dtype, activation, bias is not None)
+    how = activation, bias is not None
+    return _is_there(found.row.candidate, product, device, dtype, *how)
 
 
 def _is_there(
     candidate: Candidate,
+    product: str,
     device: torch.device,
     dtype: torch.dtype,
     activation: str | None,
     bias: bool,
 ) -> bool:
-    """Whether a library, where that is the candidate, takes such a layer here and now."""
+    """Whether a library, where that is the candidate, takes such a product here and now."""
     if not isinstance(candidate, str) or candidate not in LIBRARIES:
         return True
-    return LIBRARIES[candidate].why_not(device, dtype, activation, bias) is None
+    return LIBRARIES[candidate].why_not(product, device, dtype, activation, bias) is None
 
 
 def wanted_of(input: Tensor, weight: Tensor, bias: Tensor | None) -> str:
@@ -311,6 +309,30 @@ def wanted_of(input: Tensor, weight: Tensor, bias: Tensor | None) -> str:
         return ""
     wanted = ["input"] * input.requires_grad + ["weight"] * weight.requires_grad
     return " ".join(wanted + ["bias"] * (bias is not None and bias.requires_grad))
+
+
+def row_of(
+    product: str,
+    first: Tensor,
+    second: Tensor,
+    n: int,
+    k: int,
+    activation: str | None = None,
+    bias: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Found | None:
+    """The row for a product of `first`, which has its rows, and `second`, if there is one.
+
+    Only of operands that lie as they did when it was measured. dtype: theirs, or what autocast
+    makes of it.
+    """
+    if not (first.is_contiguous() and second.is_contiguous() and n * k):
+        return None
+    if (first.data_ptr() | second.data_ptr()) % 16:
+        return None
+    m = first.numel() // first.shape[-1]
+    key = _key(product, first, dtype or first.dtype, activation, bias, n, k, m)
+    return known.find(first.device, key)
 
 
 def of_product(
@@ -322,21 +344,16 @@ def of_product(
     activation: str | None = None,
     bias: bool = False,
 ) -> Candidate | None:
-    """What computes a product of `first`, which has its rows, and `second`.
+    """What computes a product, as `row_of` takes it.
 
     PYTORCH, a library's name, a kernel in a configuration of a table's, or, with None, in that
     which the launcher chooses.
     """
     if backend.only_pytorch():
         return PYTORCH
-    found = None
-    plain = first.is_contiguous() and second.is_contiguous()
-    if plain and n * k and (first.data_ptr() | second.data_ptr()) % 16 == 0:
-        m = first.numel() // first.shape[-1]
-        key = _key(product, first, first.dtype, activation, bias, n, k, m)
-        found = known.find(first.device, key)
+    found = row_of(product, first, second, n, k, activation, bias)
     candidate = None if found is None else found.row.candidate
-    if candidate and not _is_there(candidate, first.device, first.dtype, activation, bias):
+    if candidate and not _is_there(candidate, product, first.device, first.dtype, activation, bias):
         candidate = None
     if backend.takes_pytorch():
         return PYTORCH if candidate is None else candidate
@@ -344,14 +361,17 @@ def of_product(
 
 
 def any_gradients(device: torch.device) -> bool:
-    """Whether a table says anything of a gradient's product there."""
+    """Whether a table has something else than PyTorch for a gradient's product there."""
     return _any_gradients(device, known.generation, torch.get_num_threads())
 
 
 @functools.lru_cache
 def _any_gradients(device: torch.device, generation: int, threads: int) -> bool:
     products = ("grad_input", "grad_weight", "gradients")
-    return any(key.product in products for key in known.found(device))
+    return any(
+        key.product in products and found.row.candidate != PYTORCH
+        for key, found in known.found(device).items()
+    )
 
 
 def of_output(
@@ -368,16 +388,9 @@ def of_pair(
     grad_output: Tensor, input: Tensor, weight: Tensor, bias: bool
 ) -> BackwardConfig | None:
     """That in which one launch computes both products of a backward, where a table says so."""
-    if backend.only_pytorch():
-        return None
-    operands, addresses = (grad_output, input, weight), grad_output.data_ptr()
-    addresses |= input.data_ptr() | weight.data_ptr()
-    if addresses % 16 or not weight.numel() or not all(one.is_contiguous() for one in operands):
-        return None
     n, k = weight.shape
-    key = _key("gradients", weight, weight.dtype, None, bias, n, k, input.numel() // k)
-    found = known.find(weight.device, key)
-    candidate = None if found is None else found.row.candidate
+    plain = grad_output.is_contiguous() and grad_output.data_ptr() % 16 == 0
+    candidate = of_product("gradients", input, weight, n, k, bias=bias) if plain else None
     return candidate if isinstance(candidate, BackwardConfig) else None
 
 
@@ -385,21 +398,19 @@ def rows_of(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, dtype: torch.dtype
 ) -> dict[str, Found]:
     """The rows that a call goes by, by product, for `explain`."""
-    n, k = weight.shape
-    if not (input.is_contiguous() and weight.is_contiguous()) or 0 in (n, k):
-        return {}
-    if (input.data_ptr() | weight.data_ptr()) % 16:
-        return {}
-    m = input.numel() // k
-    bias_wanted = bias is not None and bias.requires_grad
-    keys = [
-        _key("output", input, dtype, activation, bias is not None, n, k, m),
-        _key("grad_input", input, dtype, None, False, n, k, m),
-        _key("grad_weight", input, dtype, None, bias_wanted, n, k, m),
-    ]
+    of_bias = bias is not None and bias.requires_grad
+    asked: dict[str, tuple[str | None, bool]] = {
+        "output": (activation, bias is not None),
+        "grad_input": (None, False),
+        "grad_weight": (None, of_bias),
+    }
     if input.requires_grad and weight.requires_grad:
-        keys += [_key("gradients", input, dtype, None, bias_wanted, n, k, m)]
-    rows = {key.product: known.find(input.device, key) for key in keys}
+        asked["gradients"] = None, of_bias
+    n, k = weight.shape
+    rows = {
+        product: row_of(product, input, weight, n, k, *what, dtype)
+        for product, what in asked.items()
+    }
     # With backend "triton" a row that holds no kernel has no say.
     return {
         product: found

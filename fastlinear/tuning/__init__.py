@@ -1,6 +1,6 @@
 """`fastlinear.tune`: what a model calls, measured on the device at hand, into a table.
 
 `tune.py` runs the model once and says what came of it; `record.py` notes the calls of our layers;
-`measure.py` makes a table's rows of them, with what `products.py` calls and `stopwatch.py` times;
-`store.py` keeps the file. `command.py` is `python -m fastlinear tune`. Start with `tune.tune`.
+`measure.py` makes a table's rows of them, by the clocks of `stopwatch.py`; `store.py` keeps the
+file. Start with `tune.tune`.
 """

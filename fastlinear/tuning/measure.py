@@ -1,27 +1,197 @@
-"""The row of a table for each product of a layer, by measuring it.
+"""The rows of a call: each of its products by PyTorch and by what may be faster, timed in turn.
 
+A call is told by the key of its row: of "training" or, where no gradient is wanted, of "output".
 Something else than PyTorch's way is entered where it is as exact, faster on the device or for the
 caller, by more than the measurements scatter, and slower at neither.
 """
 
 import contextlib
+import itertools
 import math
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastlinear import backend
+from fastlinear import backend, implementations
 from fastlinear.choice import table
-from fastlinear.choice.table import BY_ROWS, PYTORCH, Candidate, Key, Row
-from fastlinear.tuning.products import Layer, Products, in_turn
+from fastlinear.choice.table import BY_ROWS, LIBRARIES, OPERANDS, PYTORCH, Candidate, Key, Row
+from fastlinear.elementwise import ACTIVATIONS
+from fastlinear.functional import linear
+from fastlinear.kernels.choose import ranked
+from fastlinear.kernels.choose_pair import ranked_pairs
 from fastlinear.tuning.stopwatch import Call, Measure
 
+CANDIDATES = 10  # kernels a product, by modelled time
+PAIRS = 3  # for both gradients in one launch
 # How many times PyTorch's error may be, as a root mean square. On CPUs F.linear adds in blocks, and
 # oneDNN in one run, as most do: that errs by some twice as much in sums of some thousand terms.
 TIMES_THE_ERROR = 2.5
+# Bytes of operands that calls on a CPU take in turn, so that a weight comes from memory as often as
+# in a model of several layers; and how many layers at most.
+COLD_BYTES, MOST_COPIES = 2**26, 8
+
+Results = Callable[[], tuple[Tensor, ...]]
+
+
+def on_cpu(device: torch.device) -> bool:
+    """Whether there is one clock, the caller's, and no kernel."""
+    return device.type == "cpu" and not backend.kernels_run_on(device)
+
+
+def keys_of(call: Key, device: torch.device) -> list[Key]:
+    """Those of a call's products that there is a choice for, and at last its own."""
+    if call.product == "output":
+        return [call]
+    output = call._replace(product="output", wanted="")
+    wanted, plain = call.wanted.split(), output._replace(activation=None)
+    with_bias = plain._replace(bias="bias" in wanted)
+    gradients = {
+        "input": plain._replace(product="grad_input", bias=False),
+        "weight": with_bias._replace(product="grad_weight"),
+    }
+    keys = [key for name, key in gradients.items() if name in wanted]
+    if not backend.kernels_run_on(device):
+        keys = [key for key in keys if libraries_for(key, device)]
+    elif len(keys) == 2:
+        keys.append(with_bias._replace(product="gradients"))
+    return [output, *keys, call]
+
+
+def libraries_for(key: Key, device: torch.device) -> list[Candidate]:
+    """The libraries that take such a product."""
+    what = key.product, device, getattr(torch, key.dtype), key.activation, key.bias
+    return [name for name, library in LIBRARIES.items() if library.why_not(*what) is None]
+
+
+class Products:
+    """A call's products, by PyTorch and by what may be faster, and what they should come to."""
+
+    def __init__(self, call: Key, device: torch.device, rows: int | None = None) -> None:
+        """rows: how many, of those that `call.m` stands for; None is that."""
+        self.call, self.device, self.rows = call, device, rows or call.m
+        n, k, m, dtype = call.n, call.k, self.rows, getattr(torch, call.dtype)
+        self.input, self.weight, bias, self.grad = (
+            torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (n, k), (n,), (m, n))
+        )
+        self.bias = bias if call.bias else None
+        self.grad_bias = "bias" in call.wanted.split()
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.input, self.weight, self.bias
+
+    def called(self, product: str, by_pytorch: bool) -> Call:
+        """The output or, of "training", a step, as a user has it by PyTorch or by `linear`."""
+        if product != "training":
+            return self._forward(*self.operands, by_pytorch)
+        wanted = self.call.wanted.split()
+        given = [
+            None if one is None else one.detach().requires_grad_(name in wanted)
+            for name, one in zip(OPERANDS, self.operands, strict=True)
+        ]
+        leaves = [one for one in given if one is not None and one.requires_grad]
+        forward = self._forward(given[0], given[1], given[2], by_pytorch)
+        return lambda: torch.autograd.grad(forward(), leaves, self.grad)
+
+    def _forward(self, input: Any, weight: Any, bias: Any, by_pytorch: bool) -> Callable[[], Any]:
+        # What there is to ask is asked before the call, which is timed.
+        activation = self.call.activation
+        if not by_pytorch:
+            return lambda: linear(input, weight, bias, activation)
+        if activation is None:
+            return lambda: F.linear(input, weight, bias)
+        applied = ACTIVATIONS[activation]
+        return lambda: applied(F.linear(input, weight, bias))
+
+    def by_pytorch(self, product: str) -> Results:
+        return self._native(product, self.input, self.weight, self.bias, self.grad)
+
+    def exact(self, product: str) -> tuple[Tensor, ...]:
+        bias = None if self.bias is None else self.bias.double()
+        # An activation can hold as much of its own as the gradient, which the output has no use of.
+        grad = self.grad if product == "output" else self.grad.double()
+        return self._native(product, self.input.double(), self.weight.double(), bias, grad)()
+
+    def _native(
+        self, product: str, input: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor
+    ) -> Results:
+        if product == "output":
+            output = self._forward(input, weight, bias, by_pytorch=True)
+            return lambda: (output(),)
+        if product == "grad_input":
+            return lambda: (grad @ weight,)
+        if product == "grad_weight":
+            if not self.grad_bias:
+                return lambda: (grad.mT @ input,)
+            return lambda: (grad.mT @ input, grad.sum(0))
+        if not self.grad_bias:
+            return lambda: (grad @ weight, grad.mT @ input)
+        return lambda: (grad @ weight, grad.mT @ input, grad.sum(0))
+
+    def by_kernel(self, product: str, config: Candidate | None) -> Results:
+        """By a kernel in a configuration, None being the launcher's choice, or by a library."""
+        activation, bias = self.call.activation, self.grad_bias
+        last = None if bias else -1  # no grad_bias
+        if isinstance(config, str):
+            library = LIBRARIES[config]
+            if product == "grad_input":
+                return lambda: (library.grad_input(self.grad, self.weight),)
+            if product == "grad_weight":
+                return lambda: library.grad_weight(self.grad, self.input, bias)[:last]
+            return lambda: (library.output(*self.operands, activation),)
+        kernels = backend.launchers()
+        how: dict[str, Any] = {"precision": self.call.precision, "config": config}
+        if product == "output" and activation is None:
+            return lambda: (kernels.forward.linear_forward(*self.operands, **how),)
+        if product == "output":
+            activated = kernels.forward.linear_activation_forward
+            return lambda: activated(*self.operands, activation, False, **how)[:1]
+        if product == "grad_input":
+            return lambda: (kernels.backward.linear_backward_input(self.grad, self.weight, **how),)
+        if product == "gradients":
+            both, given = kernels.backward.linear_backward, (self.grad, self.input, self.weight)
+            return lambda: both(*given, bias, **how)[:last]
+        weight_gradient = kernels.backward_weight.linear_backward_weight
+        return lambda: weight_gradient(self.grad, self.input, bias, **how)[:last]
+
+    def by_rows(self) -> Results:
+        """Both gradients, each as its row in use says."""
+        operands, bias = (self.grad, self.input, self.weight), self.grad_bias
+        return lambda: implementations.backward(*operands, bias, False)[: None if bias else -1]
+
+    def candidates(self, product: str) -> list[Candidate]:
+        """What else may compute a product: libraries, and the kernels' best, as modelled."""
+        found = libraries_for(self._key(product), self.device)
+        return found + (self.configs(product) if backend.kernels_run_on(self.device) else [])
+
+    def _key(self, product: str) -> Key:
+        return next(key for key in keys_of(self.call, self.device) if key.product == product)
+
+    def configs(self, product: str) -> list[Candidate]:
+        """The kernels' best, as modelled."""
+        key = self._key(product)
+        target = backend.launchers().forward.launch.target_of(self.device)
+        traits, (n, k) = table.traits_of(key, target), (key.n, key.k)
+        if product == "gradients":
+            return [pair for pair, _ in ranked_pairs(1, self.rows, n, k, traits)[:PAIRS]]
+        if transposed := product == "grad_input":
+            n, k = k, n
+        choices = ranked(table.KERNEL_OF[product], 1, self.rows, n, k, traits, transposed)
+        return [choice.config for choice in choices[:CANDIDATES]]
+
+
+def bytes_of(call: Key, rows: int) -> int:
+    """At most, of all that is held at once: when a result is compared with the truth.
+
+    Of each element that is an operand, PyTorch's result and a kernel's, and in float64 the truth, a
+    result and their difference.
+    """
+    elements = rows * call.k + call.n * call.k + rows * call.n
+    return elements * (3 * getattr(torch, call.dtype).itemsize + 3 * 8)
 
 
 def as_exact(results: Any, native: Any, exact: tuple[Tensor, ...], terms: int) -> bool:
@@ -51,156 +221,97 @@ def _sizes(values: Tensor) -> tuple[float, float]:
     return norm(values).item() / math.sqrt(max(1, values.numel())), norm(values, math.inf).item()
 
 
-def faster(times: list[float], than: list[float]) -> bool:
-    """Whether the times are less in three of four rounds, in which all calls took turns."""
-    gained = sorted(theirs - ours for ours, theirs in zip(times, than, strict=True))
-    return gained[len(gained) // 4] > 0
-
-
-def wins(
-    device: list[float], wall: list[float], their_device: list[float], their_wall: list[float]
-) -> bool:
-    """Whether a kernel is faster than PyTorch on one clock, and slower on neither."""
-    if faster(their_device, device) or faster(their_wall, wall):
-        return False
-    return faster(device, their_device) or faster(wall, their_wall)
-
-
-def measure_layer(
-    layer: Layer, device: torch.device, measure: Measure, known: dict[Key, Row]
-) -> Iterator[Row]:
-    """The rows of a layer that are not known yet; those of its products, and then of all."""
-    keys = [layer.key(product, device) for product in layer.products(device)]
-    if all(key in known for key in keys):
-        return
-    products = Products(layer, device)
-    rows: list[Row] = []
-    for key in keys:
-        row = known.get(key)
-        if row is None:
-            if key.product == "training":
-                row = _measure_training(products, key, measure, rows)
-            elif key.product == "gradients":
-                row = _measure_gradients(products, key, measure, rows[1:])
-            else:
-                row = _measure_product(products, key, measure)
-            yield row
-        rows.append(row)
-
-
-def _exact_calls(products: Products, product: str) -> dict[Candidate, Call]:
+def exact_calls(products: Products, product: str) -> dict[Candidate, Call]:
     """The calls for a product, by candidate, that give what they should."""
     exact, theirs = products.exact(product), products.by_pytorch(product)()
-    layer = products.layer
-    terms = {"output": layer.k, "grad_input": layer.n, "grad_weight": layer.m}
-    most = terms.get(product, max(layer.m, layer.n))
+    call = products.call
+    terms = {"output": call.k, "grad_input": call.n, "grad_weight": call.m}
+    most = terms.get(product, max(call.m, call.n))
     calls: dict[Candidate, Call] = {}
     for config in products.candidates(product):
-        call = products.by_kernel(product, config)
+        computed = products.by_kernel(product, config)
         try:
-            if as_exact(call(), theirs, exact, most):
-                calls[config] = call
+            if as_exact(computed(), theirs, exact, most):
+                calls[config] = computed
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # Triton has many of its own
-            print(f"left out, as it fails: {product} of {layer} by {config}: {error}")
+            print(
+                f"left out, as it fails: {product} of {table.in_words(call)} by {config}: {error}"
+            )
     return calls
 
 
-def _measure_product(products: Products, key: Key, measure: Measure) -> Row:
-    product, native = key.product, products.by_pytorch(key.product)
-    calls = _exact_calls(products, product)
-    if on_cpu(products):
-        return _measure_on_cpu(products, key, measure, next(iter(calls), PYTORCH), [])
-    times = measure({PYTORCH: native} | {str(one): call for one, call in calls.items()}, "device")
-    if not calls:
-        walls = measure({PYTORCH: native}, "wall")
-        return _row(key, PYTORCH, times[PYTORCH], walls[PYTORCH], times[PYTORCH], walls[PYTORCH])
-    best = _least(calls, times)
-    if product == "output":
-        # What a caller waits for is the way through the op too.
-        public = products.public
-        both = {PYTORCH: public(by_pytorch=True), str(best): public(by_pytorch=False)}
-        with _trial(products.device, [_unmeasured(key, best)]), torch.no_grad():
-            walls = measure(both, "wall")
-    else:
-        walls = measure({PYTORCH: native, str(best): calls[best]}, "wall")
-    measured = (times[str(best)], walls[str(best)], times[PYTORCH], walls[PYTORCH])
-    return _row(key, best if wins(*measured) else PYTORCH, *measured)
+def measure_call(
+    call: Key, rows: int, device: torch.device, measure: Measure, known: dict[Key, Row]
+) -> Iterator[Row]:
+    """The rows that are not known yet: those of a call's products, and then its own."""
+    keys = keys_of(call, device)
+    if all(key in known for key in keys):
+        return
+    products = Products(call, device, rows)
+    found: list[Row] = []
+    for key in keys:
+        row = known.get(key)
+        if row is None:
+            row = _measured(products, key, measure, found)
+            yield row
+        found.append(row)
 
 
-def _measure_gradients(products: Products, key: Key, measure: Measure, rows: list[Row]) -> Row:
-    """One launch for both, if it is faster than PyTorch and than the rows of each."""
-    pairs = _exact_calls(products, key.product)
-    calls: dict[str, Call] = {PYTORCH: products.by_pytorch(key.product)}
-    apart = PYTORCH
-    if any(row.candidate != PYTORCH for row in rows):
-        apart = BY_ROWS
-        calls[apart] = products.apart()
-    with _trial(products.device, rows):
-        times = measure(calls | {str(pair): call for pair, call in pairs.items()}, "device")
-        best: Candidate = apart
-        if pairs:
-            best = _least(pairs, times)
-            calls[str(best)] = pairs[best]
-        walls = measure(calls, "wall")
-    of_best, of_apart, of_pytorch = (
-        (times[str(one)], walls[str(one)]) for one in (best, apart, PYTORCH)
-    )
-    if best != apart and wins(*of_best, *of_apart) and wins(*of_best, *of_pytorch):
-        return _row(key, best, *of_best, *of_pytorch)
-    return _row(key, apart, *of_apart, *of_pytorch)
+def _measured(products: Products, key: Key, measure: Measure, parts: list[Row]) -> Row:
+    """The row of `key`; `parts` are those of the products before."""
+    product, device = key.product, products.device
+
+    def call_of(candidate: Candidate) -> Callable[[Products], Call]:
+        """What makes its call: of an output and a step a user's, who waits for the way there."""
+        if product in ("output", "training"):
+            return lambda one: one.called(product, by_pytorch=candidate == PYTORCH)
+        if candidate in (PYTORCH, BY_ROWS):
+            return lambda one: one.by_pytorch(product) if candidate == PYTORCH else one.by_rows()
+        return lambda one: one.by_kernel(product, candidate)
+
+    calls = {} if product == "training" else exact_calls(products, product)
+    others = {"training": parts, "gradients": parts[1:]}.get(product, [])
+    if any(row.candidate != PYTORCH for row in others):
+        calls[BY_ROWS] = call_of(BY_ROWS)(products)
+    times: dict[str, list[float]] = {}
+    best = next(iter(calls), PYTORCH)
+    if not on_cpu(device):
+        native = call_of(PYTORCH) if product == "training" else lambda one: one.by_pytorch(product)
+        timed = {PYTORCH: native(products)} | {str(one): call for one, call in calls.items()}
+        with _trial(device, parts, key, BY_ROWS):
+            times = measure(timed, "device")
+        best = min(calls, key=lambda one: statistics.median(times[str(one)]), default=PYTORCH)
+    chosen = [one for one in dict.fromkeys((best, BY_ROWS)) if one in calls]
+    with _trial(device, parts, key, best), torch.set_grad_enabled(product == "training"):
+        waited = {str(one): _in_turn(products, call_of(one)) for one in (PYTORCH, *chosen)}
+        walls = measure(waited, "wall")
+    times = times or walls
+    for one in chosen:
+        than = [PYTORCH] if one == BY_ROWS else [other for other in walls if other != str(one)]
+        if all(wins(str(one), other, times, walls) for other in than):
+            return _row(key, one, times, walls)
+    return _row(key, PYTORCH, times, walls)
 
 
-def _measure_training(products: Products, key: Key, measure: Measure, rows: list[Row]) -> Row:
-    ours = BY_ROWS if any(row.candidate != PYTORCH for row in rows) else PYTORCH
-    if on_cpu(products):
-        return _measure_on_cpu(products, key, measure, ours, rows)
-    calls = {PYTORCH: products.step(by_pytorch=True)}
-    if ours != PYTORCH:
-        calls[ours] = products.step(by_pytorch=False)
-    with _trial(products.device, [*rows, _unmeasured(key, ours)]):
-        times, walls = measure(calls, "device"), measure(calls, "wall")
-    measured = (times[ours], walls[ours], times[PYTORCH], walls[PYTORCH])
-    return _row(key, ours if ours != PYTORCH and wins(*measured) else PYTORCH, *measured)
-
-
-def on_cpu(products: Products) -> bool:
-    """Whether there is one clock, the caller's, and no kernel."""
-    return products.device.type == "cpu" and not backend.kernels_run_on(products.device)
-
-
-def _measure_on_cpu(
-    products: Products, key: Key, measure: Measure, candidate: Candidate, rows: list[Row]
-) -> Row:
-    """The row of an output or a step, by way of `fastlinear.linear`: what a caller waits for."""
-    way = Products.public if key.product == "output" else Products.step
-    calls = {PYTORCH: in_turn(products, lambda one: way(one, by_pytorch=True))}
-    if candidate != PYTORCH:
-        calls[str(candidate)] = in_turn(products, lambda one: way(one, by_pytorch=False))
-    grad = key.product != "output"
-    with (
-        _trial(products.device, [*rows, _unmeasured(key, candidate)]),
-        torch.set_grad_enabled(grad),
-    ):
-        times = measure(calls, "wall")
-    ours, theirs = times[str(candidate)], times[PYTORCH]
-    won = candidate != PYTORCH and faster(ours, theirs)
-    return _row(key, candidate if won else PYTORCH, ours, ours, theirs, theirs)
-
-
-def _least(calls: Iterable[Candidate], times: dict[str, list[float]]) -> Candidate:
-    return min(calls, key=lambda one: statistics.median(times[str(one)]))
-
-
-def _unmeasured(key: Key, candidate: Candidate) -> Row:
-    return table.row(key, candidate, 1.0, 1.0, 1.0, 1.0)
+def _in_turn(first: Products, call_of: Callable[[Products], Call]) -> Call:
+    """The call of `first`, on a CPU with the operands of several such layers in turn."""
+    if first.device.type != "cpu":
+        return call_of(first)
+    size = first.input.nbytes + first.weight.nbytes + first.grad.nbytes
+    copies = min(MOST_COPIES, max(1, COLD_BYTES // size))
+    again = (Products(first.call, first.device, first.rows) for _ in range(copies - 1))
+    calls = itertools.cycle([call_of(one) for one in (first, *again)])
+    return lambda: next(calls)()
 
 
 @contextlib.contextmanager
-def _trial(device: torch.device, rows: Iterable[Row]) -> Iterator[None]:
-    """Within it `rows` are all that tables say, and backend "auto" goes by them."""
-    backend.use_tables({device: tuple(rows)})
+def _trial(
+    device: torch.device, parts: Iterable[Row], key: Key, candidate: Candidate
+) -> Iterator[None]:
+    """Within it tables say `parts` and `candidate` alone, and backend "auto" goes by them."""
+    backend.use_tables({device: (*parts, Row(*key, candidate, 1.0, 1.0, 1.0, 1.0))})
     try:
         with backend.use_backend("auto"):
             yield
@@ -208,16 +319,23 @@ def _trial(device: torch.device, rows: Iterable[Row]) -> Iterator[None]:
         backend.use_tables()
 
 
+def faster(times: list[float], than: list[float]) -> bool:
+    """Whether the times are less in three of four rounds, in which all calls took turns."""
+    gained = sorted(theirs - ours for ours, theirs in zip(times, than, strict=True))
+    return gained[len(gained) // 4] > 0
+
+
+def wins(
+    one: str, other: str, times: dict[str, list[float]], walls: dict[str, list[float]]
+) -> bool:
+    """Whether one is faster than the other on a clock, and slower on none."""
+    clocks = times, walls
+    slower = any(faster(clock[other], clock[one]) for clock in clocks)
+    return not slower and any(faster(clock[one], clock[other]) for clock in clocks)
+
+
 def _row(
-    key: Key,
-    candidate: Candidate,
-    device: list[float],
-    wall: list[float],
-    their_device: list[float],
-    their_wall: list[float],
+    key: Key, candidate: Candidate, times: dict[str, list[float]], walls: dict[str, list[float]]
 ) -> Row:
-    """`key`'s row with the medians; PyTorch's, where that is the candidate, in both places."""
-    if candidate == PYTORCH:
-        device, wall = their_device, their_wall
-    medians = (statistics.median(one) for one in (device, their_device, wall, their_wall))
-    return table.row(key, candidate, *(round(one, 3) for one in medians))
+    found = (clock[str(one)] for clock in (times, walls) for one in (candidate, PYTORCH))
+    return Row(*key, candidate, *(round(statistics.median(one), 3) for one in found))

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from fastlinear import _torch_internals as internals
 from fastlinear import backend, functional
 from fastlinear.choice import table, way
+from fastlinear.choice.table import Key
 from fastlinear.kernels.operands import DTYPES
-from fastlinear.tuning.products import Layer
 
 
 class Call(NamedTuple):
@@ -22,13 +22,13 @@ class Call(NamedTuple):
 
     op: "linear", as those of a gated pair are too, or "batched_linear".
     plain: whether operands are as tables have them: contiguous, at addresses that divide by 16.
-    layer: what is measured, but for its number of rows.
+    key: of the row for it.
     """
 
     op: str
     device: torch.device
     plain: bool
-    layer: Layer
+    key: Key
 
 
 @dataclass
@@ -70,18 +70,18 @@ class Recorder:
         (n, k), device = weight.shape[-2:], input.device
         dtype = backend.dtype_under(backend.autocast_dtype(device.type), input.dtype)
         rows = input.numel() // k
-        layer = Layer(
+        key = table.call(
             dtype,
-            None,
-            activation,
             bias is not None,
             n,
             k,
-            table.bucket(rows),
-            "" if into_main_grad else way.wanted_of(input, weight, bias),
+            rows,
+            wanted="" if into_main_grad else way.wanted_of(input, weight, bias),
+            activation=activation,
+            precision=backend.table_precision(dtype, device),
         )
         op = "linear" if into_main_grad else function.__name__
-        call = Call(op, device, _is_plain(input) and _is_plain(weight), layer)
+        call = Call(op, device, _is_plain(input) and _is_plain(weight), key)
         noted = self.calls.setdefault(call, Noted())
         noted.rows.append(rows)
         name = self.names.get(id(weight), "(computed weight)")

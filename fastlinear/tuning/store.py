@@ -2,8 +2,8 @@
 
 import contextlib
 import subprocess
+import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -16,19 +16,11 @@ from fastlinear.choice.table import Key, Row, Table
 class Store:
     """The table's file. Others may write to it too: it is read again before each writing.
 
-    replaces: why an older table that it holds is not gone on with, but written anew; or None.
-
-    Args:
-        path: the file, which need not be there yet; its folder is made.
-        device: what is measured.
-        own: whether the path is the tuner's own choice, so that nothing else can be there.
-
     Raises:
         OSError: the file cannot be read or written.
-        ValueError: somebody chose a path that holds something else than a table for this device.
     """
 
-    def __init__(self, path: Path, device: torch.device, own: bool) -> None:
+    def __init__(self, path: Path, device: torch.device) -> None:
         self.path = path
         self.head = Table(
             device=known.device_name(device) or str(device),
@@ -37,42 +29,35 @@ class Store:
             rows=(),
             **known.software(),
         )
-        self.replaces: str | None = None
         with _locked(path):
-            if not path.exists():
-                return
-            try:
-                found = table.read(path)
-                if found.device != self.head.device:
-                    raise ValueError(
-                        f"it is for {found.device!r}, and this is {self.head.device!r}"
-                    )
-                self.replaces = self._why_outdated(found)
-            except ValueError as error:
-                if not own:
-                    raise
-                self.replaces = str(error)
+            why = self._read()[1]
+        if why is not None:
+            print(f"{path} is written anew: {why}", file=sys.stderr)
 
-    def _why_outdated(self, found: Table) -> str | None:
+    def _read(self) -> tuple[dict[Key, Row], str | None]:
+        """The rows that hold here, and why those that are there do not."""
+        if not self.path.exists():
+            return {}, None
+        try:
+            found = table.read(self.path)
+        except ValueError as error:
+            return {}, str(error)
+        why = known.outdated(found)
         if found.kernels != self.head.kernels:
-            return "it was measured with other kernels"
-        return known.outdated(found)
+            why = "it was measured with other kernels"
+        if found.device != self.head.device:
+            why = f"it is for {found.device!r}, and this is {self.head.device!r}"
+        return ({row.key: row for row in found.rows} if why is None else {}), why
 
     def rows(self) -> dict[Key, Row]:
         """Those that were measured here, and with the same software."""
-        try:
-            found = table.read(self.path)
-        except (FileNotFoundError, ValueError):
-            return {}
-        if found.device != self.head.device or self._why_outdated(found) is not None:
-            return {}
-        return {row.key: row for row in found.rows}
+        return self._read()[0]
 
     def add(self, row: Row) -> None:
         """Writes `row` beside those that are there, in the place of one for the same product."""
         with _locked(self.path):
             rows = self.rows() | {row.key: row}
-            table.write(self.path, replace(self.head, rows=tuple(rows.values())))
+            table.write(self.path, self.head._replace(rows=tuple(rows.values())))
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import functools
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,10 @@ from torch import nn
 
 from fastlinear import _torch_internals as internals
 from fastlinear import backend
-from fastlinear.choice import known, table
-from fastlinear.choice.table import BY_ROWS, Key, Row
+from fastlinear.choice import known, ranks, table
+from fastlinear.choice.table import BY_ROWS, PYTORCH, Candidate, Key, Row
 from fastlinear.modules import Linear
-from fastlinear.tuning import together
-from fastlinear.tuning.measure import measure_layer
-from fastlinear.tuning.products import Layer
+from fastlinear.tuning.measure import bytes_of, keys_of, measure_call
 from fastlinear.tuning.record import Call, Noted, record
 from fastlinear.tuning.stopwatch import CpuStopwatch, Measure, OutOfTime, Stopwatch
 from fastlinear.tuning.store import Store
@@ -37,8 +35,8 @@ class TunedCall:
     calls: how often a step of the model makes them.
     pytorch_us, us: microseconds of one by PyTorch and from now on, forward and, in training,
         backward; None where neither was measured.
-    way: what computes the output from now on: "pytorch", "onednn", "epilogue" or "kernel"; or why
-        it was not measured.
+    way: what computes the output from now on, or a gradient where it is PyTorch that computes that:
+        "pytorch", "onednn", "epilogue" or "kernel"; or why it was not measured.
     """
 
     layers: tuple[str, ...]
@@ -116,10 +114,11 @@ def tune(model: nn.Module, *args: Any, seconds: float = 60, **kwargs: Any) -> Tu
     It runs the model once, and its backward if the model is in training mode and gradients are
     enabled, and notes each distinct call of `fastlinear`'s layers. Those of `linear` it measures on
     the device they were made on, by PyTorch and by all that may be faster there: on a CPU oneDNN's
-    fused linear; on a GPU the kernels, and PyTorch's product with a fused activation. What is not
-    as exact as PyTorch, against float64, is left out. What is faster by 5% or more goes into a
-    table, one for a kind of GPU, or for a kind of CPU and its number of threads, in the folder
-    FASTLINEAR_CACHE (~/.cache/fastlinear if not set); other processes go by it when they start.
+    fused linear, and its gradients in float32; on a GPU the kernels, and PyTorch's product with a
+    fused activation. What is not as exact as PyTorch, against float64, is left out. What is faster
+    by 5% or more goes into a table, one for a kind of GPU, or for a kind of CPU and its number of
+    threads, in the folder FASTLINEAR_CACHE (~/.cache/fastlinear if not set); other processes go by
+    it when they start.
     A gated pair counts as its two layers; `batched_linear` is listed, and goes PyTorch's way.
 
     The model is as before: parameters, gradients, buffers, modes, torch's random state. What hooks,
@@ -152,46 +151,59 @@ def tune(model: nn.Module, *args: Any, seconds: float = 60, **kwargs: Any) -> Tu
     if not seconds > 0:
         raise ValueError(f"seconds must be above 0, but is {seconds!r}")
     deadline = time.monotonic() + seconds
-    together.begin()
+    ranks.begin()
     known.user_folder()  # or it raises
     backend.expect_ranks()
     calls = record(model, args, kwargs)
-    ordered = sorted(calls, key=lambda call: -_operations(call.layer) * len(calls[call].rows))
-    tables: dict[torch.device, Path] = {}
-    for device in dict.fromkeys(call.device for call in ordered):
-        wanted = [
-            replace(call.layer, rows=statistics.mode(calls[call].rows))
-            for call in ordered
-            if call.device == device and _why_not(call) is None
-        ]
-        if wanted:
-            path = tables[device] = table_of(device)
-            together.measured(
-                device, deadline, functools.partial(measure_all, wanted, device, path, deadline)
-            )
-    backend.use_tables()
-    found = [_found(call, calls[call]) for call in ordered]
-    found.sort(key=lambda call: -(call.pytorch_us or 0) * call.calls)
-    timed = [call for call in found if call.pytorch_us and call.us]
+    longest = sorted(calls, key=lambda call: -_operations(call.key) * len(calls[call].rows))
+    found = tune_calls({call: calls[call] for call in longest}, deadline)
     unconverted = [
         one
         for one in model.modules()
         if isinstance(one, internals.Linear) and not isinstance(one, Linear)
     ]
+    return replace(found, not_converted=len(unconverted))
+
+
+def tune_calls(calls: dict[Call, Noted], deadline: float, measure: Measure | None = None) -> Tuned:
+    """`tune` of a model that makes these calls, the most valuable first.
+
+    measure: takes the place of the device's clocks.
+
+    Raises:
+        OSError: as `tune`.
+    """
+    names: dict[torch.device, str] = {}
+    tables: list[Path] = []
+    for device in dict.fromkeys(call.device for call in calls):
+        name = names[device] = known.device_name(device) or str(device)
+        wanted = {
+            call.key: statistics.mode(calls[call].rows)
+            for call in calls
+            if call.device == device and _why_not(call) is None
+        }
+        if wanted:
+            tables.append(table_of(device))
+            work = functools.partial(measure_all, wanted, device, deadline, measure)
+            ranks.measured(name, deadline, work, functools.partial(known.readable, name))
+    backend.use_tables()
+    found = [_found(call, calls[call]) for call in calls]
+    found.sort(key=lambda call: -(call.pytorch_us or 0) * call.calls)
+    timed = [call for call in found if call.pytorch_us and call.us]
     return Tuned(
-        device=" and ".join(known.device_name(device) or str(device) for device in tables),
-        table=next((path for path in tables.values() if path.exists()), None),
+        device=" and ".join(names.values()),
+        table=next((path for path in tables if path.exists()), None),
         calls=tuple(found),
         pytorch_ms=sum(call.calls * (call.pytorch_us or 0) for call in timed) / 1000,
         ms=sum(call.calls * (call.us or 0) for call in timed) / 1000,
         finished=all(call.way != _NOT_YET for call in found),
-        not_converted=len(unconverted),
+        not_converted=0,
     )
 
 
-def _operations(layer: Layer) -> int:
-    products = 1 + ("input" in layer.wanted) + ("weight" in layer.wanted)
-    return products * layer.m * layer.n * layer.k
+def _operations(key: Key) -> int:
+    products = 1 + ("input" in key.wanted) + ("weight" in key.wanted)
+    return products * key.m * key.n * key.k
 
 
 def _why_not(call: Call) -> str | None:
@@ -206,25 +218,25 @@ def _why_not(call: Call) -> str | None:
 
 
 def _found(call: Call, noted: Noted) -> TunedCall:
-    row, way, layer = None, _why_not(call), call.layer
+    row, way, key = None, _why_not(call), call.key
     if way is None:
-        measured = {
-            product: found
-            for product in ("output", "training")
-            if product == "output" or layer.wanted
-            if (found := known.find(call.device, layer.key(product, call.device))) is not None
-        }
-        last = measured.get("training" if layer.wanted else "output")
-        row = None if last is None else last.row
-        way = _NOT_YET if row is None else _way(row, measured)
+        found = known.find(call.device, key)
+        row = None if found is None else found.row
+        way = _NOT_YET
+        if row is not None:
+            way = _name_of(row.candidate)
+        if way == BY_ROWS:
+            parts = (known.find(call.device, part) for part in keys_of(key, call.device))
+            names = [_name_of(one.row.candidate) for one in parts if one is not None]
+            way = next((name for name in names if name not in (PYTORCH, BY_ROWS)), PYTORCH)
     return TunedCall(
         layers=tuple(noted.names),
         op=call.op,
-        in_features=layer.k,
-        out_features=layer.n,
+        in_features=key.k,
+        out_features=key.n,
         rows=statistics.mode(noted.rows),
-        dtype=known.name_of(layer.dtype),
-        activation=layer.activation,
+        dtype=key.dtype,
+        activation=key.activation,
         calls=len(noted.rows),
         pytorch_us=None if row is None else row.pytorch_device_us,
         us=None if row is None else row.device_us,
@@ -232,10 +244,8 @@ def _found(call: Call, noted: Noted) -> TunedCall:
     )
 
 
-def _way(row: Row, measured: dict[str, known.Found]) -> str:
-    if row.candidate == BY_ROWS and "output" in measured:
-        row = measured["output"].row
-    return row.candidate if isinstance(row.candidate, str) else "kernel"
+def _name_of(candidate: Candidate) -> str:
+    return candidate if isinstance(candidate, str) else "kernel"
 
 
 def table_of(device: torch.device) -> Path:
@@ -244,54 +254,46 @@ def table_of(device: torch.device) -> Path:
 
 
 def measure_all(
-    wanted: list[Layer],
+    wanted: dict[Key, int],
     device: torch.device,
-    path: Path,
     deadline: float,
     measure: Measure | None = None,
-    own: bool = True,
 ) -> bool:
-    """Measures what a table lacks, and writes it there row by row.
+    """Measures what the device's table lacks, and writes it there row by row.
 
     Args:
-        wanted: the most valuable first.
-        device: on which.
-        path: the table's file; its folder is made.
+        wanted: calls, the most valuable first, with the number of rows of each.
         deadline: by time.monotonic(), after which nothing more is begun.
         measure: the clocks; None is the device's.
-        own: whether the path is our own choice, as `Store`'s.
 
     Returns:
         Whether all was measured.
 
     Raises:
         OSError: the file cannot be read or written; the message says which.
-        ValueError: somebody's own path holds something else than a table for this device.
     """
+    path, new = table_of(device), 0
     try:
-        store = Store(path, device, own)
-    except (OSError, ValueError) as error:
-        elsewhere = "; FASTLINEAR_CACHE names another folder" if own else ""
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"cannot use {path} for the table: {error}{elsewhere}") from error
-    if store.replaces is not None:
-        print(f"{path} is written anew: {store.replaces}", file=sys.stderr)
+        store = Store(path, device)
+        rows = store.rows()
+    except OSError as error:
+        elsewhere = "FASTLINEAR_CACHE names another folder"
+        raise OSError(f"cannot use {path} for the table: {error}; {elsewhere}") from error
     if measure is None:
         cpu = device.type == "cpu"
         measure = CpuStopwatch(deadline + GRACE) if cpu else Stopwatch(device)
-    rows, new = store.rows(), 0
     try:
-        for layer in _with_progress(wanted):
-            for row in _rows_of(layer, device, measure, rows):
+        for call in _with_progress(wanted):
+            for row in _rows_of(call, wanted[call], device, measure, rows):
                 store.add(row)
                 rows[row.key] = row
                 new += 1
                 if time.monotonic() > deadline:
                     break
             if time.monotonic() > deadline:
-                return _all_known(wanted, device, rows)
+                break
     except OutOfTime:
-        return _all_known(wanted, device, rows)
+        pass
     except KeyboardInterrupt:
         print(
             f"\nstopped; the same call goes on from the {new} new rows in {path}", file=sys.stderr
@@ -302,48 +304,46 @@ def measure_all(
         raise OSError(f"cannot use {path} for the table: {error}; {kept}") from error
     finally:
         backend.use_tables()
-    return True
-
-
-def _all_known(wanted: list[Layer], device: torch.device, rows: dict[Key, Row]) -> bool:
-    return all(
-        layer.key(product, device) in rows for layer in wanted for product in layer.products(device)
-    )
+    return all(key in rows for call in wanted for key in keys_of(call, device))
 
 
 def _rows_of(
-    layer: Layer, device: torch.device, measure: Measure, rows: dict[Key, Row]
+    call: Key, rows: int, device: torch.device, measure: Measure, known: dict[Key, Row]
 ) -> Iterator[Row]:
-    """The rows of a layer that are not in `rows`; none where it does not fit in memory."""
+    """The rows of a call that are not known; none where it does not fit in memory."""
+    too_large = f"left out, as it does not fit in memory: {table.in_words(call)}"
+    before, dtype = torch.get_float32_matmul_precision(), getattr(torch, call.dtype)
+    as_set = backend.table_precision(dtype, device) == call.precision
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what the last layer left counts as free
-        if layer.bytes > torch.cuda.mem_get_info(device)[0]:
-            print(f"left out, as it does not fit in memory: {layer}", file=sys.stderr)
+        torch.cuda.empty_cache()  # what the last call left counts as free
+        if bytes_of(call, rows) > torch.cuda.mem_get_info(device)[0]:
+            print(too_large, file=sys.stderr)
             return
-    before = torch.get_float32_matmul_precision()
     try:
-        if layer.dtype == torch.float32 and layer.tf32 is not None:
-            torch.set_float32_matmul_precision("high" if layer.tf32 else "highest")
+        if not as_set:
+            torch.set_float32_matmul_precision("high" if call.precision == "tf32" else "highest")
         # Neither autocast nor the caller's random numbers have a say in what is measured.
         with torch.autocast(device.type, enabled=False), internals.own_random_state(device):
-            yield from measure_layer(layer, device, measure, rows)
+            yield from measure_call(call, rows, device, measure, known)
     except torch.OutOfMemoryError:
-        print(f"left out, as it does not fit in memory: {layer}", file=sys.stderr)
+        print(too_large, file=sys.stderr)
     finally:
-        if torch.get_float32_matmul_precision() != before:
+        if not as_set:
             torch.set_float32_matmul_precision(before)
 
 
-def _with_progress(wanted: list[Layer]) -> Iterator[Layer]:
-    """With a progress bar where tqdm is installed, else a line a layer."""
+def _with_progress(wanted: Iterable[Key]) -> Iterator[Key]:
+    """With a progress bar where tqdm is installed, else a line a call."""
+    calls = list(wanted)
     try:
         from tqdm import tqdm  # type: ignore[import-untyped]
     except ImportError:
-        for number, layer in enumerate(wanted):
-            print(f"{number + 1} of {len(wanted)}: {layer}", file=sys.stderr, flush=True)
-            yield layer
+        for number, call in enumerate(calls):
+            said = f"{number + 1} of {len(calls)}: {table.in_words(call)}"
+            print(said, file=sys.stderr, flush=True)
+            yield call
         return
-    with tqdm(wanted, desc="tune", unit="layer") as bar:
-        for layer in bar:
-            bar.set_postfix_str(str(layer))
-            yield layer
+    with tqdm(calls, desc="tune", unit="layer") as bar:
+        for call in bar:
+            bar.set_postfix_str(table.in_words(call))
+            yield call
