@@ -525,7 +525,7 @@ def _unlike_layers(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | 
 
 
 def _scripted(output: Tensor, activation: str | None) -> Tensor:
-    """`activations.ACTIVATIONS` for TorchScript, which has no dictionary of functions."""
+    """`elementwise.ACTIVATIONS` for TorchScript, which has no dictionary of functions."""
     if activation is None:
         return output
     if activation == "relu":

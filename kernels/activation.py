@@ -1,4 +1,4 @@
-"""The backward of a layer with its activation: one pass through the activation, then `backward`."""
+"""The gradient of a layer's pre-activation: one pass, before the gradients of the layer itself."""
 
 import functools
 
@@ -7,7 +7,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .backward import linear_backward
 from .epilogue import activation_gradient
 from .indexing import locate_rows
 from .operands import Activation, check_activation, check_same_kind
@@ -112,48 +111,3 @@ def activation_backward(grad_output: Tensor, saved: Tensor, activation: Activati
     if plan.grid != (0,):
         launch.run(activation_backward_kernel, plan, (grad_output, saved, grad_preactivation))
     return grad_preactivation
-
-
-def linear_activation_backward(
-    grad_output: Tensor,
-    saved: Tensor,
-    input: Tensor | None,
-    weight: Tensor | None,
-    bias: bool,
-    activation: Activation,
-    *,
-    batched: bool = False,
-    precision: str = "ieee",
-    batch_invariant: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """The gradients of `activation(input @ weight.mT + bias)`, in two launches, or three.
-
-    The gradient is taken through the activation once, in a pass that reads grad_output and what was
-    saved and writes the pre-activation's gradient, which both products then read, grad_bias with
-    them: of M x N elements, five reads and writes in all, and one tensor more while it lasts.
-    Taking it where each product loads it would spare one of the five, but take it anew for every
-    column of tiles: with 4096 features 32 times, and a derivative costs more than its share of the
-    tile's multiply-adds. It would also put the operand of an asynchronous product into registers,
-    at a price in stages and spills.
-
-    Args:
-        grad_output: (*, N), or (B, M, N) if batched; any strides.
-        saved: grad_output's shape, as `activation_backward` takes it.
-        input, weight, bias, batched, precision, batch_invariant: as in `linear_backward`.
-        activation: one of `operands.ACTIVATIONS`.
-
-    Returns:
-        grad_input, grad_weight and grad_bias as in `linear_backward`, and the gradient of the
-        pre-activation.
-    """
-    grad = activation_backward(grad_output, saved.contiguous(), activation)
-    gradients = linear_backward(
-        grad,
-        input,
-        weight,
-        bias,
-        batched=batched,
-        precision=precision,
-        batch_invariant=batch_invariant,
-    )
-    return *gradients, grad
