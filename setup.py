@@ -12,6 +12,8 @@ VERSION = re.search(
     re.MULTILINE,
 ).group(1)
 
+ROOMS = ("backward", "configs", "forward", "language", "launching")  # of kernels/
+
 setup(
     name="fastlinear",
     version=VERSION,
@@ -26,8 +28,11 @@ setup(
     packages=[
         "fastlinear",
         "fastlinear.choice",
+        "fastlinear.conversion",
+        "fastlinear.ops",
         "fastlinear.tuning",
         "fastlinear.kernels",
+        *(f"fastlinear.kernels.{room}" for room in ROOMS),
     ],
     package_dir={"fastlinear": "fastlinear", "fastlinear.kernels": "kernels"},
     package_data={

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.files import write_json
-from fastlinear.kernels.configs import LONG_SUM
+from fastlinear.kernels.configs.config import LONG_SUM
 
 Matrix = NDArray[np.float32]
 Sums = NDArray[np.float64]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastlinear
 from benchmarks.names import NATIVE
-from fastlinear.elementwise import ACTIVATIONS
+from fastlinear.ops.elementwise import ACTIVATIONS
 
 Call = Callable[[Tensor], Tensor]
 

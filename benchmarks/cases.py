@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks import products
 from benchmarks.products import Product
-from fastlinear.kernels.operands import ACTIVATIONS
+from fastlinear.kernels.launching.operands import ACTIVATIONS
 
 ARITHMETICS = {
     "bfloat16": (torch.bfloat16, "ieee"),

@@ -8,9 +8,9 @@ import triton
 
 from benchmarks import machine_code, occupancy
 from benchmarks.without_gpu import Case, compile_case
-from fastlinear.kernels import launch
-from fastlinear.kernels.configs import TARGETS, Config, arithmetic
-from fastlinear.kernels.legality import persistent_shared_memory
+from fastlinear.kernels.configs.config import TARGETS, Config, arithmetic
+from fastlinear.kernels.configs.legality import persistent_shared_memory
+from fastlinear.kernels.launching import launch
 
 Row = dict[str, Any]
 

@@ -96,7 +96,7 @@ def group_of(family: Family, device: str) -> Any:
 def trial(name: str, tell: Tell) -> None:
     """Tells what it launches, before each launch, and then what came of it."""
     from benchmarks import numerics
-    from fastlinear.kernels.launch import CannotLaunch
+    from fastlinear.kernels.launching.launch import CannotLaunch
 
     watch(report=lambda launched: tell({"launching": launched}))
     group = group_of(FAMILIES[name], SETTING.device)

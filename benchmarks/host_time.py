@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 import fastlinear
 from benchmarks.environment import environment
-from fastlinear.backend import use_tables
 from fastlinear.choice import known
+from fastlinear.choice.backend import use_tables
 from fastlinear.choice.table import Key, Row
-from fastlinear.kernels import compiled_launch, launch
+from fastlinear.kernels.launching import compiled_launch, launch
 
 ROWS, FEATURES = 4, 16
 TABLE = "auto, with a table"  # that sends this layer PyTorch's way

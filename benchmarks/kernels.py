@@ -26,8 +26,8 @@ from benchmarks.setting import SETTING
 from benchmarks.watch import LeftOut, watch
 from fastlinear.choice import table as tables
 from fastlinear.choice.table import PYTORCH, Key
-from fastlinear.kernels import launch
-from fastlinear.kernels.backward import plan_backward
+from fastlinear.kernels.backward.linear import plan_backward
+from fastlinear.kernels.launching import launch
 from fastlinear.tuning.measure import Products
 from fastlinear.tuning.stopwatch import Call, Measure
 

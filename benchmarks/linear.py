@@ -38,10 +38,11 @@ from benchmarks.problem import Problem, errors, step, why_wrong
 from benchmarks.setting import SETTING
 from benchmarks.shapes import BATCH_SIZES, LAYERS, Layer, least_bytes, memory, operations
 from benchmarks.watch import LeftOut, watch
-from fastlinear import backend, use_backend
+from fastlinear import use_backend
+from fastlinear.choice import backend
 from fastlinear.choice import table as tables
 from fastlinear.choice.table import Key
-from fastlinear.elementwise import ACTIVATIONS
+from fastlinear.ops.elementwise import ACTIVATIONS
 from fastlinear.tuning.tune import measure_all, table_of
 
 MODES = ("forward", "backward", "forward+backward")

@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 
 from benchmarks.without_gpu import Case
-from fastlinear.kernels.activation import ACTIVATION_BLOCK
-from fastlinear.kernels.configs import TARGETS
+from fastlinear.kernels.backward.activation import ACTIVATION_BLOCK
+from fastlinear.kernels.configs.config import TARGETS
 
 SIDE = 4096  # waves are for this many rows, outputs and inputs
 

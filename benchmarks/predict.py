@@ -3,7 +3,7 @@
 `python -m benchmarks.predict` prints three comparisons and writes them to
 benchmarks/results/predictions.json: training in bfloat16 against cuBLAS, small batches against the
 memory's peak, and float32 at "highest" against nn.Linear, also by products of pieces. A prediction
-is the model's (fastlinear.kernels.model), for the configurations that are chosen now; it is no
+is the model's (kernels/configs/model.py), for the configurations that are chosen now; it is no
 measurement, and says so. What is measured comes from the results of `benchmarks.kernels`; a kernel
 that is not in them counts as not measured.
 """
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from benchmarks.files import read_json, write_json
-from fastlinear.kernels.choose import Choice, ranked
-from fastlinear.kernels.choose_pair import choose_backward, ranked_pairs, time_apart
-from fastlinear.kernels.configs import TARGETS, BackwardConfig, Config, Kernel, Traits
+from fastlinear.kernels.configs.choose import Choice, ranked
+from fastlinear.kernels.configs.choose_pair import choose_backward, ranked_pairs, time_apart
+from fastlinear.kernels.configs.config import TARGETS, BackwardConfig, Config, Kernel, Traits
 
 RESULTS = Path(__file__).with_name("results")
 MEASURED = RESULTS / "nvidia-h100-80gb-hbm3" / "kernels.json"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.arms import Call
 from benchmarks.shapes import Layer
-from fastlinear.elementwise import ACTIVATIONS
+from fastlinear.ops.elementwise import ACTIVATIONS
 
 CHECKED = 64  # rows, or features, that are computed in float64
 

@@ -28,18 +28,16 @@ from oracle import (
     sum_scale,
 )
 
-from fastlinear.elementwise import ACTIVATIONS, GRADIENTS
-from fastlinear.kernels import (
-    activation,
-    backward,
-    backward_weight,
-    forward,
-    gated,
-    gated_backward,
-    launch,
-)
-from fastlinear.kernels.configs import Kernel
-from fastlinear.kernels.operands import FROM_OUTPUT
+from fastlinear.kernels.backward import activation
+from fastlinear.kernels.backward import gated as gated_backward
+from fastlinear.kernels.backward import grad_weight as backward_weight
+from fastlinear.kernels.backward import linear as backward
+from fastlinear.kernels.configs.config import Kernel
+from fastlinear.kernels.forward import gated
+from fastlinear.kernels.forward import linear as forward
+from fastlinear.kernels.launching import launch
+from fastlinear.kernels.launching.operands import FROM_OUTPUT
+from fastlinear.ops.elementwise import ACTIVATIONS, GRADIENTS
 
 Results = tuple[Tensor, ...]
 

@@ -40,9 +40,9 @@ import triton
 from benchmarks import compiled, occupancy
 from benchmarks.ahead_of_time import cases, chosen
 from benchmarks.without_gpu import GPU_TARGETS, Case
-from fastlinear.kernels.configs import BackwardConfig, Config, Kernel, arithmetic
-from fastlinear.kernels.model import resident_key
-from fastlinear.kernels.pair_model import pair_key
+from fastlinear.kernels.configs.config import BackwardConfig, Config, Kernel, arithmetic
+from fastlinear.kernels.configs.model import resident_key
+from fastlinear.kernels.configs.pair_model import pair_key
 
 Row = dict[str, Any]
 Table = dict[str, Row]  # by the case's name
@@ -94,7 +94,7 @@ WORDS = {
 def sources() -> str:
     """A hash of all that decides what is compiled, and what is read from it, but for Triton."""
     readers = (Path(__file__).with_name(f"{name}.py") for name in READERS)
-    files = [*sorted(SHIPPED.parent.glob("*.py")), *readers]
+    files = [*sorted(SHIPPED.parent.rglob("*.py")), *readers]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -51,7 +51,7 @@ def watch(report: Callable[[str], None] | None = None) -> None:
     faults = planted(os.environ.get(PLANT, ""))
     if not (left_out or faults or report):
         return
-    from fastlinear.kernels import launch
+    from fastlinear.kernels.launching import launch
 
     run = launch.run
 

@@ -19,16 +19,14 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from fastlinear.kernels import (
-    activation,
-    backward,
-    backward_weight,
-    forward,
-    gated,
-    gated_backward,
-    launch,
-)
-from fastlinear.kernels.configs import TARGETS, BackwardConfig, Config, Kernel, Kind
+from fastlinear.kernels.backward import activation
+from fastlinear.kernels.backward import gated as gated_backward
+from fastlinear.kernels.backward import grad_weight as backward_weight
+from fastlinear.kernels.backward import linear as backward
+from fastlinear.kernels.configs.config import TARGETS, BackwardConfig, Config, Kernel, Kind
+from fastlinear.kernels.forward import gated
+from fastlinear.kernels.forward import linear as forward
+from fastlinear.kernels.launching import launch
 
 GPU_TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -3,12 +3,12 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from fastlinear.backend import batch_invariant, use_backend, use_float32_products
+from fastlinear.choice.backend import batch_invariant, use_backend, use_float32_products
 from fastlinear.functional import batched_linear, gated_linear, linear
 from fastlinear.modules import BatchedLinear, GatedLinear, Linear
 
 if TYPE_CHECKING:
-    from fastlinear.conversion import Report, convert, revert
+    from fastlinear.conversion.convert import Report, convert, revert
     from fastlinear.explanation import Explanation, explain
     from fastlinear.tuning.tune import Tuned, tune
 
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 # Whoever only runs layers does without these, a third of the time that the import takes.
-_ON_DEMAND = dict.fromkeys(("Report", "convert", "revert"), "conversion")
+_ON_DEMAND = dict.fromkeys(("Report", "convert", "revert"), "conversion.convert")
 _ON_DEMAND |= dict.fromkeys(("Explanation", "explain"), "explanation")
 _ON_DEMAND |= dict.fromkeys(("Tuned", "tune"), "tuning.tune")
 

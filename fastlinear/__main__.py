@@ -10,8 +10,8 @@ import time
 import torch
 
 from fastlinear.choice import table
-from fastlinear.elementwise import ACTIVATIONS
 from fastlinear.explanation import info
+from fastlinear.ops.elementwise import ACTIVATIONS
 from fastlinear.tuning.measure import on_cpu
 from fastlinear.tuning.record import Call, Noted
 from fastlinear.tuning.stopwatch import Measure

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend, main_grad
+from fastlinear import main_grad
 from fastlinear._torch_internals import Linear as TorchLinear
-from fastlinear.choice import known
+from fastlinear.choice import backend, known
 from fastlinear.choice.table import LIBRARIES
 from fastlinear.functional import tables_say_so, why_not
-from fastlinear.kernels.configs import Config
-from fastlinear.kernels.operands import FROM_OUTPUT
+from fastlinear.kernels.configs.config import Config
+from fastlinear.kernels.launching.operands import FROM_OUTPUT
 from fastlinear.modules import Linear, activation_of, is_as_written
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ def _launches() -> dict[str, str]:
         return {}
     import triton
 
-    from fastlinear.kernels.compiled_launch import KNOWN, known
+    from fastlinear.kernels.launching.compiled_launch import KNOWN, known
 
     if known(triton.__version__):
         return {}

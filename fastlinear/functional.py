@@ -20,17 +20,17 @@ from torch.overrides import (
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend, implementations
-from fastlinear.autograd import (
+from fastlinear.choice import backend, known, way
+from fastlinear.kernels.launching.operands import DTYPES, check_activation
+from fastlinear.ops import implementations
+from fastlinear.ops.elementwise import ACTIVATIONS
+from fastlinear.ops.gated import gated_linear_op
+from fastlinear.ops.linear import (
     LinearActivationFunction,
     LinearFunction,
     linear_activation_op,
     linear_op,
 )
-from fastlinear.choice import known, way
-from fastlinear.elementwise import ACTIVATIONS
-from fastlinear.gated import gated_linear_op
-from fastlinear.kernels.operands import DTYPES, check_activation
 
 _PLAIN = frozenset({Tensor, Parameter})
 _linear = internals.unwrapped(linear_op)
@@ -579,7 +579,7 @@ internals.compiled_by_torchscript(gated_linear, _gated_in_script)
 
 
 def _register_shardings() -> None:
-    importlib.import_module("fastlinear.sharding")
+    importlib.import_module("fastlinear.ops.sharding")
 
 
 # It takes most of a second to import, and before that there are no DTensors.

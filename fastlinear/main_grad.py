@@ -17,12 +17,12 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import has_torch_function
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend, implementations
-from fastlinear.autograd import activation_forward_op
-from fastlinear.choice import known
-from fastlinear.elementwise import ACTIVATIONS, GRADIENTS
+from fastlinear.choice import backend, known
 from fastlinear.functional import linear, observe, of_operands, tables_say_so, why_not
-from fastlinear.kernels.operands import FROM_OUTPUT, check_main_grad
+from fastlinear.kernels.launching.operands import FROM_OUTPUT, check_main_grad
+from fastlinear.ops import implementations
+from fastlinear.ops.elementwise import ACTIVATIONS, GRADIENTS
+from fastlinear.ops.linear import activation_forward_op
 
 
 def linear_into_main_grad(

@@ -14,12 +14,12 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.utils import parametrize
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend
 from fastlinear._torch_internals import Linear as TorchLinear
-from fastlinear.elementwise import ACTIVATIONS
+from fastlinear.choice import backend
 from fastlinear.functional import batched_linear, gated_linear, linear
-from fastlinear.kernels.operands import check_activation
+from fastlinear.kernels.launching.operands import check_activation
 from fastlinear.main_grad import linear_into_main_grad
+from fastlinear.ops.elementwise import ACTIVATIONS
 
 
 class _Activation:

@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlinear import backend
-from fastlinear.choice import known, way
+from fastlinear.choice import backend, known, way
 from fastlinear.choice.known import Found
 from fastlinear.choice.table import KERNEL_OF, PYTORCH
-from fastlinear.kernels.configs import BackwardConfig, Config, Traits
-from fastlinear.kernels.model import modelled_time
-from fastlinear.kernels.pair_model import pair_time
+from fastlinear.kernels.configs.config import BackwardConfig, Config, Traits
+from fastlinear.kernels.configs.model import modelled_time
+from fastlinear.kernels.configs.pair_model import pair_time
 
 BOTH = "linear_backward_kernel"  # computes both gradients
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlinear.elementwise import ACTIVATIONS
+from fastlinear.ops.elementwise import ACTIVATIONS
 
 # The largest slope of the activations but for "relu_squared", and twice what their slopes change by
 # where they do not jump.

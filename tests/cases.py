@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from torch import Tensor
 
-from fastlinear.kernels.configs import KINDS
-from fastlinear.kernels.operands import ACTIVATIONS
+from fastlinear.kernels.configs.config import KINDS
+from fastlinear.kernels.launching.operands import ACTIVATIONS
 
 # Else it leaves what it finds in the sources beside them.
 set_hypothesis_home_dir(Path(tempfile.gettempdir(), "hypothesis"))

@@ -17,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import _allocation
 
 import fastlinear
-from fastlinear.kernels import compiled_launch, launch
-from fastlinear.kernels.configs import Target
+from fastlinear.kernels.configs.config import Target
+from fastlinear.kernels.launching import compiled_launch, launch
 
 FUNCTION = 4
 HOOKS = slice(6, 9)  # launch_metadata, launch_enter_hook, launch_exit_hook

@@ -21,7 +21,7 @@ os.environ["FASTLINEAR_CACHE"] = os.path.join(os.path.dirname(__file__), "no-tab
 import guards
 
 import fastlinear
-from fastlinear.kernels import launch
+from fastlinear.kernels.launching import launch
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 

@@ -47,9 +47,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import fastlinear
-import fastlinear.backend
+import fastlinear.choice.backend
 from fastlinear.choice import known
-from fastlinear.kernels import compiled_launch, launch
+from fastlinear.kernels.launching import compiled_launch, launch
 from fastlinear.tuning import tune
 
 BATCH, SEQUENCE = 4, 8
@@ -506,7 +506,7 @@ def go_by_tables(folder: str, device: str) -> tuple[list[tuple[str, int]], list[
         mock.patch.object(known, "INTERPRETER", device),
         mock.patch.object(launch, "run", spy),
     ):
-        fastlinear.backend.use_tables()
+        fastlinear.choice.backend.use_tables()
         layer = fastlinear.Linear(FEATURES, HIDDEN)
         for parameter in layer.parameters():
             nn.init.normal_(parameter, generator=generator)
@@ -517,7 +517,7 @@ def go_by_tables(folder: str, device: str) -> tuple[list[tuple[str, int]], list[
             output = layer(input)
         if not dist.get_rank():
             dist.barrier()
-    fastlinear.backend.use_tables()
+    fastlinear.choice.backend.use_tables()
     return launched, output.flatten().tolist()
 
 
@@ -539,10 +539,10 @@ def tuned(folder: str, device: str) -> tuple[bool, str, bool]:
         torch.no_grad(),
     ):
         warnings.simplefilter("ignore")  # that it is another rank's table
-        fastlinear.backend.use_tables()
+        fastlinear.choice.backend.use_tables()
         layer = fastlinear.Linear(FEATURES, HIDDEN)
         (call,) = fastlinear.tune(layer, torch.randn(BATCH, FEATURES), seconds=30).calls
-    fastlinear.backend.use_tables()
+    fastlinear.choice.backend.use_tables()
     return bool(asked), call.way, os.path.exists(own)
 
 

@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from properties import check
 from tqdm import tqdm
 
-from fastlinear.kernels import launch
+from fastlinear.kernels.launching import launch
 
 ROUND = 50  # cases that hypothesis draws without one like another
 LONGEST_LINE = 2000

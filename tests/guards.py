@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlinear.kernels import launch
+from fastlinear.kernels.launching import launch
 
 
 def make_interpreter_strict() -> None:

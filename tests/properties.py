@@ -15,16 +15,16 @@ from oracle import fenced, traits_of
 from torch import Tensor
 
 import fastlinear
-from fastlinear.kernels import launch
-from fastlinear.kernels.activation import activation_backward
-from fastlinear.kernels.backward import linear_backward
-from fastlinear.kernels.configs import BackwardConfig, Config
-from fastlinear.kernels.forward import linear_activation_forward
-from fastlinear.kernels.gated import gated_linear_forward
-from fastlinear.kernels.gated_backward import gated_linear_backward
-from fastlinear.kernels.legality import why_illegal
-from fastlinear.kernels.operands import FROM_OUTPUT
-from fastlinear.kernels.tiles import legal_configs
+from fastlinear.kernels.backward.activation import activation_backward
+from fastlinear.kernels.backward.gated import gated_linear_backward
+from fastlinear.kernels.backward.linear import linear_backward
+from fastlinear.kernels.configs.config import BackwardConfig, Config
+from fastlinear.kernels.configs.legality import why_illegal
+from fastlinear.kernels.configs.tiles import legal_configs
+from fastlinear.kernels.forward.gated import gated_linear_forward
+from fastlinear.kernels.forward.linear import linear_activation_forward
+from fastlinear.kernels.launching import launch
+from fastlinear.kernels.launching.operands import FROM_OUTPUT
 from fastlinear.main_grad import linear_into_main_grad
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks import accuracy
-from fastlinear.kernels.configs import LONG_SUM
+from fastlinear.kernels.configs.config import LONG_SUM
 
 
 @pytest.mark.parametrize("data", accuracy.SETS)

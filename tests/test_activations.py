@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastlinear
-from fastlinear.autograd import activation_backward_op as backward_op
-from fastlinear.autograd import activation_forward_op as forward_op
-from fastlinear.autograd import linear_activation_op
-from fastlinear.elementwise import ACTIVATIONS, GRADIENTS
-from fastlinear.kernels import launch
-from fastlinear.kernels.operands import FROM_OUTPUT
+from fastlinear.kernels.launching import launch
+from fastlinear.kernels.launching.operands import FROM_OUTPUT
+from fastlinear.ops.elementwise import ACTIVATIONS, GRADIENTS
+from fastlinear.ops.linear import activation_backward_op as backward_op
+from fastlinear.ops.linear import activation_forward_op as forward_op
+from fastlinear.ops.linear import linear_activation_op
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 

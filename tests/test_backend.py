@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import fastlinear
-from fastlinear import backend
+from fastlinear.choice import backend
 
 
 def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -51,7 +51,7 @@ def test_use_backend_names_the_choices() -> None:
 
 
 def test_environment_sets_the_backend() -> None:
-    code = "import fastlinear.backend; print(fastlinear.backend.current)"
+    code = "from fastlinear.choice import backend; print(backend.current)"
     assert in_a_new_process(code, FASTLINEAR_BACKEND="torch").stdout.strip() == "torch"
     wrong = in_a_new_process(code, FASTLINEAR_BACKEND="cudnn")
     assert (

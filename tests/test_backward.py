@@ -23,12 +23,12 @@ from oracle import (
 )
 from torch import Tensor
 
-from fastlinear.kernels import launch, shared_sums
-from fastlinear.kernels.backward import linear_backward, linear_backward_input
-from fastlinear.kernels.backward_weight import linear_backward_weight
-from fastlinear.kernels.configs import BackwardConfig, Config, Traits
-from fastlinear.kernels.pairs import legal_pairs
-from fastlinear.kernels.tiles import legal_configs
+from fastlinear.kernels.backward.grad_weight import linear_backward_weight
+from fastlinear.kernels.backward.linear import linear_backward, linear_backward_input
+from fastlinear.kernels.configs.config import BackwardConfig, Config, Traits
+from fastlinear.kernels.configs.pairs import legal_pairs
+from fastlinear.kernels.configs.tiles import legal_configs
+from fastlinear.kernels.launching import launch, shared_sums
 
 
 def check(

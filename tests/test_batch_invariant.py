@@ -6,9 +6,9 @@ from oracle import normal
 from torch import Tensor
 
 import fastlinear
-from fastlinear import backend
-from fastlinear.kernels import choose as chooser
-from fastlinear.kernels.configs import TARGETS, Traits
+from fastlinear.choice import backend
+from fastlinear.kernels.configs import choose as chooser
+from fastlinear.kernels.configs.config import TARGETS, Traits
 
 ROWS = 70
 FEATURES = [(32, 64), (24, 77)]  # out_features, in_features: K a power of two, and not

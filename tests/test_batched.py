@@ -33,7 +33,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import fastlinear
-from fastlinear.kernels import launch
+from fastlinear.kernels.launching import launch
 
 pytestmark = pytest.mark.usefixtures("backend")
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks import kernels
-from fastlinear.kernels import forward, launch
+from fastlinear.kernels.forward import linear as forward
+from fastlinear.kernels.launching import launch
 from fastlinear.tuning.stopwatch import Call
 
 ROOT = Path(__file__).parent.parent

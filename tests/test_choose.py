@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastlinear.kernels import choose as chooser
-from fastlinear.kernels import model
-from fastlinear.kernels.choose import choose, choose_splits, ranked
-from fastlinear.kernels.configs import INTERPRETER, TARGETS, Config, Kernel, Kind, Traits
-from fastlinear.kernels.model import modelled_time
+from fastlinear.kernels.configs import choose as chooser
+from fastlinear.kernels.configs import model
+from fastlinear.kernels.configs.choose import choose, choose_splits, ranked
+from fastlinear.kernels.configs.config import INTERPRETER, TARGETS, Config, Kernel, Kind, Traits
+from fastlinear.kernels.configs.model import modelled_time
 
 ROOT = Path(__file__).parent.parent
 SM_90 = TARGETS["sm_90"]

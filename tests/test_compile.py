@@ -86,7 +86,7 @@ def compiling(command: list[str]) -> subprocess.CompletedProcess[str]:
 OLD_LOOP = """
 from benchmarks import compiled
 from benchmarks.without_gpu import Case
-from fastlinear.kernels import tiled
+from fastlinear.kernels.forward import tiled
 from fastlinear.kernels.configs import Config
 
 add = tiled.add_rows_by_rows
@@ -232,7 +232,7 @@ def test_resources_of_other_sources_are_told_apart(
     shutil.copytree(resources.SHIPPED.parent, changed)
     monkeypatch.setattr(resources, "SHIPPED", changed / "resources.json")
     assert resources.sources() == committed["sources"]
-    (changed / "reduction.py").write_text("# another\n")
+    (changed / "language" / "reduction.py").write_text("# another\n")
     assert resources.sources() != committed["sources"]
 
 

@@ -27,8 +27,12 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 import fastlinear
 from fastlinear.choice import way
-from fastlinear.kernels import backward, backward_weight, compiled_launch, forward, grouped, launch
-from fastlinear.kernels.indexing import locate_tile
+from fastlinear.kernels.backward import grad_weight as backward_weight
+from fastlinear.kernels.backward import grouped
+from fastlinear.kernels.backward import linear as backward
+from fastlinear.kernels.forward import linear as forward
+from fastlinear.kernels.language.indexing import locate_tile
+from fastlinear.kernels.launching import compiled_launch, launch
 
 STREAM = 77
 

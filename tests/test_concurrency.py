@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 import fastlinear
-from fastlinear import backend as settings
-from fastlinear import implementations
+from fastlinear.choice import backend as settings
 from fastlinear.choice import way
-from fastlinear.kernels import backward, forward, launch, shared_sums
+from fastlinear.kernels.backward import linear as backward
+from fastlinear.kernels.forward import linear as forward
+from fastlinear.kernels.launching import launch, shared_sums
+from fastlinear.ops import implementations
 
 THREADS = 4
 ALLOCATE = launch.allocate  # as users have it: memory of what is gone is used again

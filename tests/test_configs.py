@@ -8,26 +8,21 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from fastlinear.kernels import (
-    backward,
-    backward_weight,
-    configs,
-    forward,
-    gated,
-    launch,
-    legality,
-    model,
-    pair_model,
-    tiles,
-)
-from fastlinear.kernels import choose as chooser
-from fastlinear.kernels import choose_pair as pair_chooser
-from fastlinear.kernels.choose import choose, choose_splits
-from fastlinear.kernels.choose_pair import choose_backward, choose_pair, starts_with_input
-from fastlinear.kernels.configs import TARGETS, BackwardConfig, Config, Traits
-from fastlinear.kernels.legality import why_illegal
-from fastlinear.kernels.pairs import legal_pairs
-from fastlinear.kernels.tiles import legal_configs
+from fastlinear.kernels.backward import grad_weight as backward_weight
+from fastlinear.kernels.backward import linear as backward
+from fastlinear.kernels.configs import choose as chooser
+from fastlinear.kernels.configs import choose_pair as pair_chooser
+from fastlinear.kernels.configs import config as configs
+from fastlinear.kernels.configs import legality, model, pair_model, tiles
+from fastlinear.kernels.configs.choose import choose, choose_splits
+from fastlinear.kernels.configs.choose_pair import choose_backward, choose_pair, starts_with_input
+from fastlinear.kernels.configs.config import TARGETS, BackwardConfig, Config, Traits
+from fastlinear.kernels.configs.legality import why_illegal
+from fastlinear.kernels.configs.pairs import legal_pairs
+from fastlinear.kernels.configs.tiles import legal_configs
+from fastlinear.kernels.forward import gated
+from fastlinear.kernels.forward import linear as forward
+from fastlinear.kernels.launching import launch
 
 SM_90 = TARGETS["sm_90"]
 ALIGNED = Traits(torch.bfloat16, "ieee", True, SM_90)

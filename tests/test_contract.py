@@ -26,7 +26,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import fastlinear
-from fastlinear.elementwise import ACTIVATIONS
+from fastlinear.ops.elementwise import ACTIVATIONS
 
 # forward runs; the other tests are about the module alone, which no backend changes
 runs = pytest.mark.usefixtures("backend")

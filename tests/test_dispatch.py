@@ -1,7 +1,7 @@
 """The way from the op to the kernel: nothing that wants a call on the way is left out.
 
 The op goes to the kernel without a second pass through PyTorch's dispatcher where only plain
-tensors are around (fastlinear/op.py); here is what else can be around.
+tensors are around (fastlinear/ops/op.py); here is what else can be around.
 """
 
 from typing import Any
@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlinear
-from fastlinear.autograd import linear_backward_op, linear_op
-from fastlinear.kernels import backward, backward_weight, forward
+from fastlinear.kernels.backward import grad_weight as backward_weight
+from fastlinear.kernels.backward import linear as backward
+from fastlinear.kernels.forward import linear as forward
+from fastlinear.ops.linear import linear_backward_op, linear_op
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 

@@ -14,7 +14,7 @@ from ranks import Ranks, alive
 from fastlinear.choice import known
 from fastlinear.choice import table as tables
 from fastlinear.choice.table import Row, Table
-from fastlinear.kernels.configs import Config
+from fastlinear.kernels.configs.config import Config
 
 RANKS = 4
 

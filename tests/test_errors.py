@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastlinear
-from fastlinear.autograd import linear_backward_op, linear_op
+from fastlinear.ops.linear import linear_backward_op, linear_op
 
 
 def W(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -23,17 +23,17 @@ from torch import Tensor, nn
 
 import fastlinear
 from fastlinear import __main__ as command
-from fastlinear import backend
-from fastlinear.autograd import activation_backward_op as linear_activation_backward_op
-from fastlinear.autograd import linear_backward_op, linear_op
+from fastlinear.choice import backend
 from fastlinear.choice import table as tables
-from fastlinear.gated import backward_op as gated_linear_backward_op
-from fastlinear.gated import gated_linear_op
-from fastlinear.kernels import compiled_launch, launch
-from fastlinear.kernels.configs import BackwardConfig, Config
-from fastlinear.kernels.indexing import locate_tile
-from fastlinear.kernels.operands import check_main_grad
+from fastlinear.kernels.configs.config import BackwardConfig, Config
+from fastlinear.kernels.language.indexing import locate_tile
+from fastlinear.kernels.launching import compiled_launch, launch
+from fastlinear.kernels.launching.operands import check_main_grad
 from fastlinear.main_grad import linear_into_main_grad
+from fastlinear.ops.gated import backward_op as gated_linear_backward_op
+from fastlinear.ops.gated import gated_linear_op
+from fastlinear.ops.linear import activation_backward_op as linear_activation_backward_op
+from fastlinear.ops.linear import linear_backward_op, linear_op
 from fastlinear.tuning import tune as tuning
 from fastlinear.tuning.stopwatch import CpuStopwatch, OutOfTime
 
@@ -87,8 +87,8 @@ def tuned_with(said: str, *given: str) -> Case:
 
 
 def without_triton(patch: Patch) -> None:
-    patch.delattr(fastlinear.kernels, "forward", raising=False)
-    patch.setitem(sys.modules, "fastlinear.kernels.forward", None)
+    patch.setitem(sys.modules, "fastlinear.kernels.forward.linear", None)
+    patch.delattr(fastlinear.kernels.forward, "linear", raising=False)
     backend.launchers.__wrapped__()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlinear
-from fastlinear.kernels import launch
+from fastlinear.kernels.launching import launch
 
 INPUTS: dict[str, Callable[[torch.device], Tensor]] = {
     "one row": lambda device: torch.randn(1, 40, device=device),
@@ -269,7 +269,7 @@ with fastlinear.use_backend("torch"):
     expected = layer(input)
 with fastlinear.use_backend("triton"):
     torch.testing.assert_close(layer(input), expected)
-from fastlinear.kernels import compiled_launch
+from fastlinear.kernels.launching import compiled_launch
 assert not compiled_launch.DIRECT
 """
     result = subprocess.run(

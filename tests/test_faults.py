@@ -33,20 +33,15 @@ from torch import Tensor
 from triton.runtime.errors import PTXASError
 
 import fastlinear
-from fastlinear import backend
-from fastlinear.choice import known, way
+from fastlinear.choice import backend, known, way
 from fastlinear.choice import table as tables
 from fastlinear.choice.table import PYTORCH
-from fastlinear.kernels import (
-    backward_weight,
-    compiled_launch,
-    forward,
-    launch,
-    shared_sums,
-)
-from fastlinear.kernels.backward import linear_backward
-from fastlinear.kernels.configs import Config
-from fastlinear.kernels.indexing import locate_tile
+from fastlinear.kernels.backward import grad_weight as backward_weight
+from fastlinear.kernels.backward.linear import linear_backward
+from fastlinear.kernels.configs.config import Config
+from fastlinear.kernels.forward import linear as forward
+from fastlinear.kernels.language.indexing import locate_tile
+from fastlinear.kernels.launching import compiled_launch, launch, shared_sums
 
 interpreted_only = pytest.mark.skipif(
     not launch.INTERPRETING, reason="a GPU's launch is queued whole or not at all"
@@ -439,7 +434,7 @@ def test_table_is_never_unpickled(folder: Path, monkeypatch: pytest.MonkeyPatch)
 TUNERS = """
 import contextlib, os, random, resource, signal, sys, time
 from fastlinear import __main__ as command
-from fastlinear import backend
+from fastlinear.choice import backend
 from fastlinear.tuning import measure
 from fastlinear.choice import table as tables
 from pathlib import Path

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import fastlinear
-from fastlinear.kernels import launch
+from fastlinear.kernels.launching import launch
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 

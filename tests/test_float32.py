@@ -14,14 +14,15 @@ from torch import Tensor
 
 import fastlinear
 from fastlinear import _torch_internals as internals
-from fastlinear import backend
-from fastlinear.kernels import configs, launch
-from fastlinear.kernels.backward import linear_backward, linear_backward_input, plan_backward
-from fastlinear.kernels.backward_weight import linear_backward_weight, plan_backward_weight
-from fastlinear.kernels.choose_pair import choose_pair
-from fastlinear.kernels.configs import LONG_SUM, TARGETS, resolved_precision
-from fastlinear.kernels.forward import linear_forward, plan_forward
-from fastlinear.kernels.gated import gated_linear_forward, plan_gated_forward
+from fastlinear.choice import backend
+from fastlinear.kernels.backward.grad_weight import linear_backward_weight, plan_backward_weight
+from fastlinear.kernels.backward.linear import linear_backward, linear_backward_input, plan_backward
+from fastlinear.kernels.configs import config as configs
+from fastlinear.kernels.configs.choose_pair import choose_pair
+from fastlinear.kernels.configs.config import LONG_SUM, TARGETS, resolved_precision
+from fastlinear.kernels.forward.gated import gated_linear_forward, plan_gated_forward
+from fastlinear.kernels.forward.linear import linear_forward, plan_forward
+from fastlinear.kernels.launching import launch
 
 INFINITY, NAN = float("inf"), float("nan")
 ROUNDING = 2.0**-24  # the largest error of one operation, of its result
@@ -91,7 +92,7 @@ def test_one_launch_for_all_gradients_forms_them_in_one_way(
     monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     monkeypatch.setattr(launch, "target_of", lambda device: TARGETS["sm_90"])
-    one_launch = "fastlinear.kernels.backward.choose_backward"  # wherever it may be
+    one_launch = "fastlinear.kernels.backward.linear.choose_backward"  # wherever it may be
     monkeypatch.setattr(one_launch, lambda *given: choose_pair(*given))
 
     def backward(

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrizations, prune
 
 import fastlinear
 from fastlinear import convert, revert
-from fastlinear.fold import Folded
+from fastlinear.conversion.fold import Folded
 
 runs = pytest.mark.usefixtures("backend")
 

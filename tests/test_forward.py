@@ -16,10 +16,11 @@ from oracle import (
 )
 from torch import Tensor
 
-from fastlinear.kernels import forward, launch
-from fastlinear.kernels.configs import Config, Kind, Traits
-from fastlinear.kernels.forward import linear_forward, plan_forward
-from fastlinear.kernels.tiles import legal_configs
+from fastlinear.kernels.configs.config import Config, Kind, Traits
+from fastlinear.kernels.configs.tiles import legal_configs
+from fastlinear.kernels.forward import linear as forward
+from fastlinear.kernels.forward.linear import linear_forward, plan_forward
+from fastlinear.kernels.launching import launch
 
 
 @pytest.fixture(params=forward.KINDS)

@@ -28,12 +28,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlinear
-from fastlinear.elementwise import ACTIVATIONS
-from fastlinear.gated import backward_op, forward_op, gated_linear_op
-from fastlinear.kernels import launch
-from fastlinear.kernels.configs import Config
-from fastlinear.kernels.gated import gated_linear_forward, plan_gated_forward
-from fastlinear.kernels.gated_backward import plan_gate_backward
+from fastlinear.kernels.backward.gated import plan_gate_backward
+from fastlinear.kernels.configs.config import Config
+from fastlinear.kernels.forward.gated import gated_linear_forward, plan_gated_forward
+from fastlinear.kernels.launching import launch
+from fastlinear.ops.elementwise import ACTIVATIONS
+from fastlinear.ops.gated import backward_op, forward_op, gated_linear_op
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 

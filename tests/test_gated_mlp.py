@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 import fastlinear
 from fastlinear import convert, revert
-from fastlinear.kernels import launch
+from fastlinear.kernels.launching import launch
 
 
 class MLP(nn.Module):

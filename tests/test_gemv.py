@@ -19,14 +19,14 @@ from oracle import (
 )
 from torch import Tensor
 
-from fastlinear.elementwise import ACTIVATIONS
-from fastlinear.kernels import launch
-from fastlinear.kernels.backward import linear_backward_input
-from fastlinear.kernels.configs import TARGETS, Config, Kernel, Traits
-from fastlinear.kernels.forward import linear_activation_forward, linear_forward
-from fastlinear.kernels.legality import why_illegal
-from fastlinear.kernels.operands import Activation
-from fastlinear.kernels.tiles import legal_configs
+from fastlinear.kernels.backward.linear import linear_backward_input
+from fastlinear.kernels.configs.config import TARGETS, Config, Kernel, Traits
+from fastlinear.kernels.configs.legality import why_illegal
+from fastlinear.kernels.configs.tiles import legal_configs
+from fastlinear.kernels.forward.linear import linear_activation_forward, linear_forward
+from fastlinear.kernels.launching import launch
+from fastlinear.kernels.launching.operands import Activation
+from fastlinear.ops.elementwise import ACTIVATIONS
 
 SMALL = Config(2, 4, 32, num_warps=4, num_stages=1, kind="gemv")
 

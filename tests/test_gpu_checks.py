@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from benchmarks import apart, cases, families, kernels, launches, numerics, setting, tuning, watch
-from fastlinear.kernels import forward, launch
+from fastlinear.kernels.forward import linear as forward
+from fastlinear.kernels.launching import launch
 from fastlinear.tuning import measure as tune_rows
 
 ROOT = Path(__file__).parent.parent
@@ -240,11 +241,10 @@ def test_every_kernel_is_of_a_family(device: torch.device) -> None:
             for product, config in families.calls(family, families.group_of(family, device.type)):
                 product.call(config)
             assert len(launched) > before, family.name
-    expected = {path.stem for path in (ROOT / "kernels").glob("*.py")}
     defined = {
         line.split("def ")[1].split("(")[0]
-        for name in expected
-        for line in (ROOT / "kernels" / f"{name}.py").read_text().splitlines()
+        for path in (ROOT / "kernels").rglob("*.py")
+        for line in path.read_text().splitlines()
         if line.startswith("def ") and "_kernel(" in line
     }
     assert {name.split(",")[0] for name in launched} == defined

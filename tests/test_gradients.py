@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastlinear
-from fastlinear.kernels import launch
+from fastlinear.kernels.launching import launch
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 

@@ -10,7 +10,7 @@ import torch
 import fastlinear
 from benchmarks.host_time import without_launches
 from fastlinear.choice import known
-from fastlinear.kernels import launch
+from fastlinear.kernels.launching import launch
 
 
 def calls_of(function: Callable[[], object]) -> int:

@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlinear
-from fastlinear.elementwise import ACTIVATIONS
+from fastlinear.ops.elementwise import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("backend")
 

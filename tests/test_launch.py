@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton.language as tl
 
-from fastlinear.kernels import launch, shared_sums
+from fastlinear.kernels.launching import launch, shared_sums
 
 
 def on_no_memory(*shape: int) -> torch.Tensor:

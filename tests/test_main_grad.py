@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlinear
 from fastlinear import main_grad as module
-from fastlinear.kernels.backward import linear_backward
-from fastlinear.kernels.backward_weight import linear_backward_weight
+from fastlinear.kernels.backward.grad_weight import linear_backward_weight
+from fastlinear.kernels.backward.linear import linear_backward
 
 PATHS = ["torch", "auto", "auto with kernels", "triton"]
 ACTIVATIONS = [None, "relu", "gelu"]  # the derivative from the output, or from the pre-activation
@@ -183,7 +183,7 @@ def test_cublas_is_asked_for_its_float32_sums() -> None:
 def test_one_launch_and_no_tensor_for_the_gradient(
     triton_backend: None, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    from fastlinear.kernels import launch
+    from fastlinear.kernels.launching import launch
 
     layer = accumulating(48, 40, device)
     output = layer(torch.randn(70, 48, device=device, requires_grad=True))
@@ -343,7 +343,7 @@ def test_repr_and_explain_say_so(path: str, device: torch.device) -> None:
 def test_backward_takes_the_path_of_its_forward(
     path: str, later: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    from fastlinear.kernels import launch
+    from fastlinear.kernels.launching import launch
 
     layer = accumulating(3, 4, device, activation="relu")
     twin, start = beside(layer), layer.weight.main_grad.clone()
@@ -368,7 +368,7 @@ def test_auto_takes_pytorch_where_triton_cannot_launch(
     monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     """As where there is no C compiler. Once it has been tried."""
-    from fastlinear.kernels import launch
+    from fastlinear.kernels.launching import launch
 
     def refuse(*given: Any) -> None:
         tried.append(given)
@@ -437,7 +437,7 @@ def test_autocast_lets_float64_be(path: str, device: torch.device) -> None:
 
 
 def test_batch_invariant_rows(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    from fastlinear.kernels import backward
+    from fastlinear.kernels.backward import linear as backward
 
     asked, compute = [], backward.linear_backward
     monkeypatch.setattr(

@@ -18,14 +18,15 @@ from oracle import smallest_config
 from torch import Tensor
 
 import fastlinear
-from fastlinear.elementwise import ACTIVATIONS
-from fastlinear.kernels import forward, launch, shared_sums
-from fastlinear.kernels.backward import linear_backward
-from fastlinear.kernels.backward_weight import linear_backward_weight
-from fastlinear.kernels.configs import Config, Kind
-from fastlinear.kernels.forward import linear_forward
-from fastlinear.kernels.gated import gated_linear_forward
-from fastlinear.kernels.gated_backward import gated_linear_backward
+from fastlinear.kernels.backward.gated import gated_linear_backward
+from fastlinear.kernels.backward.grad_weight import linear_backward_weight
+from fastlinear.kernels.backward.linear import linear_backward
+from fastlinear.kernels.configs.config import Config, Kind
+from fastlinear.kernels.forward import linear as forward
+from fastlinear.kernels.forward.gated import gated_linear_forward
+from fastlinear.kernels.forward.linear import linear_forward
+from fastlinear.kernels.launching import launch, shared_sums
+from fastlinear.ops.elementwise import ACTIVATIONS
 
 INFINITY, NAN = float("inf"), float("nan")
 

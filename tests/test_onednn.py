@@ -42,12 +42,11 @@ from test_transforms import (  # noqa: F401
 from torch import Tensor
 
 import fastlinear
-from fastlinear import backend
-from fastlinear.choice import known, onednn
+from fastlinear.choice import backend, known, onednn
 from fastlinear.choice import table as rows
 from fastlinear.choice.table import BY_ROWS, PYTORCH, Key, Row
-from fastlinear.elementwise import ACTIVATIONS
-from fastlinear.kernels import launch
+from fastlinear.kernels.launching import launch
+from fastlinear.ops.elementwise import ACTIVATIONS
 
 CPU = torch.device("cpu")
 N, K = 24, 40

@@ -13,12 +13,16 @@ from oracle import assert_as_exact, exact_forward, fenced, native_forward, norma
 from torch import Tensor
 from triton.runtime import _allocation
 
-from fastlinear.elementwise import ACTIVATIONS
-from fastlinear.kernels import compiled_launch, launch
-from fastlinear.kernels.configs import TARGETS, Config, Kernel, Traits
-from fastlinear.kernels.forward import linear_activation_forward, linear_forward, plan_forward
-from fastlinear.kernels.legality import why_illegal
-from fastlinear.kernels.tiles import legal_configs
+from fastlinear.kernels.configs.config import TARGETS, Config, Kernel, Traits
+from fastlinear.kernels.configs.legality import why_illegal
+from fastlinear.kernels.configs.tiles import legal_configs
+from fastlinear.kernels.forward.linear import (
+    linear_activation_forward,
+    linear_forward,
+    plan_forward,
+)
+from fastlinear.kernels.launching import compiled_launch, launch
+from fastlinear.ops.elementwise import ACTIVATIONS
 
 # (M, N, K): interpreted blocks are 32 x 32 x 32, and there are 8 programs.
 SHAPES = {

@@ -15,12 +15,12 @@ import torch.distributed as dist
 
 import fastlinear
 from fastlinear import _torch_internals as internals
-from fastlinear import backend, implementations
-from fastlinear.choice import known, ranks
+from fastlinear.choice import backend, known, ranks
 from fastlinear.choice import table as tables
 from fastlinear.choice.table import Row, Table
-from fastlinear.kernels import launch
-from fastlinear.kernels.configs import Config
+from fastlinear.kernels.configs.config import Config
+from fastlinear.kernels.launching import launch
+from fastlinear.ops import implementations
 
 N, K = 10, 20
 pytestmark = pytest.mark.skipif(not launch.INTERPRETING, reason="the table is the interpreter's")

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastlinear
 from fastlinear import functional
-from fastlinear.autograd import linear_op
 from fastlinear.choice import way
+from fastlinear.ops.linear import linear_op
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 

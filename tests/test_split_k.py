@@ -15,10 +15,14 @@ from oracle import (
 )
 from torch import Tensor
 
-from fastlinear.kernels import launch, shared_sums
-from fastlinear.kernels.configs import Config, Traits
-from fastlinear.kernels.forward import linear_activation_forward, linear_forward, plan_forward
-from fastlinear.kernels.tiles import legal_configs
+from fastlinear.kernels.configs.config import Config, Traits
+from fastlinear.kernels.configs.tiles import legal_configs
+from fastlinear.kernels.forward.linear import (
+    linear_activation_forward,
+    linear_forward,
+    plan_forward,
+)
+from fastlinear.kernels.launching import launch, shared_sums
 
 CONFIG = Config(16, 32, 16, num_warps=4, num_stages=3, kind="split_k", splits=5)
 ORDERS = {

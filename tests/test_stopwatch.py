@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastlinear.kernels import shared_sums
+from fastlinear.kernels.launching import shared_sums
 from fastlinear.tuning import stopwatch
 from fastlinear.tuning.stopwatch import FLUSHES, ROUNDS, WARM_UPS, Stopwatch
 

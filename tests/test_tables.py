@@ -18,12 +18,14 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import fastlinear
-from fastlinear import backend
-from fastlinear.choice import known, way
+from fastlinear.choice import backend, known, way
 from fastlinear.choice import table as tables
 from fastlinear.choice.table import BY_ROWS, PYTORCH, Key, Row, Table
-from fastlinear.kernels import backward, backward_weight, forward, launch
-from fastlinear.kernels.configs import BackwardConfig, Config, Traits
+from fastlinear.kernels.backward import grad_weight as backward_weight
+from fastlinear.kernels.backward import linear as backward
+from fastlinear.kernels.configs.config import BackwardConfig, Config, Traits
+from fastlinear.kernels.forward import linear as forward
+from fastlinear.kernels.launching import launch
 
 N, K = 24, 40
 TILE = Config(32, 32, 32, num_warps=1, num_stages=1)

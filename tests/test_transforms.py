@@ -24,9 +24,9 @@ from torch.utils.checkpoint import (
 )
 
 import fastlinear
-from fastlinear.autograd import linear_backward_op, linear_op
-from fastlinear.backend import use_tables
-from fastlinear.kernels import launch
+from fastlinear.choice.backend import use_tables
+from fastlinear.kernels.launching import launch
+from fastlinear.ops.linear import linear_backward_op, linear_op
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -370,7 +370,7 @@ def test_compile_takes_use_backend_inside(
         compiled(*operands(device)), torch.zeros(4, 2, dtype=torch.float64, device=device)
     )
     assert kernels_ran()
-    assert fastlinear.backend.current == "triton"
+    assert fastlinear.choice.backend.current == "triton"
 
 
 @pytest.mark.parametrize("where", ["outside", "inside"])

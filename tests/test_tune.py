@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlinear
 from fastlinear import __main__ as command
-from fastlinear import backend
+from fastlinear.choice import backend
 from fastlinear.choice import table as tables
 from fastlinear.choice.table import BY_ROWS, PYTORCH, Row
-from fastlinear.kernels import launch
-from fastlinear.kernels.configs import BackwardConfig, Config
+from fastlinear.kernels.configs.config import BackwardConfig, Config
+from fastlinear.kernels.launching import launch
 from fastlinear.tuning import measure as tuning
 from fastlinear.tuning.stopwatch import Call, Measure
 

@@ -22,10 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlinear
 from fastlinear import _torch_internals as internals
-from fastlinear import backend
-from fastlinear.choice import known, ranks, table
+from fastlinear.choice import backend, known, ranks, table
 from fastlinear.choice.table import PYTORCH
-from fastlinear.kernels import launch
+from fastlinear.kernels.launching import launch
 from fastlinear.tuning import tune
 from fastlinear.tuning.record import record
 from fastlinear.tuning.stopwatch import CpuStopwatch

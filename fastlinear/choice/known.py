@@ -151,7 +151,7 @@ def software() -> dict[str, str]:
     except metadata.PackageNotFoundError:
         triton = "none"
     sources = hashlib.sha256()
-    for file in sorted(Path(kernels.__path__[0]).glob("*.py")):
+    for file in sorted(Path(kernels.__path__[0]).rglob("*.py")):
         sources.update(file.read_bytes())
     return {
         "torch": torch.__version__,
@@ -253,7 +253,7 @@ def _usable(parsed: Table, device: torch.device) -> list[Row]:
     """The rows by which a call can go here: PyTorch's way where the gain does not count."""
     margin = MARGIN if outdated(parsed) is None else MARGIN_OF_OTHERS
     try:
-        from fastlinear.kernels import launch
+        from fastlinear.kernels.launching import launch
 
         target = launch.target_of(device)
     except (ImportError, OSError, RuntimeError):  # no Triton, or a device that it does not know

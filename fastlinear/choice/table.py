@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import torch
 
 from fastlinear.choice import epilogue, onednn
-from fastlinear.kernels.configs import BackwardConfig, Config, Kernel, Kind, Target, Traits
-from fastlinear.kernels.legality import why_illegal
-from fastlinear.kernels.operands import ACTIVATIONS
+from fastlinear.kernels.configs.config import BackwardConfig, Config, Kernel, Kind, Target, Traits
+from fastlinear.kernels.configs.legality import why_illegal
+from fastlinear.kernels.launching.operands import ACTIVATIONS
 
 FORMAT = 2
 

@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend
-from fastlinear.choice import known, table
+from fastlinear.choice import backend, known, table
 from fastlinear.choice.known import Found
 from fastlinear.choice.table import LIBRARIES, PYTORCH, Candidate, Key
-from fastlinear.kernels.configs import BackwardConfig
+from fastlinear.kernels.configs.config import BackwardConfig
 
 LARGEST_CACHE = 4096  # shapes
 WAYS_A_SHAPE = 8  # operands of the same shapes may differ in strides, dtype and requires_grad

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlinear import backend, implementations
-from fastlinear.choice import table
+from fastlinear.choice import backend, table
 from fastlinear.choice.table import BY_ROWS, LIBRARIES, OPERANDS, PYTORCH, Candidate, Key, Row
-from fastlinear.elementwise import ACTIVATIONS
 from fastlinear.functional import linear
-from fastlinear.kernels.choose import ranked
-from fastlinear.kernels.choose_pair import ranked_pairs
+from fastlinear.kernels.configs.choose import ranked
+from fastlinear.kernels.configs.choose_pair import ranked_pairs
+from fastlinear.ops import implementations
+from fastlinear.ops.elementwise import ACTIVATIONS
 from fastlinear.tuning.stopwatch import Call, Measure
 
 CANDIDATES = 10  # kernels a product, by modelled time

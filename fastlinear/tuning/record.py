@@ -11,10 +11,10 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend, functional
-from fastlinear.choice import table, way
+from fastlinear import functional
+from fastlinear.choice import backend, table, way
 from fastlinear.choice.table import Key
-from fastlinear.kernels.operands import DTYPES
+from fastlinear.kernels.launching.operands import DTYPES
 
 
 class Call(NamedTuple):

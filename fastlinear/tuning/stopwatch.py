@@ -95,7 +95,7 @@ class Stopwatch:
 
     def _captured(self, call: Call, pool: Any) -> Call:
         """A CUDA graph's replay of `call`, or `call` itself where it cannot be captured."""
-        from fastlinear.kernels.shared_sums import replayed_in_order  # which needs Triton
+        from fastlinear.kernels.launching.shared_sums import replayed_in_order
 
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from fastlinear import _torch_internals as internals
-from fastlinear import backend
-from fastlinear.choice import known, ranks, table
+from fastlinear.choice import backend, known, ranks, table
 from fastlinear.choice.table import BY_ROWS, PYTORCH, Candidate, Key, Row
 from fastlinear.modules import Linear
 from fastlinear.tuning.measure import bytes_of, keys_of, measure_call

@@ -10,9 +10,10 @@ import pytest
 from twins import Backend
 
 import fastlinear
-import fastlinear.kernels.backward  # takes the launcher that the fixture replaces: before it does
+import fastlinear.kernels.backward.linear  # before the fixture replaces a launcher that it takes
 from fastlinear.choice import way
-from fastlinear.kernels import forward, gated
+from fastlinear.kernels.forward import gated
+from fastlinear.kernels.forward import linear as forward
 
 
 @pytest.fixture(params=["auto", "triton"])

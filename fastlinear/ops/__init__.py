@@ -1,0 +1,8 @@
+"""The torch ops: schema, shapes, derivatives, vmap, autocast, operation counts, sharding.
+
+`op.py` registers every op; `linear.py` (a layer, with and without an activation) and `gated.py` say
+what is each one's own, `sharding.py` what DTensors they take, `batching.py` how vmapped operands
+become one call's. `implementations.py` is what they run: the kernels or PyTorch, by `choice`;
+`elementwise.py` has the activations in terms of PyTorch. Start with `op.register`. An activation
+more is one in `elementwise.py`, `kernels/launching/operands.py` and `kernels/language/epilogue.py`.
+"""

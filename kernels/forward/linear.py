@@ -1,0 +1,218 @@
+"""Forward: output = activation(input @ weight.T + bias), for any strides.
+
+There may be a batch of independent layers. The kernels are in files of their own, one a kind.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import triton.language as tl
+from torch import Tensor
+
+from ..configs.choose import choose
+from ..configs.config import Config, Traits, resolved_precision
+from ..launching import launch
+from ..launching.operands import Activation, check_activation, check_forward_shapes, check_same_kind
+from . import gemv, persistent, split_k, tiled
+from .problem import ForwardLaunch, ForwardProblem
+
+KINDS = {
+    "tiled": tiled.plan,
+    "gemv": gemv.plan,
+    "split_k": split_k.plan,
+    "persistent": persistent.plan,
+}
+
+
+class ForwardPlan(NamedTuple):
+    """What `linear_forward` does, for operands of one description.
+
+    config, launch: what is launched.
+    output: what is returned.
+    copy_input: whether input is copied first.
+    """
+
+    config: Config
+    launch: ForwardLaunch
+    output: launch.Operand
+    copy_input: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_forward(
+    operands: tuple[launch.Fields, launch.Fields, launch.Fields | None],
+    precision: str,
+    activation: Activation | None,
+    save_preactivation: bool,
+    config: Config | None,
+    batch_invariant: bool = False,
+) -> ForwardPlan:
+    """How `linear_forward` goes about tensors like these: `launch.describe(input, weight, bias)`.
+
+    Cached, because it takes longer than all the rest of a call.
+    """
+    input, weight = launch.Operand(*operands[0]), launch.Operand(*operands[1])
+    bias = None if operands[2] is None else launch.Operand(*operands[2])
+    check_activation(activation)
+    check_same_kind(input=input, weight=weight, bias=bias)
+    check_forward_shapes(input.shape, weight.shape, None if bias is None else bias.shape)
+
+    target = launch.target_of(input.device)
+    batched = len(weight.shape) == 3
+    out_features, in_features = weight.shape[-2:]
+    rows = launch.rows_of(input, batched=batched)
+    precision = resolved_precision(
+        precision, input.dtype, None if batch_invariant else rows.size, in_features, target
+    )
+    output = input.contiguous(*input.shape[:-1], out_features)
+    offsets = launch.offset_dtype(rows.operand, weight, bias, output)
+    problem = ForwardProblem(
+        batch=weight.shape[0] if batched else 1,
+        n=out_features,
+        k=in_features,
+        rows=rows,
+        weight_strides=launch.batch_strides(weight, dims=3),
+        bias_strides=(0, 0) if bias is None else launch.batch_strides(bias, dims=2),
+        output=output,
+        precision=precision,
+        target=target,
+        constants={
+            "HAS_BIAS": bias is not None,
+            "ACTIVATION": activation,
+            "SAVE_PREACTIVATION": save_preactivation,
+            "NESTED_INPUT": rows.nested,
+            "OFFSET_DTYPE": offsets,
+        },
+    )
+    if config is None:
+        applies, wide = activation is not None, offsets == tl.int64
+        traits = Traits(
+            input.dtype,
+            precision,
+            aligned=launch.aligned_product(
+                rows.operand, weight, features=(out_features,), whole=applies or wide
+            ),
+            target=target,
+            activation=applies,
+            descriptors=launch.describable(rows, weight),
+            wide=wide,
+        )
+        config = choose(
+            "forward",
+            problem.batch,
+            rows.size,
+            out_features,
+            in_features,
+            traits,
+            reads_outputs=weight.strides[-1] != 1 and weight.strides[-2] == 1,
+            batch_invariant=batch_invariant,
+        )
+    return ForwardPlan(config, KINDS[config.kind](problem, config), output, rows.copied)
+
+
+def linear_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    precision: str = "ieee",
+    config: Config | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """Computes `input @ weight.mT + bias` in one launch.
+
+    Accumulates in float32 (float64 for float64) and adds the bias there, before the one rounding to
+    the output dtype.
+
+    Args:
+        input: (*, K), or (B, M, K) where weight is batched; float16, bfloat16, float32 or float64;
+            any strides.
+        weight: (N, K), or (B, N, K) for B independent layers; dtype and device of input; any
+            strides.
+        bias: None, (N,), or (B, N) where weight is batched; dtype and device of input.
+        precision: how float32 products are formed: "ieee", in float32; "tf32"; "bf16x6", of
+            pieces (`precision.prepare_operand`); "long bf16x6", of pieces or "ieee"
+            (`configs.resolved_precision`). Other dtypes ignore it.
+        config: block sizes to use; None chooses by shape, dtype and device.
+        batch_invariant: whether the choice, and so a row's bits, may not depend on the other rows.
+
+    Returns:
+        (*, N) or (B, M, N), contiguous, in input's dtype.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices are none of these, or the kernels cannot run on the
+            device.
+    """
+    return _run(input, weight, bias, None, False, precision, config, batch_invariant)[0]
+
+
+def linear_activation_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Activation,
+    save_preactivation: bool,
+    *,
+    precision: str = "ieee",
+    config: Config | None = None,
+    batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Computes `activation(input @ weight.mT + bias)` in one launch.
+
+    The activation is applied in the accumulator, before the one rounding to the output dtype, so
+    that the pre-activation is neither rounded nor, unless it is to be saved, written: against a
+    product followed by the activation that spares a write and a read of (*, N), or a read.
+
+    Args:
+        activation: one of `operands.ACTIVATIONS`.
+        save_preactivation: whether it is wanted too, for the backward of what needs it.
+        input, weight, bias, precision, config, batch_invariant: as in `linear_forward`.
+
+    Returns:
+        The output and the pre-activation or None, as `linear_forward` returns its output.
+
+    Raises:
+        RuntimeError: as in `linear_forward`.
+    """
+    given = (activation, save_preactivation, precision, config, batch_invariant)
+    return _run(input, weight, bias, *given)
+
+
+def _run(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Activation | None,
+    save_preactivation: bool,
+    precision: str,
+    config: Config | None,
+    batch_invariant: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The output, and the pre-activation or None."""
+    operands = launch.describe(input, weight, bias)
+    plan = plan_forward(
+        operands, precision, activation, save_preactivation, config, batch_invariant
+    )
+    if plan.copy_input:
+        input = input.contiguous()
+    output = launch.allocate(input, plan.output)
+    preactivation = launch.allocate(input, plan.output) if save_preactivation else None
+    if plan.launch.launch.grid != (0,):
+        plan.launch.run((input, weight, bias, output, preactivation))
+    return output, preactivation
+
+
+def as_planned(plan: ForwardPlan) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """`linear_forward` for operands like those of `plan`, with nothing left to find out.
+
+    The plan is one with something to launch, no copy of input and no pre-activation.
+    """
+    run, described = plan.launch.run, plan.output
+
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        output = launch.allocate(input, described)
+        run((input, weight, bias, output, None))
+        return output
+
+    return forward
