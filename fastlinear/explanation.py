@@ -16,10 +16,11 @@ from fastlinear import main_grad
 from fastlinear._torch_internals import Linear as TorchLinear
 from fastlinear.choice import backend, known
 from fastlinear.choice.table import LIBRARIES
-from fastlinear.functional import tables_say_so, why_not
+from fastlinear.functional import tables_say_so
 from fastlinear.kernels.configs.config import Config
 from fastlinear.kernels.launching.operands import FROM_OUTPUT
 from fastlinear.modules import Linear, activation_of, is_as_written
+from fastlinear.ops.arguments import why_not
 
 if TYPE_CHECKING:
     from fastlinear.planned import Plan

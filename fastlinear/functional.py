@@ -11,18 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
-from torch.nn import Parameter
 from torch.overrides import (
     handle_torch_function,
     has_torch_function,
     has_torch_function_variadic,
 )
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastlinear import _torch_internals as internals
 from fastlinear.choice import backend, known, way
-from fastlinear.kernels.launching.operands import DTYPES, check_activation
-from fastlinear.ops import implementations
+from fastlinear.kernels.launching.operands import check_activation
+from fastlinear.ops import implementations, torchscript
+from fastlinear.ops.arguments import PLAIN, broadcasts, named, unlike_layers, why_not, why_not_gated
 from fastlinear.ops.elementwise import ACTIVATIONS
 from fastlinear.ops.gated import gated_linear_op
 from fastlinear.ops.linear import (
@@ -32,7 +31,6 @@ from fastlinear.ops.linear import (
     linear_op,
 )
 
-_PLAIN = frozenset({Tensor, Parameter})
 _linear = internals.unwrapped(linear_op)
 _linear_activation = internals.unwrapped(linear_activation_op)
 _gated_linear = internals.unwrapped(gated_linear_op)
@@ -94,15 +92,15 @@ def linear(
     found: way.Way | bool | None = None
     if backend.current != "triton" and (
         not known.available
-        or (not is_dynamo_compiling() and way.is_pytorchs(input, weight, activation))
+        or (not is_dynamo_compiling() and known.is_pytorchs(input, weight, activation))
         or not (found := tables_say_so(input, weight, bias, activation))
     ):
         output = F.linear(input, weight, bias)
         return output if activation is None else ACTIVATIONS[activation](output)
     if (
         type(input) is Tensor
-        and type(weight) in _PLAIN
-        and (bias is None or type(bias) in _PLAIN)
+        and type(weight) in PLAIN
+        and (bias is None or type(bias) in PLAIN)
         and not is_dynamo_compiling()
     ):
         # Looking into good arguments takes half as long as all the rest of a call: bad ones are
@@ -131,7 +129,7 @@ def linear(
                 way.remember(input, weight, bias, activation, implementations.straight)
                 return output
         except RuntimeError:
-            if why_not(input, weight, bias) is None and not _broadcasts(weight, bias):
+            if why_not(input, weight, bias) is None and not broadcasts(weight, bias):
                 raise
     return _by_the_kernels(input, weight, bias, activation)
 
@@ -232,8 +230,8 @@ def gated_linear(
     if backend.current != "triton":
         return _gated_apart(linear, *operands, activation)  # each as a table says, if one does
     if (
-        all(type(operand) in _PLAIN for operand in operands[:3])
-        and all(bias is None or type(bias) in _PLAIN for bias in operands[3:])
+        all(type(operand) in PLAIN for operand in operands[:3])
+        and all(bias is None or type(bias) in PLAIN for bias in operands[3:])
         and not internals.transforming()
         and not internals.exporting_to_onnx()
         and not is_dynamo_compiling()
@@ -241,11 +239,11 @@ def gated_linear(
         try:  # as `linear` does, and why
             return _gated_linear(*operands, activation)
         except RuntimeError:
-            expands = _broadcasts(gate_weight, gate_bias) or _broadcasts(up_weight, up_bias)
-            if _why_no_gated(*operands) is None and not expands:
+            expands = broadcasts(gate_weight, gate_bias) or broadcasts(up_weight, up_bias)
+            if why_not_gated(*operands) is None and not expands:
                 raise
     _refuse_onnx()
-    reason = _why_no_gated(*operands)
+    reason = why_not_gated(*operands)
     if reason is not None:
         _gated_apart(_by_pytorch, *operands, activation)
         raise TypeError(
@@ -304,35 +302,12 @@ def _gated_apart(
     return gate * up
 
 
-def _why_no_gated(
-    input: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-) -> str | None:
-    """`why_not`, of `gated_linear`."""
-    reason = why_not(input, gate_weight, gate_bias, prefix="gate_")
-    reason = reason or why_not(input, up_weight, up_bias, prefix="up_")
-    if reason is None and gate_weight.shape != up_weight.shape:
-        return (
-            "weights of one shape, "
-            f"but gate_weight is {tuple(gate_weight.shape)} and up_weight {tuple(up_weight.shape)}"
-        )
-    return reason
-
-
 def _refuse_onnx() -> None:
     if internals.exporting_to_onnx():
         raise RuntimeError(
             "backend 'triton' has no kernels for ONNX; "
             "export within `with fastlinear.use_backend('torch'):`"
         )
-
-
-def _broadcasts(weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `bias` is to be expanded."""
-    return bias is not None and bias.shape != weight.shape[:-1]
 
 
 def _batched_by_pytorch(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -344,16 +319,16 @@ def _batched_by_pytorch(input: Tensor, weight: Tensor, bias: Tensor | None) -> T
         if bias.dim() == 2:
             return torch.baddbmm(bias.unsqueeze(1), input, weight.transpose(1, 2))
     except Exception:
-        for name, operand in _named(input, weight, bias).items():
+        for name, operand in named(input, weight, bias).items():
             if not isinstance(operand, Tensor):
                 raise TypeError(
                     f"batched_linear takes tensors, but {name} is {type(operand).__name__}"
                 ) from None
-        reason = _unlike_layers(input, weight, bias)
+        reason = unlike_layers(input, weight, bias)
         if reason is None:
             raise
         raise RuntimeError(f"batched_linear takes {reason}") from None
-    raise RuntimeError(f"batched_linear takes {_unlike_layers(input, weight, bias)}")
+    raise RuntimeError(f"batched_linear takes {unlike_layers(input, weight, bias)}")
 
 
 def _by_the_kernels(
@@ -373,7 +348,7 @@ def _by_the_kernels(
         raise TypeError(
             f"backend 'triton' takes {reason}; backend 'auto' hands this call to PyTorch"
         )
-    if bias is not None and (internals.tracing() is not None or _broadcasts(weight, bias)):
+    if bias is not None and (internals.tracing() is not None or broadcasts(weight, bias)):
         bias = bias.expand(weight.shape[:-1])
     if activation is None:
         return linear_op(input, weight, bias)
@@ -389,9 +364,9 @@ def tables_say_so(
     """
     if (
         backend.current != "auto"
-        or type(input) not in _PLAIN
-        or type(weight) not in _PLAIN
-        or (bias is not None and type(bias) not in _PLAIN)
+        or type(input) not in PLAIN
+        or type(weight) not in PLAIN
+        or (bias is not None and type(bias) not in PLAIN)
     ):
         return False
     if is_dynamo_compiling():
@@ -410,172 +385,9 @@ def tables_say_so(
     return ours
 
 
-def _changes_meaning(tensor: Tensor) -> bool:
-    """Whether operations on this subclass of Tensor give something else than a plain tensor.
-
-    Fake tensors and the like stand for plain ones, and switch __torch_function__ off. Distributed
-    tensors call the op with plain ones.
-    """
-    if type(tensor) in internals.DISTRIBUTED:
-        return False
-    stands_for_plain = type(tensor).__torch_function__ is torch._C._disabled_torch_function_impl
-    return not stands_for_plain or is_traceable_wrapper_subclass(tensor)
-
-
-def _has_names(tensor: Tensor) -> bool:
-    """Whether dimensions have names, which later torches have given up and no tracer takes."""
-    if is_dynamo_compiling() or type(tensor) not in _PLAIN:
-        return False
-    return any(name is not None for name in getattr(tensor, "names", ()))
-
-
-def _named(
-    input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = ""
-) -> dict[str, Tensor]:
-    named = {"input": input, f"{prefix}weight": weight}
-    return named if bias is None else named | {f"{prefix}bias": bias}
-
-
-def why_not(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    batched: bool = False,
-    prefix: str = "",
-) -> str | None:
-    """What the kernels would take and what came instead, in words.
-
-    None where they can take the arguments, of `linear` or, if batched, of `batched_linear`. The
-    words are those for weight and bias with `prefix` before their names.
-    """
-    operands = _named(input, weight, bias, prefix)
-    for name, tensor in operands.items():
-        if not isinstance(tensor, Tensor):
-            return f"tensors, but {name} is {type(tensor).__name__}"
-        if type(tensor) not in _PLAIN and _changes_meaning(tensor):
-            return f"plain tensors, but {name} is a {type(tensor).__name__}"
-        if tensor.is_nested:
-            return f"plain tensors, but {name} is nested"
-        if _has_names(tensor):
-            return f"tensors without named dimensions, but {name} has some"
-        if tensor.layout != torch.strided:
-            return f"strided tensors, but {name} has layout {tensor.layout}"
-        if tensor.dtype not in DTYPES:
-            return f"float16, bfloat16, float32 and float64, but {name} is {tensor.dtype}"
-        if tensor.device != input.device:
-            return (
-                f"tensors of one device, but input is on {input.device} "
-                f"and {name} on {tensor.device}"
-            )
-
-    autocast = backend.autocast_dtype(input.device.type)
-    dtypes = {
-        name: backend.dtype_under(autocast, tensor.dtype) for name, tensor in operands.items()
-    }
-    for name, dtype in dtypes.items():
-        if dtype != dtypes["input"]:
-            return f"tensors of one dtype, but input is {dtypes['input']} and {name} {dtype}"
-    if internals.tracing() is not None:  # sizes are tensors there; the ops look at them
-        return None
-    if batched:
-        return _unlike_layers(input, weight, bias)
-    return _unlike_a_layer(input, weight, bias, prefix)
-
-
-def _unlike_a_layer(
-    input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = ""
-) -> str | None:
-    """The shapes of a layer, and those that came instead; None where they fit."""
-    if input.dim() == 0 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
-        return (
-            f"input (*, in_features) and {prefix}weight (out_features, in_features), "
-            f"but input is {tuple(input.shape)} and {prefix}weight {tuple(weight.shape)}"
-        )
-    if bias is not None and (bias.dim() > 1 or bias.numel() not in (1, weight.shape[0])):
-        return (
-            f"{prefix}bias (out_features,), but {prefix}bias is {tuple(bias.shape)} "
-            f"and out_features {weight.shape[0]}"
-        )
-    return None
-
-
-def _unlike_layers(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    """The shapes of B layers, and those that came instead; None where they fit."""
-    if (
-        input.dim() != 3
-        or weight.dim() != 3
-        or (input.shape[0], input.shape[2]) != (weight.shape[0], weight.shape[2])
-    ):
-        return (
-            "input (B, M, in_features) and weight (B, out_features, in_features), "
-            f"but input is {tuple(input.shape)} and weight {tuple(weight.shape)}"
-        )
-    if bias is not None and (
-        bias.dim() != 2
-        or any(
-            mine not in (1, size) for mine, size in zip(bias.shape, weight.shape[:-1], strict=True)
-        )
-    ):
-        return (
-            "bias (B, out_features), "
-            f"but bias is {tuple(bias.shape)} and weight {tuple(weight.shape)}"
-        )
-    return None
-
-
-def _scripted(output: Tensor, activation: str | None) -> Tensor:
-    """`elementwise.ACTIVATIONS` for TorchScript, which has no dictionary of functions."""
-    if activation is None:
-        return output
-    if activation == "relu":
-        output = F.relu(output)
-    elif activation == "gelu":
-        output = F.gelu(output)
-    elif activation == "gelu_tanh":
-        output = F.gelu(output, approximate="tanh")
-    elif activation == "silu":
-        output = F.silu(output)
-    elif activation == "sigmoid":
-        output = torch.sigmoid(output)
-    elif activation == "tanh":
-        output = torch.tanh(output)
-    elif activation == "leaky_relu":
-        output = F.leaky_relu(output)
-    elif activation == "relu_squared":
-        output = F.relu(output).square()
-    return output
-
-
-def _linear_in_script(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
-) -> Tensor:
-    return _scripted(F.linear(input, weight, bias), activation)
-
-
-def _batched_in_script(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
-) -> Tensor:
-    if bias is None:
-        return _scripted(torch.bmm(input, weight.mT), activation)
-    return _scripted(torch.baddbmm(bias.unsqueeze(1), input, weight.mT), activation)
-
-
-def _gated_in_script(
-    input: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    activation: str = "silu",
-) -> Tensor:
-    gate = _scripted(F.linear(input, gate_weight, gate_bias), activation)
-    return gate * F.linear(input, up_weight, up_bias)
-
-
-internals.compiled_by_torchscript(linear, _linear_in_script)
-internals.compiled_by_torchscript(batched_linear, _batched_in_script)
-internals.compiled_by_torchscript(gated_linear, _gated_in_script)
+internals.compiled_by_torchscript(linear, torchscript.linear)
+internals.compiled_by_torchscript(batched_linear, torchscript.batched_linear)
+internals.compiled_by_torchscript(gated_linear, torchscript.gated_linear)
 
 
 def _register_shardings() -> None:

@@ -18,9 +18,10 @@ from torch.overrides import has_torch_function
 
 from fastlinear import _torch_internals as internals
 from fastlinear.choice import backend, known
-from fastlinear.functional import linear, observe, of_operands, tables_say_so, why_not
+from fastlinear.functional import linear, observe, of_operands, tables_say_so
 from fastlinear.kernels.launching.operands import FROM_OUTPUT, check_main_grad
 from fastlinear.ops import implementations
+from fastlinear.ops.arguments import why_not
 from fastlinear.ops.elementwise import ACTIVATIONS, GRADIENTS
 from fastlinear.ops.linear import activation_forward_op
 

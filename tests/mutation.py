@@ -1074,7 +1074,7 @@ MUTANTS = [
     ),
     Mutant(
         "a batch that a table has another way for is told to be too small",
-        "fastlinear/choice/way.py",
+        "fastlinear/choice/known.py",
         "elements = (key.m // 2 + 1) * key.k",
         "elements = key.m * key.k",
         TABLES,
@@ -1116,7 +1116,7 @@ MUTANTS = [
     ),
     Mutant(
         "a CPU's table serves other numbers of threads",
-        "fastlinear/choice/way.py",
+        "fastlinear/choice/known.py",
         "read_by = _threads(), internals",
         "read_by = 0, internals",
         ONEDNN,

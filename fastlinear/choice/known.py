@@ -7,21 +7,25 @@ ranks choose alike, and nothing is measured here.
 
 import functools
 import hashlib
+import math
 import os
 import platform
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 import fastlinear.kernels as kernels
+from fastlinear import _torch_internals as internals
 from fastlinear.choice import ranks, table
 from fastlinear.choice.table import BY_ROWS, PYTORCH, Key, Row, Table, why_illegal_row
 
 SHIPPED = Path(kernels.__path__[0]) / "tuned"
 INTERPRETER = "Triton interpreter"
+LARGEST_CACHE = 4096  # shapes
 # How many times PyTorch's speed counts; and where it was measured with another torch or Triton.
 MARGIN, MARGIN_OF_OTHERS = 1.05, 1.15
 
@@ -89,6 +93,12 @@ def reload(rows: dict[torch.device, tuple[Row, ...]] | None = None) -> None:
     seen = seen or available
     _settled = None
     generation += 1
+    _changed()
+
+
+def _changed() -> None:
+    global _pytorchs, _least
+    _pytorchs, _least = {}, (None, {})  # another thread may be about to write to the old ones
     for watcher in watchers:
         watcher()
 
@@ -214,8 +224,7 @@ def _settle() -> None:
     """Asks for tables no more: no rank of this group has one."""
     global available, _settled
     available, _settled = False, ranks.group()
-    for watcher in watchers:
-        watcher()
+    _changed()
 
 
 def readable(name: str) -> ranks.Files:
@@ -274,6 +283,87 @@ def _usable(parsed: Table, device: torch.device) -> list[Row]:
         else row
         for row in rows
     ]
+
+
+# Whether no table has a row for a call, by what most calls can be told by. And, for what is told
+# sooner, by how many threads and in which group tables were read, and with how many elements of an
+# input a weight of so many begins to have another way than PyTorch's by them.
+_pytorchs: dict[Any, bool] = {}
+_least: tuple[Any, dict[int, int]] = (None, {})
+
+
+# Every call takes the time that looking these up takes.
+_recording, _threads = torch.is_grad_enabled, torch.get_num_threads
+
+
+def _note_least(read_by: Any) -> None:
+    global _least
+    if torch.cuda.is_available() and not torch.cuda.is_initialized():
+        return  # to ask for a GPU's name would start it
+    least: dict[int, int] = {}
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in (torch.device("cpu"), *gpus):
+        for key, one in found(device).items():
+            if key.product in ("output", "training") and one.row.candidate != PYTORCH:
+                elements = (key.m // 2 + 1) * key.k
+                weights = key.n * key.k
+                least[weights] = min(elements, least.get(weights, elements))
+    _least = read_by, least
+
+
+def is_pytorchs(input: Tensor, weight: Tensor, activation: str | None) -> bool:
+    """Whether a call of "auto" goes PyTorch's way, by what most calls can be told by.
+
+    False where more has to be looked into.
+    """
+    try:
+        elements, weights = input.numel(), weight.numel()  # half as long as their shapes
+        read_by = _threads(), internals.default_group()
+        noted, least = _least
+        # No symbols, which would be guarded.
+        if read_by == noted and type(elements) is int and elements < least.get(weights, math.inf):
+            return True
+        key = (
+            elements,
+            weights,
+            input.dtype,
+            input.device,
+            activation,
+            _recording() and (weight.requires_grad or input.requires_grad),
+            read_by,
+        )
+        answer = _pytorchs.get(key)
+    except (AttributeError, RuntimeError, TypeError):  # no tensors; symbols have no hash
+        return True
+    if answer is None:
+        if internals.tracing() is not None:  # sizes are tensors there
+            return True
+        follow_group()
+        if noted != read_by:
+            _note_least(read_by)
+        answers = _pytorchs
+        answer = not _a_row(input, weight, activation)
+        if len(answers) >= LARGEST_CACHE:
+            answers.clear()
+        answers[key] = answer
+    return answer
+
+
+def _a_row(input: Tensor, weight: Tensor, activation: str | None) -> bool:
+    """Whether a row may have such a call go another way, whatever its precision."""
+    recorded = torch.is_grad_enabled() and (weight.requires_grad or input.requires_grad)
+    elements, weights = input.numel(), weight.numel()
+    dtypes = {name_of(input.dtype)}
+    if input.dtype != torch.float64:  # which autocast leaves alone
+        dtypes |= {"float16", "bfloat16"}
+    return any(
+        key.product == ("training" if recorded else "output")
+        and (key.n * key.k, key.m) == (weights, table.bucket(elements // key.k))
+        and key.activation == activation
+        and key.dtype in dtypes
+        and one.row.candidate != PYTORCH
+        for key, one in found(input.device).items()
+    )
 
 
 def files(device: torch.device) -> dict[Path, int]:

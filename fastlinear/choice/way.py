@@ -6,7 +6,6 @@ PyTorch dispatches by and all that a plan depends on. `takes_ours` decides for b
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,12 +14,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastlinear import _torch_internals as internals
-from fastlinear.choice import backend, known, table
-from fastlinear.choice.known import Found
+from fastlinear.choice import backend, known
+from fastlinear.choice.known import LARGEST_CACHE, Found
 from fastlinear.choice.table import LIBRARIES, PYTORCH, Candidate, Key
 from fastlinear.kernels.configs.config import BackwardConfig
 
-LARGEST_CACHE = 4096  # shapes
 WAYS_A_SHAPE = 8  # operands of the same shapes may differ in strides, dtype and requires_grad
 
 
@@ -102,93 +100,6 @@ def remember(
         ways.clear()
     wanted = internals.above_autograd() and any(one.requires_grad for one in operands)
     ways.append(Way(internals.alike(*operands), wanted, output, recorded))
-
-
-# Whether no table has a row for a call, by what most calls can be told by. And, for what is told
-# sooner, by how many threads and in which group tables were read, and with how many elements of an
-# input a weight of so many begins to have another way than PyTorch's by them.
-_pytorchs: dict[Any, bool] = {}
-_least: tuple[Any, dict[int, int]] = (None, {})
-known.watchers.append(lambda: _forget())
-
-
-# Every call takes the time that looking these up takes.
-_recording, _threads = torch.is_grad_enabled, torch.get_num_threads
-
-
-def _forget() -> None:
-    global _pytorchs, _least
-    _pytorchs, _least = {}, (None, {})  # another thread may be about to write to the old ones
-
-
-def _note_least(read_by: Any) -> None:
-    global _least
-    if torch.cuda.is_available() and not torch.cuda.is_initialized():
-        return  # to ask for a GPU's name would start it
-    least: dict[int, int] = {}
-    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    for device in (torch.device("cpu"), *gpus):
-        for key, found in known.found(device).items():
-            if key.product in ("output", "training") and found.row.candidate != PYTORCH:
-                elements = (key.m // 2 + 1) * key.k
-                weights = key.n * key.k
-                least[weights] = min(elements, least.get(weights, elements))
-    _least = read_by, least
-
-
-def is_pytorchs(input: Tensor, weight: Tensor, activation: str | None) -> bool:
-    """Whether a call of "auto" goes PyTorch's way, by what most calls can be told by.
-
-    False where more has to be looked into.
-    """
-    try:
-        elements, weights = input.numel(), weight.numel()  # half as long as their shapes
-        read_by = _threads(), internals.default_group()
-        noted, least = _least
-        # No symbols, which would be guarded.
-        if read_by == noted and type(elements) is int and elements < least.get(weights, math.inf):
-            return True
-        key = (
-            elements,
-            weights,
-            input.dtype,
-            input.device,
-            activation,
-            _recording() and (weight.requires_grad or input.requires_grad),
-            read_by,
-        )
-        answer = _pytorchs.get(key)
-    except (AttributeError, RuntimeError, TypeError):  # no tensors; symbols have no hash
-        return True
-    if answer is None:
-        if internals.tracing() is not None:  # sizes are tensors there
-            return True
-        known.follow_group()
-        if noted != read_by:
-            _note_least(read_by)
-        answers = _pytorchs
-        answer = not _a_row(input, weight, activation)
-        if len(answers) >= LARGEST_CACHE:
-            answers.clear()
-        answers[key] = answer
-    return answer
-
-
-def _a_row(input: Tensor, weight: Tensor, activation: str | None) -> bool:
-    """Whether a row may have such a call go another way, whatever its precision."""
-    recorded = torch.is_grad_enabled() and (weight.requires_grad or input.requires_grad)
-    elements, weights = input.numel(), weight.numel()
-    dtypes = {known.name_of(input.dtype)}
-    if input.dtype != torch.float64:  # which autocast leaves alone
-        dtypes |= {"float16", "bfloat16"}
-    return any(
-        key.product == ("training" if recorded else "output")
-        and (key.n * key.k, key.m) == (weights, table.bucket(elements // key.k))
-        and key.activation == activation
-        and key.dtype in dtypes
-        and found.row.candidate != PYTORCH
-        for key, found in known.found(input.device).items()
-    )
 
 
 def faster_sizes(device: torch.device) -> set[tuple[int, int]]:

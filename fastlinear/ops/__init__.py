@@ -3,6 +3,8 @@
 `op.py` registers every op; `linear.py` (a layer, with and without an activation) and `gated.py` say
 what is each one's own, `sharding.py` what DTensors they take, `batching.py` how vmapped operands
 become one call's. `implementations.py` is what they run: the kernels or PyTorch, by `choice`;
-`elementwise.py` has the activations in terms of PyTorch. Start with `op.register`. An activation
-more is one in `elementwise.py`, `kernels/launching/operands.py` and `kernels/language/epilogue.py`.
+`elementwise.py` has the activations in terms of PyTorch, `torchscript.py` what TorchScript compiles
+instead; `arguments.py` says in words what the kernels do not take. Start with `op.register`. An
+activation more is one in `elementwise.py`, `torchscript.py`, `kernels/launching/operands.py` and
+`kernels/language/epilogue.py`.
 """
