@@ -38,6 +38,7 @@ setup(
     package_data={
         "fastlinear": ["py.typed"],
         "fastlinear.kernels": ["resources.json", "tuned/*.json"],
+        "fastlinear.kernels.configs": ["tiles.json"],
     },
     # The tests pass, interpreted and compiled for GPUs that are not there, on torch 2.11.0 with
     # Triton 3.6.0, 2.13.0 with 3.7.1, 2.14.1 with 3.8.0 and 2.15.0 with 3.9.0.

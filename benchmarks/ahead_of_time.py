@@ -10,8 +10,7 @@ import torch
 from benchmarks.shapes import BATCH_SIZES, LAYERS, Layer
 from benchmarks.without_gpu import LAYOUTS, Case, as_launched, call, launched
 from fastlinear.kernels.configs.config import TARGETS, Traits
-from fastlinear.kernels.configs.pairs import legal_pairs
-from fastlinear.kernels.configs.tiles import legal_configs
+from fastlinear.kernels.configs.tiles import legal_configs, legal_pairs
 from fastlinear.kernels.launching.operands import ACTIVATIONS
 
 LARGEST = ("gelu", "gelu_tanh", "tanh")  # of activations: the others do less of the same

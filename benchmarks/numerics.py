@@ -33,8 +33,7 @@ from benchmarks.files import read_json, write_rows
 from benchmarks.products import Product, Results, largest_error
 from benchmarks.watch import LeftOut, watch
 from fastlinear.kernels.configs.config import KINDS, BackwardConfig, Config, Traits
-from fastlinear.kernels.configs.pairs import legal_pairs
-from fastlinear.kernels.configs.tiles import legal_configs
+from fastlinear.kernels.configs.tiles import legal_configs, legal_pairs
 from fastlinear.kernels.launching import launch
 
 # Those of the first call of benchmarks.gpu; its second checks the rest.

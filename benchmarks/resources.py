@@ -94,7 +94,8 @@ WORDS = {
 def sources() -> str:
     """A hash of all that decides what is compiled, and what is read from it, but for Triton."""
     readers = (Path(__file__).with_name(f"{name}.py") for name in READERS)
-    files = [*sorted(SHIPPED.parent.rglob("*.py")), *readers]
+    folder = SHIPPED.parent
+    files = [*sorted(folder.rglob("*.py")), folder / "configs" / "tiles.json", *readers]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

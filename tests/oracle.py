@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlinear.kernels.configs.config import TARGETS, BackwardConfig, Config, Kernel, Kind, Traits
-from fastlinear.kernels.configs.pairs import legal_pairs
-from fastlinear.kernels.configs.tiles import legal_configs
+from fastlinear.kernels.configs.tiles import legal_configs, legal_pairs
 from fastlinear.kernels.launching import launch
 
 # Of every kind that a forward product may be computed by.

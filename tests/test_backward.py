@@ -26,8 +26,7 @@ from torch import Tensor
 from fastlinear.kernels.backward.grad_weight import linear_backward_weight
 from fastlinear.kernels.backward.linear import linear_backward, linear_backward_input
 from fastlinear.kernels.configs.config import BackwardConfig, Config, Traits
-from fastlinear.kernels.configs.pairs import legal_pairs
-from fastlinear.kernels.configs.tiles import legal_configs
+from fastlinear.kernels.configs.tiles import legal_configs, legal_pairs
 from fastlinear.kernels.launching import launch, shared_sums
 
 

@@ -87,7 +87,7 @@ OLD_LOOP = """
 from benchmarks import compiled
 from benchmarks.without_gpu import Case
 from fastlinear.kernels.forward import tiled
-from fastlinear.kernels.configs import Config
+from fastlinear.kernels.configs.config import Config
 
 add = tiled.add_rows_by_rows
 old = add.src.replace("max(tl.cdiv(K, BLOCK_K), 1)", "tl.cdiv(K, BLOCK_K)")

@@ -18,8 +18,7 @@ from fastlinear.kernels.configs.choose import choose, choose_splits
 from fastlinear.kernels.configs.choose_pair import choose_backward, choose_pair, starts_with_input
 from fastlinear.kernels.configs.config import TARGETS, BackwardConfig, Config, Traits
 from fastlinear.kernels.configs.legality import why_illegal
-from fastlinear.kernels.configs.pairs import legal_pairs
-from fastlinear.kernels.configs.tiles import legal_configs
+from fastlinear.kernels.configs.tiles import legal_configs, legal_pairs
 from fastlinear.kernels.forward import gated
 from fastlinear.kernels.forward import linear as forward
 from fastlinear.kernels.launching import launch

@@ -161,7 +161,8 @@ def software() -> dict[str, str]:
     except metadata.PackageNotFoundError:
         triton = "none"
     sources = hashlib.sha256()
-    for file in sorted(Path(kernels.__path__[0]).rglob("*.py")):
+    folder = Path(kernels.__path__[0])
+    for file in (*sorted(folder.rglob("*.py")), folder / "configs" / "tiles.json"):
         sources.update(file.read_bytes())
     return {
         "torch": torch.__version__,

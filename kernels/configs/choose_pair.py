@@ -6,7 +6,7 @@ from .choose import INVARIANT_ROWS, choose_splits, ranked
 from .config import BackwardConfig, Traits
 from .model import LAUNCH
 from .pair_model import pair_clocks, pair_time
-from .pairs import legal_pairs
+from .tiles import legal_pairs
 
 
 @functools.lru_cache(maxsize=4096)

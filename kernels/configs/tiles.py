@@ -1,222 +1,34 @@
-"""The configurations that are shipped: tiles for each family of GPUs and kind of arithmetic."""
+"""The configurations that are shipped, by kind, family of GPUs and arithmetic: those of tiles.json.
+
+Of each list the largest tiles come first, those for any alignment last. tests/test_compile.py
+compiles every one that is legal, for its target, and fails where it spills.
+
+- "tiled": rows, columns, depth, stages, warps of the output tiles. Those of "bf16x6", float32
+  products of pieces, which other kinds do not form, have steps as deep as one instruction for
+  bfloat16: their error has been determined for that (benchmarks/accuracy.py).
+- "split_k": the same; the splits are the chooser's.
+- "gemv": rows, outputs, depth, threads, on every GPU. Each thread loads 64 bytes of weight a step,
+  or 32 where sums take the registers; neighbours read 64 bytes or more that are next to each other.
+  Of every two, the first reads along the outputs (Config.reads_outputs).
+- "persistent": rows, columns, depth, stages, warps, parts. In parts a tile takes less of registers
+  and shared memory, which is what lets the largest have an activation.
+- "pairs": tiles of grad_input, tiles of grad_weight, and the stages and warps of both, for a launch
+  that computes both. The first are for many rows; for few, grad_input's tiles are flat and deep,
+  and grad_weight's shallow.
+"""
 
 import functools
+import json
+from pathlib import Path
+from typing import Any
 
-from .config import TARGETS, Config, Kernel, Kind, Traits
+from .config import TARGETS, BackwardConfig, Config, Kernel, Kind, Traits
 from .legality import why_illegal
 
-# "tiled": (rows, columns, depth, stages, warps) of the output tiles, largest first, by the target's
-# family and the arithmetic. tests/test_compile.py compiles every one that is legal, for its target,
-# and fails where it spills.
-_TILES: dict[str, dict[str, list[tuple[int, int, int, int, int]]]] = {
-    "sm_80": {
-        "16-bit": [
-            (128, 128, 32, 4, 8),
-            (128, 64, 32, 4, 8),
-            (64, 64, 64, 3, 4),
-            (64, 64, 32, 4, 4),
-            (32, 64, 64, 4, 4),
-            (16, 64, 128, 3, 4),
-            (16, 64, 32, 4, 4),
-        ],
-        "tf32": [(128, 64, 32, 3, 8), (64, 64, 32, 4, 4), (32, 64, 32, 4, 4), (16, 64, 32, 4, 4)],
-        "float32": [
-            (128, 64, 16, 3, 8),
-            (64, 64, 16, 3, 8),
-            (32, 64, 16, 3, 4),
-            (16, 64, 16, 3, 4),
-        ],
-        "float64": [(64, 64, 16, 3, 8), (32, 32, 16, 3, 4), (16, 32, 16, 3, 4)],
-    },
-    "sm_90": {
-        "16-bit": [
-            (128, 256, 64, 3, 8),
-            (128, 128, 64, 4, 8),
-            (64, 128, 64, 4, 4),
-            (128, 64, 32, 4, 8),
-            (64, 64, 64, 4, 4),
-            (32, 64, 128, 4, 4),
-            (16, 64, 128, 4, 4),
-            (16, 64, 32, 4, 4),
-        ],
-        "tf32": [
-            (128, 128, 32, 4, 8),
-            (64, 128, 32, 4, 4),
-            (64, 64, 32, 4, 4),
-            (32, 64, 32, 4, 4),
-            (16, 64, 64, 4, 4),
-            (16, 32, 32, 4, 4),
-        ],
-        "float32": [
-            (128, 64, 16, 3, 8),
-            (64, 64, 16, 3, 8),
-            (32, 64, 16, 3, 4),
-            (16, 64, 16, 3, 4),
-        ],
-        "float64": [(64, 64, 16, 3, 8), (32, 32, 16, 2, 4), (16, 32, 16, 3, 4)],
-    },
-    "sm_100": {
-        "16-bit": [
-            (128, 128, 32, 4, 8),
-            (128, 64, 32, 4, 8),
-            (64, 64, 64, 3, 4),
-            (32, 64, 64, 3, 4),
-            (16, 64, 64, 4, 4),
-            (16, 64, 32, 4, 4),
-        ],
-        "tf32": [
-            (128, 64, 32, 4, 8),
-            (64, 64, 32, 4, 4),
-            (32, 64, 32, 4, 4),
-            (16, 64, 32, 4, 4),
-        ],
-        "float32": [
-            (64, 64, 16, 3, 8),
-            (32, 64, 16, 3, 4),
-            (16, 64, 16, 3, 4),
-        ],
-        "float64": [(64, 64, 16, 3, 8), (32, 32, 16, 3, 4), (16, 32, 16, 3, 4)],
-    },
-    "gfx942": {
-        "16-bit": [
-            (128, 128, 64, 2, 8),
-            (128, 64, 64, 2, 8),
-            (64, 64, 64, 2, 4),
-            (32, 64, 64, 2, 4),
-            (16, 64, 64, 2, 4),
-        ],
-        "tf32": [(128, 64, 32, 2, 8), (64, 64, 32, 2, 4), (32, 64, 32, 2, 4), (16, 64, 32, 2, 4)],
-        "float32": [
-            (128, 64, 16, 2, 8),
-            (64, 64, 16, 2, 4),
-            (32, 64, 16, 2, 4),
-            (16, 64, 16, 2, 4),
-        ],
-        "float64": [(64, 64, 16, 2, 4), (32, 32, 16, 2, 4), (16, 32, 16, 2, 4)],
-    },
-    "interpreter": {
-        kind: [(32, 32, 32, 1, 1)] for kind in ("16-bit", "tf32", "float32", "float64")
-    },
-}
-# The same for float32 products of pieces, which other kinds do not form. A step is as deep as one
-# instruction for bfloat16, which is what their error has been determined for
-# (benchmarks/accuracy.py).
-TILES_OF_PIECES: dict[str, list[tuple[int, int, int, int, int]]] = {
-    "sm_80": [
-        (128, 64, 16, 3, 8),
-        (64, 64, 16, 3, 4),
-        (32, 64, 16, 3, 4),
-        (16, 64, 16, 3, 4),
-    ],
-    "sm_90": [
-        (128, 128, 16, 3, 8),
-        (128, 64, 16, 3, 8),
-        (64, 64, 16, 3, 4),
-        (32, 64, 16, 3, 4),
-        (16, 64, 16, 3, 4),
-    ],
-    "sm_100": [
-        (128, 64, 16, 3, 8),
-        (64, 64, 16, 3, 4),
-        (32, 64, 16, 3, 4),
-        (16, 64, 16, 3, 4),
-    ],
-    "gfx942": [
-        (128, 128, 16, 2, 8),
-        (128, 64, 16, 2, 8),
-        (64, 64, 16, 2, 4),
-        (16, 64, 16, 2, 4),
-    ],
-    "interpreter": [(32, 32, 16, 1, 1)],
-}
-
+_SHIPPED: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 # Of a gated pair in float32, whose other tiles take too many addresses where nothing is aligned,
 # and in TF32 too much shared memory for the smallest GPUs.
 _SMALLEST_GATED = (16, 32, 16, 3, 4)
-
-# "split_k": (rows, outputs, depth, stages, warps), those for any alignment last. The splits are the
-# chooser's.
-_SPLIT_K: dict[str, dict[str, list[tuple[int, int, int, int, int]]]] = {
-    "sm_80": {
-        "16-bit": [
-            (64, 64, 64, 4, 4),
-            (32, 64, 128, 4, 4),
-            (16, 64, 128, 4, 4),
-            (32, 64, 32, 4, 4),
-        ],
-        "tf32": [(32, 64, 64, 4, 4), (16, 64, 64, 4, 4), (32, 64, 32, 4, 4)],
-        "float32": [(32, 64, 16, 4, 4), (16, 64, 16, 4, 4)],
-        "float64": [(32, 32, 16, 4, 4), (16, 32, 16, 4, 4)],
-    },
-    "sm_90": {
-        "16-bit": [
-            (64, 128, 64, 4, 8),
-            (32, 64, 128, 5, 4),
-            (16, 64, 128, 5, 4),
-            (32, 64, 32, 4, 4),
-        ],
-        "tf32": [(32, 64, 64, 5, 4), (16, 64, 64, 5, 4), (32, 64, 32, 4, 4)],
-        "float32": [(32, 64, 16, 4, 4), (16, 64, 16, 4, 4)],
-        "float64": [(32, 64, 16, 4, 4), (16, 64, 16, 4, 4), (16, 32, 16, 4, 4)],
-    },
-    "sm_100": {
-        "16-bit": [
-            (64, 128, 64, 4, 8),
-            (32, 64, 128, 5, 4),
-            (16, 64, 128, 5, 4),
-            (32, 64, 32, 4, 4),
-        ],
-        "tf32": [(32, 64, 64, 5, 4), (16, 64, 64, 5, 4), (32, 64, 32, 4, 4)],
-        "float32": [(32, 64, 16, 4, 4), (16, 64, 16, 4, 4)],
-        "float64": [(16, 32, 16, 4, 4)],
-    },
-    "gfx942": {
-        "16-bit": [(64, 64, 64, 2, 4), (32, 64, 128, 2, 4), (16, 64, 128, 2, 4)],
-        "tf32": [(32, 64, 64, 2, 4), (16, 64, 64, 2, 4), (32, 64, 32, 2, 4)],
-        "float32": [(32, 64, 64, 2, 4), (16, 64, 64, 2, 4), (32, 64, 16, 2, 4)],
-        "float64": [(32, 32, 32, 2, 4), (16, 32, 32, 2, 4), (16, 32, 16, 2, 4)],
-    },
-    "interpreter": {
-        kind: [(32, 32, 16, 1, 1)] for kind in ("16-bit", "tf32", "float32", "float64")
-    },
-}
-# "gemv": (rows, outputs, depth, threads) on every GPU, by the arithmetic. Each thread loads 64
-# bytes of weight a step, or 32 where sums take the registers; neighbours read 64 bytes or more that
-# are next to each other. Of every two, the first reads along the outputs (Config.reads_outputs).
-_GEMV_TILES: dict[str, list[tuple[int, int, int, int]]] = {
-    "16-bit": [
-        (4, 32, 128, 256),
-        (4, 2, 1024, 128),
-        (2, 32, 256, 256),
-        (2, 4, 1024, 128),
-        (1, 32, 256, 256),
-        (1, 4, 1024, 128),
-    ],
-    "float32": [
-        (4, 32, 128, 256),
-        (4, 4, 512, 128),
-        (2, 32, 128, 256),
-        (2, 4, 512, 128),
-        (1, 32, 128, 256),
-        (1, 4, 512, 128),
-    ],
-    "float64": [
-        (4, 16, 128, 256),
-        (4, 4, 256, 128),
-        (2, 16, 128, 256),
-        (2, 4, 256, 128),
-        (1, 16, 128, 256),
-        (1, 4, 256, 128),
-    ],
-}
-_GEMV_TILES["tf32"] = _GEMV_TILES["float32"]
-# "persistent": (rows, columns, depth, stages, warps, parts), in the same order. In parts a tile
-# takes less of registers and shared memory, which is what lets the largest have an activation.
-_PERSISTENT = {
-    "sm_90": [(128, 256, 64, 4, 8, 4), (256, 128, 64, 4, 8, 2), (128, 128, 64, 4, 8, 2)],
-    "sm_100": [(128, 256, 64, 4, 8, 4), (256, 128, 64, 4, 8, 2), (128, 128, 64, 4, 8, 2)],
-    "interpreter": [(32, 32, 32, 1, 1, 4)],
-}
 
 
 def shaped(
@@ -239,8 +51,7 @@ def legal_configs(kernel: Kernel, traits: Traits, kind: Kind = "tiled") -> tuple
 
 def _shipped(kernel: Kernel, kind: Kind, arithmetic: str, family: str) -> list[Config]:
     if kind == "tiled":
-        of_pieces = arithmetic == "bf16x6"
-        tiles = TILES_OF_PIECES[family] if of_pieces else _TILES[family][arithmetic]
+        tiles = _SHIPPED["tiled"][family][arithmetic]
         float32 = arithmetic in ("float32", "tf32") and family != "interpreter"
         if kernel == "gated_forward" and float32:
             tiles = [*tiles, _SMALLEST_GATED]
@@ -253,15 +64,43 @@ def _shipped(kernel: Kernel, kind: Kind, arithmetic: str, family: str) -> list[C
         warp_size = TARGETS[family].warp_size
         return [
             Config(rows, outputs, depth, threads // warp_size, num_stages=1, kind=kind)
-            for rows, outputs, depth, threads in _GEMV_TILES[arithmetic]
+            for rows, outputs, depth, threads in _SHIPPED["gemv"][arithmetic]
         ]
     if kind == "split_k":
         splits = 3 if family == "interpreter" else 1
         return [
             Config(rows, outputs, depth, num_warps, num_stages, kind=kind, splits=splits)
-            for rows, outputs, depth, num_stages, num_warps in _SPLIT_K[family][arithmetic]
+            for rows, outputs, depth, num_stages, num_warps in _SHIPPED[kind][family][arithmetic]
         ]
     return [
         Config(rows, columns, depth, num_warps, num_stages, kind=kind, epilogue_parts=parts)
-        for rows, columns, depth, num_stages, num_warps, parts in _PERSISTENT.get(family, [])
+        for rows, columns, depth, num_stages, num_warps, parts in _SHIPPED[kind].get(family, [])
     ]
+
+
+@functools.cache
+def legal_pairs(traits: Traits) -> tuple[BackwardConfig, ...]:
+    """Every shipped pair of which both are legal, largest tiles first.
+
+    Their programs are never in the same place: neither leaves less room for the other. Of
+    `traits`, aligned says it of all operands, and second_product is of grad_input alone.
+    """
+    kind, family = traits.arithmetic, traits.target.family
+    tiles: list[Any]
+    if kind == "bf16x6":  # both products have the forward's tiles
+        tiles = [(tile[:3], tile[:3], *tile[3:]) for tile in _SHIPPED["tiled"][family][kind]]
+    else:
+        tiles = _SHIPPED["pairs"][family][kind]
+    pairs = [
+        BackwardConfig(
+            shaped("forward", *(*input, stages, warps)),
+            shaped("backward_weight", *(*weight, stages, warps)),
+        )
+        for input, weight, stages, warps in tiles
+    ]
+    return tuple(
+        pair
+        for pair in pairs
+        if why_illegal("forward", pair.input, traits) is None
+        and why_illegal("backward_weight", pair.weight, traits) is None
+    )
