@@ -114,6 +114,11 @@ def on_an_unknown_gpu(patch: Patch) -> None:
     compiled_launch._run_by_triton(locate_tile, planned, (W(1),))
 
 
+def within_batch_invariant(patch: Patch) -> None:
+    with fastlinear.batch_invariant():
+        fastlinear.tune(fastlinear.Linear(1, 1), W(1))
+
+
 def tuned_into(patch: Patch, folder: Path) -> None:
     call = tables.call(torch.float32, True, 24, 40, 4, wanted="")
     patch.setenv("FASTLINEAR_CACHE", str(folder))
@@ -452,6 +457,11 @@ CASES = {
         ValueError,
         "seconds must be above 0, but is 0",
         lambda patch: fastlinear.tune(fastlinear.Linear(1, 1), W(1), seconds=0),
+    ),
+    "tune, batch_invariant": Case(
+        RuntimeError,
+        r"tune\(\) measures what batch_invariant\(\) leaves no choice of: leave it",
+        within_batch_invariant,
     ),
     "tune, folder": Case(
         OSError,

@@ -376,6 +376,27 @@ def test_functions_are_noted_without_a_module(clocks: Clocks) -> None:
     assert [noted.names for noted in calls.values()] == [["(computed weight)"]]
 
 
+def test_layer_that_does_not_fit_in_memory_is_left_out(
+    clocks: Clocks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = converted(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))).eval()
+    monkeypatch.setattr(tune, "_free_memory", lambda device: 10_000)
+    with torch.no_grad():
+        tuned = fastlinear.tune(model, torch.randn(4, 16))
+    assert [call.pytorch_us for call in tuned.calls] == [2.0, None]
+    assert "left out, as it does not fit in memory: float32 16x16 4 rows" in capsys.readouterr().err
+    assert not tuned.finished
+
+
+def test_table_can_be_read_by_others(clocks: Clocks) -> None:
+    with torch.no_grad():
+        tuned = fastlinear.tune(converted(nn.Sequential(nn.Linear(8, 8))), torch.randn(4, 8))
+    mask = os.umask(0)
+    os.umask(mask)
+    assert tuned.table is not None
+    assert tuned.table.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
 # Ranks.
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import re
+import threading
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -286,16 +287,13 @@ def read(path: Path) -> Table:
 
 def write(path: Path, table: Table) -> None:
     """Puts `table` in the place of what `path` held, so that a kill leaves the one or the other."""
-    import tempfile  # it takes its time, and few processes write
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, unfinished = tempfile.mkstemp(".part", path.name, path.parent, text=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(as_text(table))
+        unfinished.write_text(as_text(table), encoding="utf-8")
         os.replace(unfinished, path)
     except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
 
 

@@ -1,6 +1,8 @@
 """`fastlinear.tune`: measures what a model calls, and has backend "auto" go by it from then on."""
 
 import functools
+import math
+import re
 import statistics
 import sys
 import time
@@ -141,7 +143,8 @@ def tune(model: nn.Module, *args: Any, seconds: float = 60, **kwargs: Any) -> Tu
         ValueError: seconds is not above 0.
         OSError: the table cannot be written; the message says where.
         RuntimeError: nobody knows where the home folder is, and FASTLINEAR_CACHE is not set; or
-            TRITON_INTERPRET is: the times of interpreted kernels say nothing.
+            TRITON_INTERPRET is: the times of interpreted kernels say nothing; or it is called
+            within `batch_invariant()`.
         KeyboardInterrupt: stopped by Ctrl-C; what was measured is kept.
         Exception: whatever the model raises.
     """
@@ -149,6 +152,8 @@ def tune(model: nn.Module, *args: Any, seconds: float = 60, **kwargs: Any) -> Tu
         raise TypeError(f"tune() takes an nn.Module, but model is {type(model).__name__}")
     if not seconds > 0:
         raise ValueError(f"seconds must be above 0, but is {seconds!r}")
+    if backend.invariant:
+        raise RuntimeError("tune() measures what batch_invariant() leaves no choice of: leave it")
     deadline = time.monotonic() + seconds
     ranks.begin()
     known.user_folder()  # or it raises
@@ -313,11 +318,9 @@ def _rows_of(
     too_large = f"left out, as it does not fit in memory: {table.in_words(call)}"
     before, dtype = torch.get_float32_matmul_precision(), getattr(torch, call.dtype)
     as_set = backend.table_precision(dtype, device) == call.precision
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what the last call left counts as free
-        if bytes_of(call, rows) > torch.cuda.mem_get_info(device)[0]:
-            print(too_large, file=sys.stderr)
-            return
+    if bytes_of(call, rows) > _free_memory(device):
+        print(too_large, file=sys.stderr)
+        return
     try:
         if not as_set:
             torch.set_float32_matmul_precision("high" if call.precision == "tf32" else "highest")
@@ -329,6 +332,18 @@ def _rows_of(
     finally:
         if not as_set:
             torch.set_float32_matmul_precision(before)
+
+
+def _free_memory(device: torch.device) -> float:
+    """Bytes, where the device or the system says how many."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the last call left counts as free
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        said = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        said = None
+    return math.inf if said is None else 1024 * int(said[1])
 
 
 def _with_progress(wanted: Iterable[Key]) -> Iterator[Key]:
