@@ -73,6 +73,8 @@ def calls_of(arguments: argparse.Namespace, device: torch.device) -> dict[Call, 
         raise ValueError(f"--minutes takes a number above 0, but got {arguments.minutes}")
     if on_cpu(device) and "tf32" in arguments.dtypes:
         raise ValueError("--dtypes takes tf32 on a GPU only, and there is none")
+    if {"float32", "tf32"} <= set(arguments.dtypes):
+        raise ValueError("--dtypes takes float32 or tf32, in a call each, but got both")
     calls: dict[Call, Noted] = {}
     for m in arguments.rows:
         for dtype in arguments.dtypes:
@@ -91,14 +93,20 @@ def tune(arguments: argparse.Namespace, measure: Measure | None = None) -> int:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
+    before = torch.get_float32_matmul_precision()
     try:
         calls, deadline = calls_of(arguments, device), time.monotonic() + 60 * arguments.minutes
+        if "tf32" in arguments.dtypes:
+            torch.set_float32_matmul_precision("high")
         print(tune_calls(calls, deadline, measure))
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError, RuntimeError) as error:
         print(f"python -m fastlinear tune: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    finally:
+        if torch.get_float32_matmul_precision() != before:
+            torch.set_float32_matmul_precision(before)
     return 0
 
 

@@ -1073,6 +1073,13 @@ MUTANTS = [
         ONEDNN,
     ),
     Mutant(
+        "what tables of another moment say is noted",
+        "fastlinear/choice/known.py",
+        "    noted[read_by] = least\n",
+        "    _least[read_by] = least\n",
+        TABLES,
+    ),
+    Mutant(
         "a batch that a table has another way for is told to be too small",
         "fastlinear/choice/known.py",
         "elements = (key.m // 2 + 1) * key.k",

@@ -78,9 +78,9 @@ def parsed(said: str, **changes: Any) -> Case:
     return Case(ValueError, said, lambda patch: tables.parse(json.dumps(found)))
 
 
-def tuned_with(said: str, *given: str) -> Case:
+def tuned_with(said: str, *given: str, on_cpu: bool = True) -> Case:
     def call(patch: Patch) -> None:
-        patch.setattr(command, "on_cpu", lambda device: True)
+        patch.setattr(command, "on_cpu", lambda device: on_cpu)
         command.calls_of(command.arguments_of(["tune", *given]), CPU)
 
     return Case(ValueError, said, call)
@@ -444,6 +444,11 @@ CASES = {
     "tune --rows": tuned_with("--rows takes numbers from 1 to 16777216, but got 0", "--rows", "0"),
     "tune --minutes": tuned_with(
         "--minutes takes a number above 0, but got -1.0", "--minutes", "-1"
+    ),
+    "tune, both dtypes": tuned_with(
+        "--dtypes takes float32 or tf32, in a call each, but got both",
+        *("--dtypes", "float32", "tf32"),
+        on_cpu=False,
     ),
     "tune --dtypes": tuned_with(
         "--dtypes takes tf32 on a GPU only, and there is none", "--dtypes", "tf32"

@@ -470,6 +470,17 @@ def test_step_goes_by_the_row_of_its_gradients(plain_cpu: Callable[..., None]) -
         assert way_of(wanted) == path, wanted
 
 
+def test_explain_knows_when_it_is_switched_off() -> None:
+    layer, input = fastlinear.Linear(K, N), torch.randn(4, K)
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        kernels = [product.kernel for product in fastlinear.explain(layer, input).products]
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+    assert "onednn" not in kernels
+
+
 @pytest.mark.parametrize("product", ["grad_input", "grad_weight"])
 def test_gradient_goes_by_its_own_row(
     product: str, plain_cpu: Callable[..., None], gradients: list[str]

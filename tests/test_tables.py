@@ -247,6 +247,28 @@ def test_row_that_cannot_be_launched_here_is_ignored(use: Callable[..., None]) -
     assert {key.m for key in known.found(torch.device("cpu"))} == {8}
 
 
+def test_tables_that_change_while_they_are_looked_into_count(
+    use: Callable[..., None], launched: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another thread tunes."""
+    use(row("output", 64, TILE))
+    layer, input = layer_and_input(4)
+    find = known.found
+
+    def found(device: torch.device) -> Any:
+        rows = find(device)
+        monkeypatch.setattr(known, "found", find)
+        use(row("output", 4, TILE))
+        return rows
+
+    monkeypatch.setattr(known, "found", found)
+    with torch.no_grad():
+        layer(input)
+        launched.clear()
+        layer(input)
+    assert len(launched) == 1
+
+
 @pytest.mark.parametrize("num_warps", [3, 64, 1024])
 def test_row_with_a_number_of_warps_that_no_program_has_is_ignored(
     num_warps: int, use: Callable[..., None]

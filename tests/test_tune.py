@@ -455,6 +455,7 @@ def test_two_processes_share_a_table(tmp_path: Path) -> None:
         (["--rows", "0"], "--rows takes numbers from 1"),
         (["--minutes", "-1"], "--minutes takes a number above 0, but got -1.0"),
         (["--minutes", "nan"], "--minutes takes a number above 0"),
+        (["--dtypes", "float32", "tf32"], "--dtypes takes float32 or tf32, in a call each"),
     ],
 )
 def test_bad_arguments_are_named(

@@ -377,15 +377,44 @@ def test_functions_are_noted_without_a_module(clocks: Clocks) -> None:
 
 
 def test_layer_that_does_not_fit_in_memory_is_left_out(
-    clocks: Clocks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    clocks: Clocks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = converted(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))).eval()
     monkeypatch.setattr(tune, "_free_memory", lambda device: 10_000)
     with torch.no_grad():
         tuned = fastlinear.tune(model, torch.randn(4, 16))
     assert [call.pytorch_us for call in tuned.calls] == [2.0, None]
-    assert "left out, as it does not fit in memory: float32 16x16 4 rows" in capsys.readouterr().err
-    assert not tuned.finished
+    assert tuned.calls[1].way == "not measured: it does not fit in memory"
+    assert tuned.finished, "nothing more is to be had by the same call"
+
+
+def test_precision_may_be_set_by_either_of_pytorch_s_ways(clocks: Clocks) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = fastlinear.Linear(8, 8)
+
+        def forward(self, input: Tensor) -> Tensor:
+            before = torch.backends.cuda.matmul.fp32_precision
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+            try:
+                return self.layer(input)
+            finally:
+                torch.backends.cuda.matmul.fp32_precision = before
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    with torch.no_grad():
+        (call,) = fastlinear.tune(Own().eval(), torch.randn(4, 8)).calls
+        assert call.way.startswith("not measured: the model sets another precision")
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        try:
+            tuned = fastlinear.tune(
+                nn.Sequential(fastlinear.Linear(8, 8)).eval(), torch.randn(4, 8)
+            )
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+    assert tuned.table is not None
+    assert {row.precision for row in table.read(tuned.table).rows} == {"tf32"}
 
 
 def test_table_can_be_read_by_others(clocks: Clocks) -> None:

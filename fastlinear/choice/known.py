@@ -98,7 +98,7 @@ def reload(rows: dict[torch.device, tuple[Row, ...]] | None = None) -> None:
 
 def _changed() -> None:
     global _pytorchs, _least
-    _pytorchs, _least = {}, (None, {})  # another thread may be about to write to the old ones
+    _pytorchs, _least = {}, {}  # another thread may be about to write to the old ones
     for watcher in watchers:
         watcher()
 
@@ -287,10 +287,11 @@ def _usable(parsed: Table, device: torch.device) -> list[Row]:
 
 
 # Whether no table has a row for a call, by what most calls can be told by. And, for what is told
-# sooner, by how many threads and in which group tables were read, and with how many elements of an
-# input a weight of so many begins to have another way than PyTorch's by them.
+# sooner, with how many elements of an input a weight of so many begins to have another way than
+# PyTorch's, by the tables for so many threads in this group. Whoever adds to them holds on to those
+# that there were before it read a table: other tables may have come to hold since.
 _pytorchs: dict[Any, bool] = {}
-_least: tuple[Any, dict[int, int]] = (None, {})
+_least: dict[Any, dict[int, int]] = {}
 
 
 # Every call takes the time that looking these up takes.
@@ -298,7 +299,7 @@ _recording, _threads = torch.is_grad_enabled, torch.get_num_threads
 
 
 def _note_least(read_by: Any) -> None:
-    global _least
+    noted = _least
     if torch.cuda.is_available() and not torch.cuda.is_initialized():
         return  # to ask for a GPU's name would start it
     least: dict[int, int] = {}
@@ -309,7 +310,7 @@ def _note_least(read_by: Any) -> None:
                 elements = (key.m // 2 + 1) * key.k
                 weights = key.n * key.k
                 least[weights] = min(elements, least.get(weights, elements))
-    _least = read_by, least
+    noted[read_by] = least
 
 
 def is_pytorchs(input: Tensor, weight: Tensor, activation: str | None) -> bool:
@@ -320,9 +321,10 @@ def is_pytorchs(input: Tensor, weight: Tensor, activation: str | None) -> bool:
     try:
         elements, weights = input.numel(), weight.numel()  # half as long as their shapes
         read_by = _threads(), internals.default_group()
-        noted, least = _least
+        least = _least.get(read_by)
         # No symbols, which would be guarded.
-        if read_by == noted and type(elements) is int and elements < least.get(weights, math.inf):
+        told = least is not None and type(elements) is int
+        if told and elements < least.get(weights, math.inf):  # type: ignore[union-attr]
             return True
         key = (
             elements,
@@ -340,9 +342,9 @@ def is_pytorchs(input: Tensor, weight: Tensor, activation: str | None) -> bool:
         if internals.tracing() is not None:  # sizes are tensors there
             return True
         follow_group()
-        if noted != read_by:
-            _note_least(read_by)
         answers = _pytorchs
+        if least is None:
+            _note_least(read_by)
         answer = not _a_row(input, weight, activation)
         if len(answers) >= LARGEST_CACHE:
             answers.clear()

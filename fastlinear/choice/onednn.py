@@ -67,7 +67,8 @@ def grad_input(grad_output: Tensor, weight: Tensor) -> Tensor:
     """`grad_output @ weight`, summed in float32; called below autograd.
 
     Args:
-        grad_output, weight: strided CPU tensors of float32, (*, N) and (N, K), with no size of 0.
+        grad_output, weight: strided CPU tensors of float32, (*, N) and (N, K), with N and K above
+            0.
     """
     sizes = (*grad_output.shape[:-1], weight.shape[1])
     rows = grad_output.reshape(-1, weight.shape[0])
@@ -80,7 +81,7 @@ def grad_weight(grad_output: Tensor, input: Tensor, bias: bool) -> tuple[Tensor,
     """`grad_output.mT @ input`, and the sum of grad_output over its rows, if bias; as `grad_input`.
 
     Args:
-        grad_output, input: strided CPU tensors of float32, (*, N) and (*, K), with no size of 0.
+        grad_output, input: strided CPU tensors of float32, (*, N) and (*, K), with N and K above 0.
     """
     outputs, inputs = (one.reshape(-1, one.shape[-1]).to_mkldnn() for one in (grad_output, input))
     no_weight = grad_output.new_empty(0)  # whose dtype is all that is looked at

@@ -327,4 +327,5 @@ def rows_of(
         for product, found in rows.items()
         if found is not None
         and (backend.current == "auto" or not isinstance(found.row.candidate, str))
+        and _is_there(found.row.candidate, product, input.device, dtype, *asked[product])
     }

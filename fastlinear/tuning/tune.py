@@ -1,5 +1,6 @@
 """`fastlinear.tune`: measures what a model calls, and has backend "auto" go by it from then on."""
 
+import contextlib
 import functools
 import math
 import re
@@ -179,19 +180,18 @@ def tune_calls(calls: dict[Call, Noted], deadline: float, measure: Measure | Non
     """
     names: dict[torch.device, str] = {}
     tables: list[Path] = []
+    rows = {call: statistics.mode(noted.rows) for call, noted in calls.items()}
+    why_not = {call: _why_not(call, rows[call]) for call in calls}
     for device in dict.fromkeys(call.device for call in calls):
         name = names[device] = known.device_name(device) or str(device)
-        wanted = {
-            call.key: statistics.mode(calls[call].rows)
-            for call in calls
-            if call.device == device and _why_not(call) is None
-        }
+        measured = [call for call in calls if call.device == device and why_not[call] is None]
+        wanted = {call.key: rows[call] for call in measured}
         if wanted:
             tables.append(table_of(device))
             work = functools.partial(measure_all, wanted, device, deadline, measure)
             ranks.measured(name, deadline, work, functools.partial(known.readable, name))
     backend.use_tables()
-    found = [_found(call, calls[call]) for call in calls]
+    found = [_found(call, calls[call], rows[call], why_not[call]) for call in calls]
     found.sort(key=lambda call: -(call.pytorch_us or 0) * call.calls)
     timed = [call for call in found if call.pytorch_us and call.us]
     return Tuned(
@@ -210,25 +210,28 @@ def _operations(key: Key) -> int:
     return products * key.m * key.n * key.k
 
 
-def _why_not(call: Call) -> str | None:
+def _why_not(call: Call, rows: int) -> str | None:
     """Why calls are not measured, in words; None where they are."""
+    device, key = call.device, call.key
     if call.op != "linear":
         return f"not measured: {call.op} goes PyTorch's way"
     if not call.plain:
         return "not measured: operands are no contiguous tensors at whole addresses"
-    if known.device_name(call.device) is None:
-        return f"not measured: nothing else is known on {call.device.type}"
+    if known.device_name(device) is None:
+        return f"not measured: nothing else is known on {device.type}"
+    if key.precision != backend.table_precision(getattr(torch, key.dtype), device):
+        return "not measured: the model sets another precision of products than is set here"
+    if bytes_of(key, rows) > _free_memory(device):
+        return "not measured: it does not fit in memory"
     return None
 
 
-def _found(call: Call, noted: Noted) -> TunedCall:
-    row, way, key = None, _why_not(call), call.key
-    if way is None:
+def _found(call: Call, noted: Noted, rows: int, why_not: str | None) -> TunedCall:
+    row, way, key = None, why_not or _NOT_YET, call.key
+    if call.op == "linear" and call.plain:
         found = known.find(call.device, key)
-        row = None if found is None else found.row
-        way = _NOT_YET
-        if row is not None:
-            way = _name_of(row.candidate)
+        if found is not None:
+            row, way = found.row, _name_of(found.row.candidate)
         if way == BY_ROWS:
             parts = (known.find(call.device, part) for part in keys_of(key, call.device))
             names = [_name_of(one.row.candidate) for one in parts if one is not None]
@@ -238,7 +241,7 @@ def _found(call: Call, noted: Noted) -> TunedCall:
         op=call.op,
         in_features=key.k,
         out_features=key.n,
-        rows=statistics.mode(noted.rows),
+        rows=rows,
         dtype=key.dtype,
         activation=key.activation,
         calls=len(noted.rows),
@@ -315,35 +318,27 @@ def _rows_of(
     call: Key, rows: int, device: torch.device, measure: Measure, known: dict[Key, Row]
 ) -> Iterator[Row]:
     """The rows of a call that are not known; none where it does not fit in memory."""
-    too_large = f"left out, as it does not fit in memory: {table.in_words(call)}"
-    before, dtype = torch.get_float32_matmul_precision(), getattr(torch, call.dtype)
-    as_set = backend.table_precision(dtype, device) == call.precision
-    if bytes_of(call, rows) > _free_memory(device):
-        print(too_large, file=sys.stderr)
-        return
     try:
-        if not as_set:
-            torch.set_float32_matmul_precision("high" if call.precision == "tf32" else "highest")
         # Neither autocast nor the caller's random numbers have a say in what is measured.
         with torch.autocast(device.type, enabled=False), internals.own_random_state(device):
             yield from measure_call(call, rows, device, measure, known)
     except torch.OutOfMemoryError:
-        print(too_large, file=sys.stderr)
-    finally:
-        if not as_set:
-            torch.set_float32_matmul_precision(before)
+        said = f"left out, as it does not fit in memory: {table.in_words(call)}"
+        print(said, file=sys.stderr)
 
 
 def _free_memory(device: torch.device) -> float:
     """Bytes, where the device or the system says how many."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what the last call left counts as free
+        torch.cuda.empty_cache()  # what was freed counts as free
         return torch.cuda.mem_get_info(device)[0]
-    try:
+    free = math.inf
+    with contextlib.suppress(OSError):
         said = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        said = None
-    return math.inf if said is None else 1024 * int(said[1])
+        free = math.inf if said is None else 1024 * int(said[1])
+    with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return free
 
 
 def _with_progress(wanted: Iterable[Key]) -> Iterator[Key]:
