@@ -1,8 +1,8 @@
 """oneDNN's linear with the activation fused, and the gradients of a linear, for CPUs.
 
-The linear is the op that Inductor takes, the gradients are those of oneDNN's own tensors. For 16 to
-1024 rows each takes down to a third of the time of PyTorch's; for small layers up to eight times as
-long. So it is taken where it was measured to be faster, and only there.
+The linear is the op that Inductor takes; the gradient of the input is that of oneDNN's own tensors.
+For 16 to 1024 rows each takes down to a third of the time of PyTorch's; for small layers up to
+eight times as long. So it is taken where it was measured to be faster, and only there.
 """
 
 import torch
@@ -80,11 +80,16 @@ def grad_input(grad_output: Tensor, weight: Tensor) -> Tensor:
 def grad_weight(grad_output: Tensor, input: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
     """`grad_output.mT @ input`, and the sum of grad_output over its rows, if bias; as `grad_input`.
 
+    It is the linear of both, transposed: oneDNN's own gradient of a weight is copied into the
+    result, and memory for two weights at once goes back to the system and is cleared anew at each
+    call: 5.6 ms instead of 0.9 for 3072 x 768 of 64 rows.
+
     Args:
         grad_output, input: strided CPU tensors of float32, (*, N) and (*, K), with N and K above 0.
     """
-    outputs, inputs = (one.reshape(-1, one.shape[-1]).to_mkldnn() for one in (grad_output, input))
-    no_weight = grad_output.new_empty(0)  # whose dtype is all that is looked at
-    compute = torch.ops.aten.mkldnn_linear_backward_weights
-    of_weight, of_bias = compute(outputs, inputs, no_weight, bias)
-    return of_weight, of_bias if bias else None
+    outputs, inputs = (one.reshape(-1, one.shape[-1]) for one in (grad_output, input))
+    of_bias = outputs.sum(0) if bias else None
+    if not len(outputs):  # which oneDNN has no sum of
+        return outputs.mT @ inputs, of_bias
+    columns = outputs.mT.contiguous(), inputs.mT.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(*columns, None, *_FUSED[None]), of_bias
