@@ -2,6 +2,7 @@
 
 They know tensors, nothing of autograd, modules or ops.
 
-Importing this package imports neither torch nor Triton: `forward` and `backward` do, when a kernel
-is needed.
+`forward` and `backward` are what is called; they stand on `launching`, that on `configs`, and all
+on `language`. Importing this package does not import Triton: those do, when a kernel is needed.
+Start with `forward/linear.py`.
 """

@@ -1,4 +1,4 @@
-"""Which path computes the layer: settings of the process, and what kernels need of the machine."""
+"""The settings of the process, and what kernels need of the machine."""
 
 from __future__ import annotations
 

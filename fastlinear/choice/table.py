@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 
-from fastlinear.choice import epilogue, onednn
+from fastlinear.choice import cublaslt, onednn
 from fastlinear.kernels.configs.config import BackwardConfig, Config, Kernel, Kind, Target, Traits
 from fastlinear.kernels.configs.legality import why_illegal
 from fastlinear.kernels.launching.operands import ACTIVATIONS
@@ -33,7 +33,7 @@ KERNEL_OF: dict[str, Kernel] = {
 # What else than a kernel's configuration a row may have: PyTorch's F.linear and matmul; what
 # PyTorch has besides them; and, for the last two products, each product as its own row says.
 PYTORCH = "pytorch"
-LIBRARIES = {library.NAME: library for library in (onednn, epilogue)}
+LIBRARIES = {library.NAME: library for library in (onednn, cublaslt)}
 BY_ROWS = "rows"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 PRECISION = re.compile("[a-z0-9 ]{1,16}")

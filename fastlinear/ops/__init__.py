@@ -5,6 +5,7 @@ what is each one's own, `sharding.py` what DTensors they take, `batching.py` how
 become one call's. `implementations.py` is what they run: the kernels or PyTorch, by `choice`;
 `elementwise.py` has the activations in terms of PyTorch, `torchscript.py` what TorchScript compiles
 instead; `arguments.py` says in words what the kernels do not take. Start with `op.register`. An
-activation more is one in `elementwise.py`, `torchscript.py`, `kernels/launching/operands.py` and
-`kernels/language/epilogue.py`.
+activation more is one in `elementwise.py` and `torchscript.py`, in `kernels/launching/operands.py`
+and `kernels/language/epilogue.py`, and, where they know it, in `choice/onednn.py`,
+`choice/cublaslt.py`, `conversion/fold.py` and `conversion/gated_mlp.py`.
 """

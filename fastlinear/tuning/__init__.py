@@ -1,6 +1,6 @@
 """`fastlinear.tune`: what a model calls, measured on the device at hand, into a table.
 
-`tune.py` runs the model once and says what came of it; `record.py` notes the calls of our layers;
-`measure.py` makes a table's rows of them, by the clocks of `stopwatch.py`; `store.py` keeps the
-file. Start with `tune.tune`.
+`record.py` runs the model once and notes the calls of our layers; `tune.py` goes through them and
+says what came of it; `measure.py` makes a table's rows of one, by the clocks of `stopwatch.py`;
+`store.py` keeps the file. Start with `tune.tune`.
 """

@@ -1,7 +1,8 @@
-"""The gradients of a layer, of its activation, and of a gated pair: kernels with their launchers.
+"""The gradients of a layer, of its activation, and of a gated pair.
 
-`linear.py` launches grad_input, grad_weight and grad_bias together or apart; `grad_weight.py` is
-the launch of the second and third alone, by `grad_weight_tile.py`, which `grouped.py` has beside
-tiles of the first. `activation.py` and `gated.py` are the passes through an activation and a gate.
-grad_input is a forward of other operands. Start with `linear.linear_backward`.
+`linear.py` launches grad_input, grad_weight and grad_bias, together by the kernel of `grouped.py`
+or apart; grad_input alone is a forward of other operands, grad_weight alone (with grad_bias) the
+kernel and launcher of `grad_weight.py`. A tile of grad_weight is computed in `grad_weight_tile.py`,
+and `grad_weight_problem.py` shares its rows out. `activation.py` and `gated.py` are the passes
+through an activation and a gate. Start with `linear.linear_backward`.
 """

@@ -1,7 +1,12 @@
 """Configurations of the kernels: what there are, which are legal, and which is chosen.
 
-`config.py` says what a configuration is, `tiles.py` reads those that are shipped (`tiles.json`),
-`legality.py` says which a device can launch, by what was compiled (`../resources.json`); `model.py`
-and `pair_model.py` say what time each should take, and `choose.py` and `choose_pair.py` take the
-least. A new GPU needs a Target in `config.py` and tiles in `tiles.json`.
+`config.py` has the types, `tiles.json` the numbers, which `tiles.py` reads: grad_weight takes the
+forward's, turned. `legality.py` says which a device can launch; `model.py` and `pair_model.py` say
+what time each should take, by what was compiled (`../resources.json`), and `choose.py` and
+`choose_pair.py` take the least. Start with `choose.choose`.
+
+A new family of GPUs is a Target in `config.py` (TARGETS, `resolved_precision`), what
+`launching/launch.py` (`target_of`) makes of a device, lists in `tiles.json`, rates in `model.py`,
+limits in `legality.py`, and in benchmarks `without_gpu.py`, `occupancy.py` and `compiled.py`, with
+which `make resources ARGS=--json` writes what was compiled.
 """

@@ -1,6 +1,6 @@
-"""The forward of a layer, and of a gated pair: kernels, each with its launcher.
+"""The forward of a layer, and of a gated pair.
 
-`linear.py` is the launcher of them all: it plans a launch for operands of one description, of the
-kind of kernel that `configs` chooses: `tiled.py`, `gemv.py`, `split_k.py` or `persistent.py`, which
-`problem.py` tells of the product. `gated.py` computes a pair. Start with `linear.plan_forward`.
+`linear.py` plans and launches a layer's, by the kind of kernel that `configs` chooses: `tiled.py`,
+`gemv.py`, `split_k.py` and `persistent.py` each have a kernel and its `plan`, for the product that
+`problem.py` describes. `gated.py` computes and launches a pair. Start with `linear.plan_forward`.
 """

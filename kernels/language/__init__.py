@@ -2,5 +2,5 @@
 
 `indexing.py` is arithmetic of tiles and offsets, `precision.py` how products are formed,
 `reduction.py` how programs share a sum, `epilogue.py` activations and their gradients. Nothing here
-knows of launches.
+knows of launches. Start with `epilogue.activate`.
 """
