@@ -274,11 +274,11 @@ def faults(case: Case, found: Row) -> list[str]:
     config = case.products()[0][0]
     if config.kind == "gemv":
         return wrong + streaming_faults(case, config, found) + product_faults(case, found, [])
-    wanted_apart = launch.sum_steps_apart(getattr(torch, case.dtype), case.precision)
+    options = launch.options_of(getattr(torch, case.dtype), case.precision, wide=False)
     # The products of pieces of a step make one sum, and it is the last one's that joins the total.
     products = 6 if case.precision == "bf16x6" else 1
     apart = found["sums_apart"][products - 1 :: products]
-    if not apart or any(one != wanted_apart for one in apart):
+    if not apart or any(one != options.sum_steps_apart for one in apart):
         wrong.append(f"sums steps apart: {found['sums_apart']}")
     tiles = [config.tile(kernel) for config, kernel in case.products()]
     if case.product == "backward_of_two":

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from benchmarks.without_gpu import Case
-from fastlinear.kernels.backward.activation import ACTIVATION_BLOCK
+from fastlinear.kernels.backward.elementwise import BLOCK, WIDEST
 from fastlinear.kernels.configs.config import TARGETS
 
 SIDE = 4096  # waves are for this many rows, outputs and inputs
@@ -88,7 +88,7 @@ def programs(case: Case) -> int:
     For as few rows as "gemv" is for.
     """
     if case.config is None:
-        return math.ceil(SIDE / ACTIVATION_BLOCK) * math.ceil(SIDE * ACTIVATION_BLOCK / 1024)
+        return math.ceil(SIDE / WIDEST) * math.ceil(SIDE * WIDEST / BLOCK)
     total = 0
     for config, kernel in case.products():
         rows, columns, _ = config.tile(kernel)

@@ -28,7 +28,7 @@ from oracle import (
     sum_scale,
 )
 
-from fastlinear.kernels.backward import activation
+from fastlinear.kernels.backward import elementwise
 from fastlinear.kernels.backward import gated as gated_backward
 from fastlinear.kernels.backward import grad_weight as backward_weight
 from fastlinear.kernels.backward import linear as backward
@@ -234,7 +234,7 @@ def activated(
     saved = (output if name in FROM_OUTPUT else preactivation).contiguous()
     yield Product(
         f"activation_backward, {name}",
-        lambda config: (activation.activation_backward(g, saved, name),),
+        lambda config: (elementwise.activation_backward(g, saved, name),),
         lambda: (GRADIENTS[name](g, saved),),
         lambda: (GRADIENTS[name](g.double(), saved.double()),),
         scales=lambda exact: [

@@ -12,21 +12,33 @@ from typing import Any
 
 FAULTS = ("hangs", "wrong", "cannot launch")
 LEAVE_OUT, PLANT = "FASTLINEAR_LEAVE_OUT", "FASTLINEAR_PLANT"
-_MARKS = {"SPLIT": "split", "ACCUMULATE": "accumulating", "SECOND_PRODUCT": "of two products"}
+# By a pointer that is given.
+_MARKS = {
+    "partial_ptr": "split",
+    "partial_weight_ptr": "split",
+    "second_weight_ptr": "of two products",
+}
 
 
 class LeftOut(RuntimeError):
     """What was called launches a kernel that is known to be at fault."""
 
 
-def name_of(kernel: Any, constants: dict[str, Any]) -> str:
-    """The kernel's name, with what of its constants makes it another one to be proven."""
-    name = kernel.fn.__name__
-    marks = [mark for constant, mark in _MARKS.items() if constants.get(constant)]
-    if constants.get("ACTIVATION") and not name.startswith(("gate", "activation")):
+def name_of(kernel: Any, constants: dict[str, Any], pointers: Any) -> str:
+    """The kernel's name, with what of its arguments makes it another one to be proven."""
+    name, options = kernel.fn.__name__, constants["OPTIONS"]
+    given = {
+        argument
+        for argument, one in zip(kernel.arg_names, pointers, strict=False)
+        if one is not None
+    }
+    marks = [mark for pointer, mark in _MARKS.items() if pointer in given]
+    marks += ["accumulating"] * bool(constants.get("ACCUMULATE"))
+    if name == "elementwise_backward_kernel":
+        marks += ["of a gate"] * ("up_ptr" in given)
+    elif options.activation and not name.startswith("gate"):
         marks.append("activated")
-    if constants.get("INPUT_PRECISION") not in (None, "ieee", "tf32"):
-        marks.append("of pieces")
+    marks += ["of pieces"] * (options.precision == "bf16x6")
     return ", ".join([name, *marks])
 
 
@@ -56,7 +68,7 @@ def watch(report: Callable[[str], None] | None = None) -> None:
     run = launch.run
 
     def watched(kernel: Any, launched: launch.Launch, pointers: Any) -> None:
-        name = name_of(kernel, launched.constants)
+        name = name_of(kernel, launched.constants, pointers)
         if name in left_out:
             raise LeftOut(f"{name} is left out")
         if report:

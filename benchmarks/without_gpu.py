@@ -8,6 +8,7 @@ specialises its kernels, as they do in a call. It needs Triton without its inter
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,13 +20,13 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from fastlinear.kernels.backward import activation
-from fastlinear.kernels.backward import gated as gated_backward
+from fastlinear.kernels.backward import elementwise
 from fastlinear.kernels.backward import grad_weight as backward_weight
 from fastlinear.kernels.backward import linear as backward
 from fastlinear.kernels.configs.config import TARGETS, BackwardConfig, Config, Kernel, Kind
 from fastlinear.kernels.forward import gated
 from fastlinear.kernels.forward import linear as forward
+from fastlinear.kernels.language.arguments import Tile
 from fastlinear.kernels.launching import launch
 
 GPU_TARGETS = {
@@ -36,7 +37,7 @@ GPU_TARGETS = {
 }
 PLANNERS: list[Any] = [
     planner
-    for module in (activation, backward, backward_weight, forward, gated, gated_backward)
+    for module in (backward, backward_weight, elementwise, forward, gated)
     for name, planner in vars(module).items()
     if name.startswith("plan_") and hasattr(planner, "cache_clear")
 ]
@@ -66,7 +67,7 @@ class Made(NamedTuple):
         ]
         scalars = [
             one if one in (None, 1) else (type(one), one % 16 == 0, one < 2**31)
-            for one in self.launch.scalars
+            for one in (*itertools.chain(*self.launch.strides), *self.launch.scalars)
         ]
         constants = sorted(self.launch.constants.items(), key=lambda item: item[0])
         return self.kernel.__name__, *pointers, *scalars, str(constants)
@@ -74,8 +75,7 @@ class Made(NamedTuple):
     def compile(self) -> Any:
         """Triton's CompiledKernel, for the target that is current."""
         return self.kernel.run(
-            *self.pointers,
-            *self.launch.scalars,
+            *self.launch.arguments(self.pointers),
             grid=self.launch.grid,
             warmup=True,
             enable_fp_fusion=True,  # as launches are made
@@ -257,13 +257,13 @@ def call(case: Case) -> Any:
         return backward.linear_backward(grad_products, of.rows(of.k), of.weight, bias, **given)
     saved = of.tensor(of.m, of.n)
     if product == "grad_preactivation":
-        return activation.activation_backward(of.rows(of.n), saved, act)
+        return elementwise.activation_backward(of.rows(of.n), saved, act)
     if product == "gated_output":
         given |= {"activation": act, "save_products": case.saves}
         biases = of.bias, of.bias
         return gated.gated_linear_forward(of.rows(of.k), of.weight, of.weight, *biases, **given)
     assert product == "grad_products", product
-    return gated_backward.gate_backward(of.rows(of.n), saved, saved, act)
+    return elementwise.gate_backward(of.rows(of.n), saved, saved, act)
 
 
 KIND_OF_KERNEL: dict[str, Kind] = {
@@ -278,27 +278,27 @@ def as_launched(case: Case, made: Made) -> Case:
     constants = made.launch.constants
     kind = KIND_OF_KERNEL.get(made.kernel.__name__, "tiled")
 
-    def config(prefix: str = "") -> Config:
-        blocks = (constants[f"{prefix}BLOCK_{one}"] for one in "MNK")
+    def config(tile: Tile) -> Config:
         return Config(
-            *blocks,
+            *tile[:3],
             num_warps=constants["num_warps"],
             num_stages=constants["num_stages"],
             kind=kind,
-            splits=2 if kind == "split_k" and constants["SPLIT"] else 1,
+            splits=2 if kind == "split_k" and None not in made.launch.scalars else 1,
             epilogue_parts=constants.get("EPILOGUE_PARTS", 1),
         )
 
     described = (launch.Operand(*launch.describe(one, one)[0]) for one in Operands(case).read)
     case = dataclasses.replace(
         case,
-        precision=constants.get("INPUT_PRECISION", "ieee"),
+        precision=constants["OPTIONS"].precision,
         aligned=launch.aligned(*described),
     )
-    if "INPUT_BLOCK_M" in constants:
-        pair = BackwardConfig(config("INPUT_"), config("WEIGHT_"))
+    if "WEIGHT_TILE" in constants:
+        pair = BackwardConfig(config(constants["INPUT_TILE"]), config(constants["WEIGHT_TILE"]))
         return dataclasses.replace(case, config=pair)
-    return dataclasses.replace(case, config=config() if "BLOCK_K" in constants else None)
+    tile = constants.get("TILE")
+    return dataclasses.replace(case, config=tile and config(tile))
 
 
 @functools.cache

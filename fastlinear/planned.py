@@ -107,7 +107,7 @@ def _by_kernels(
             )
         )
     if candidates["grad_preactivation"] is None:
-        plans["grad_preactivation"] = Plan("activation_backward_kernel", None, precision="ieee")
+        plans["grad_preactivation"] = Plan("elementwise_backward_kernel", None, precision="ieee")
     bias_wanted = bias is not None and bias.requires_grad
     splits = 1 if backend.invariant else None
     # One launch for both gradients, where a table says so or none has a say.
@@ -120,9 +120,9 @@ def _by_kernels(
             given, None, bias_wanted, False, precision, pair, splits
         )
     if both is not None and both.config is not None:
-        formed = _formed(both.launch)
+        formed = _formed(both.launch.launch)
         plans["grad_input"] = Plan(BOTH, both.config.input, 1, formed)
-        plans["grad_weight"] = Plan(BOTH, both.config.weight, both.shares.splits, formed)
+        plans["grad_weight"] = Plan(BOTH, both.config.weight, both.splits, formed)
         return plans
     if not isinstance(config := candidates["grad_input"], str):
         given = (grad_output, transposed, None)
@@ -135,7 +135,7 @@ def _by_kernels(
             given, bias_wanted, False, precision, config, splits
         )
         plans["grad_weight"] = Plan(
-            "linear_backward_weight_kernel", plan.config, plan.shares.splits, _formed(plan.launch)
+            "linear_backward_weight_kernel", plan.config, plan.splits, _formed(plan.launch.launch)
         )
     return plans
 

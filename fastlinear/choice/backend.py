@@ -195,7 +195,7 @@ def launchers() -> Launchers:
         RuntimeError: Triton is not installed.
     """
     try:
-        from fastlinear.kernels.backward import activation
+        from fastlinear.kernels.backward import elementwise as activation
         from fastlinear.kernels.backward import gated as gated_backward
         from fastlinear.kernels.backward import grad_weight as backward_weight
         from fastlinear.kernels.backward import linear as backward

@@ -11,14 +11,15 @@ from ..configs.choose import choose
 from ..configs.config import Config, Traits
 from ..launching import launch
 from ..launching.operands import check_backward_shapes, check_main_grad, check_same_kind
-from .grad_weight_problem import WeightShares, share_weight, weight_problem
+from ..launching.shared_sums import KernelLaunch
+from .grad_weight_problem import share_weight, weight_problem
 from .grad_weight_tile import backward_weight_tile
 
 
 @triton.jit
 def linear_backward_weight_kernel(
-    grad_output_ptr,
-    input_ptr,
+    grad_output,
+    input,
     grad_weight_ptr,
     grad_bias_ptr,
     partial_weight_ptr,
@@ -31,37 +32,15 @@ def linear_backward_weight_kernel(
     rows_per_split,
     batches,
     zero,
-    grad_output_inner_size,
-    input_inner_size,
-    stride_gb,
-    stride_go,
-    stride_gm,
-    stride_gn,
-    stride_ib,
-    stride_io,
-    stride_im,
-    stride_ik,
-    HAS_BIAS: tl.constexpr,
-    SPLIT: tl.constexpr,
     ACCUMULATE: tl.constexpr,
-    NESTED_GRAD_OUTPUT: tl.constexpr,
-    NESTED_INPUT: tl.constexpr,
-    OFFSET_DTYPE: tl.constexpr,
-    ACC_DTYPE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    SUM_STEPS_APART: tl.constexpr,
-    SUM_BY_DOT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    OPTIONS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """`backward_weight_tile`, one a program."""
     backward_weight_tile(
         tl.program_id(0),
-        grad_output_ptr,
-        input_ptr,
+        grad_output,
+        input,
         grad_weight_ptr,
         grad_bias_ptr,
         partial_weight_ptr,
@@ -74,31 +53,9 @@ def linear_backward_weight_kernel(
         rows_per_split,
         batches,
         zero,
-        grad_output_inner_size,
-        input_inner_size,
-        stride_gb,
-        stride_go,
-        stride_gm,
-        stride_gn,
-        stride_ib,
-        stride_io,
-        stride_im,
-        stride_ik,
-        HAS_BIAS=HAS_BIAS,
-        SPLIT=SPLIT,
-        ACCUMULATE=ACCUMULATE,
-        NESTED_GRAD_OUTPUT=NESTED_GRAD_OUTPUT,
-        NESTED_INPUT=NESTED_INPUT,
-        OFFSET_DTYPE=OFFSET_DTYPE,
-        ACC_DTYPE=ACC_DTYPE,
-        INPUT_PRECISION=INPUT_PRECISION,
-        UPCAST=UPCAST,
-        SUM_STEPS_APART=SUM_STEPS_APART,
-        SUM_BY_DOT=SUM_BY_DOT,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
-        GROUP=GROUP,
+        ACCUMULATE,
+        OPTIONS,
+        TILE,
     )
 
 
@@ -106,8 +63,8 @@ class BackwardWeightPlan(NamedTuple):
     """What `linear_backward_weight` launches and returns, for operands of one description."""
 
     config: Config
-    launch: launch.Launch
-    shares: WeightShares
+    splits: int
+    launch: KernelLaunch
     grad_weight: launch.Operand
     grad_bias: launch.Operand
     copy_grad_output: bool
@@ -130,44 +87,51 @@ def plan_backward_weight(
         bias, batched, precision, config, splits: as it takes them.
     """
     grad_output, input = launch.Operand(*operands[0]), launch.Operand(*operands[1])
+    main_grad = launch.operand(operands[2])
     check_same_kind(grad_output=grad_output, input=input)
     check_backward_shapes(grad_output.shape, input.shape, None, batched)
 
-    main_grad = None if operands[2] is None else launch.Operand(*operands[2])
     problem = weight_problem(grad_output, input, main_grad, bias, batched, precision)
-    rows = problem.grad_output.operand, problem.input.operand
+    rows, sizes = problem.rows, (problem.n, problem.k)
     if config is None:
-        wide = launch.offset_dtype(*rows, problem.result) == tl.int64
-        features = (problem.n, problem.k)
+        wide = launch.wide(*rows, problem.result)
+        aligned = launch.aligned_product(*rows, features=sizes, whole=wide)
         traits = Traits(
             input.dtype,
             problem.precision,
-            aligned=launch.aligned_product(*rows, features=features, whole=wide)
-            and (main_grad is None or main_grad.aligned),
+            aligned=aligned and (main_grad is None or main_grad.aligned),
             target=problem.target,
             wide=wide,
         )
-        config = choose(
-            "backward_weight",
-            problem.batch,
-            problem.input.size,
-            problem.n,
-            problem.k,
-            traits,
-        )
+        config = choose("backward_weight", problem.batch, problem.input.size, *sizes, traits)
     shares = share_weight(problem, config, splits)
-    offsets = launch.offset_dtype(*rows, shares.partial_weight)
-    product = launch.product_constants(input.dtype, problem.precision, config, problem.target)
+    wide = launch.wide(*rows, problem.result, *shares.partials)
+    constants = {
+        "ACCUMULATE": main_grad is not None,
+        "OPTIONS": launch.options_of(input.dtype, problem.precision, wide),
+        "TILE": config.blocks,
+    }
+
+    def unsplit() -> KernelLaunch:
+        return plan_backward_weight(operands, bias, batched, precision, config, 1).launch
+
     return BackwardWeightPlan(
         config,
-        launch.Launch(
-            grid=(shares.programs,),
-            scalars=shares.scalars,
-            constants=shares.constants | {"OFFSET_DTYPE": offsets} | product,
+        shares.splits,
+        KernelLaunch(
+            linear_backward_weight_kernel,
+            launch.Launch(
+                (shares.programs,),
+                shares.scalars,
+                constants | config.compile_options(problem.target),
+                (problem.grad_output.strides, problem.input.strides),
+            ),
+            shares.partials,
+            shares.counters,
+            unsplit if shares.partials else None,
         ),
-        shares,
         grad_weight=problem.result,
-        grad_bias=input.contiguous(*problem.layers, problem.n),
+        grad_bias=problem.grad_bias,
         copy_grad_output=problem.grad_output.copied,
         copy_input=problem.input.copied,
     )
@@ -225,9 +189,5 @@ def linear_backward_weight(
         input = input.contiguous()
     grad_weight = launch.allocate(input, plan.grad_weight) if main_grad is None else main_grad
     grad_bias = launch.allocate(input, plan.grad_bias) if bias else None
-    if plan.launch.grid != (0,):
-        pointers = (grad_output, input, grad_weight, grad_bias)
-        if not plan.shares.run(linear_backward_weight_kernel, plan.launch, pointers):
-            plan = plan_backward_weight(operands, bias, batched, precision, plan.config, 1)
-            plan.shares.run(linear_backward_weight_kernel, plan.launch, pointers)
+    plan.launch.run((grad_output, input, grad_weight, grad_bias))
     return (grad_weight if main_grad is None else None), grad_bias

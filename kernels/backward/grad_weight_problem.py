@@ -1,14 +1,13 @@
 """grad_weight as its kernels are told of it, and how programs share it."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 
 from ..configs.choose import choose_splits
 from ..configs.config import Config, Target, resolved_precision
-from ..launching import launch, shared_sums
+from ..launching import launch
 
 
 class WeightProblem(NamedTuple):
@@ -36,11 +35,20 @@ class WeightProblem(NamedTuple):
         return self.layers[0] if self.layers else 1
 
     @property
+    def rows(self) -> tuple[launch.Operand, launch.Operand]:
+        """What is read."""
+        return self.grad_output.operand, self.input.operand
+
+    @property
     def result(self) -> launch.Operand:
         """grad_weight."""
         if self.main_grad is not None:
             return self.main_grad
         return self.input.operand.contiguous(*self.layers, self.n, self.k)
+
+    @property
+    def grad_bias(self) -> launch.Operand:
+        return self.input.operand.contiguous(*self.layers, self.n)
 
 
 def weight_problem(
@@ -71,31 +79,15 @@ class WeightShares(NamedTuple):
 
     splits: those that share each tile's rows; none has no rows, unless there are none at all.
     programs: all of them.
-    scalars: the kernels' from M to the strides of input, with `zero` between.
-    constants: HAS_BIAS, SPLIT and the like; the problem's, without a configuration's.
-    partial_weight, partial_bias, counters: the workspaces of more splits than one.
+    scalars: the kernels' from M to `zero`, after None for each workspace of one split.
+    partials, counters: the workspaces of more splits than one, of grad_weight and of grad_bias.
     """
 
     splits: int
     programs: int
-    scalars: tuple[float, ...]
-    constants: dict[str, Any]
-    partial_weight: launch.Operand
-    partial_bias: launch.Operand
+    scalars: tuple[float | None, ...]
+    partials: tuple[launch.Operand | None, ...]
     counters: int
-
-    def run(
-        self, kernel: Any, launched: launch.Launch, pointers: tuple[Tensor | None, ...]
-    ) -> bool:
-        """`shared_sums.run_split` with partial_weight, partial_bias and the counters.
-
-        With one split there is none of them, and it is always launched.
-        """
-        if self.splits == 1:
-            launch.run(kernel, launched, (*pointers, None, None, None))
-            return True
-        partials = (self.partial_weight, self.partial_bias if self.constants["HAS_BIAS"] else None)
-        return shared_sums.run_split(kernel, launched, pointers, partials, self.counters)
 
 
 def share_weight(
@@ -105,7 +97,7 @@ def share_weight(
 
     products: layers side by side in grad_output, for which the kernel's N is that of one.
     """
-    grad_output, input = problem.grad_output, problem.input
+    input = problem.input
     rows, batch, n, k = input.size, problem.batch, problem.n, problem.k
     if splits is None:
         how = problem.target, problem.precision
@@ -116,42 +108,11 @@ def share_weight(
     # in_features = 0 leaves no tile of grad_weight, and still a grad_bias to compute:
     # one column of tiles at least.
     tiles = batch * triton.cdiv(n, config.block_n) * max(1, triton.cdiv(k, config.block_k))
-    dtype = input.operand.dtype
-    partial = input.operand._replace(
-        dtype=torch.float64 if dtype == torch.float64 else torch.float32
-    )
-    partial_weight = partial.contiguous(splits, *problem.layers, n, k)
-    return WeightShares(
-        splits=splits,
-        programs=splits * tiles,
-        scalars=(
-            rows,
-            n // products,
-            k,
-            splits,
-            rows_per_split,
-            batch,
-            0.0,
-            grad_output.inner_size,
-            input.inner_size,
-            grad_output.stride_batch,
-            grad_output.stride_outer,
-            grad_output.stride_inner,
-            grad_output.stride_feature,
-            input.stride_batch,
-            input.stride_outer,
-            input.stride_inner,
-            input.stride_feature,
-        ),
-        constants={
-            "HAS_BIAS": problem.bias,
-            "SPLIT": splits > 1,
-            "ACCUMULATE": problem.main_grad is not None,
-            "NESTED_GRAD_OUTPUT": grad_output.nested,
-            "NESTED_INPUT": input.nested,
-            "SUM_BY_DOT": dtype.itemsize == 2,
-        },
-        partial_weight=partial_weight,
-        partial_bias=partial.contiguous(splits, *problem.layers, n),
-        counters=tiles,
-    )
+    scalars = (rows, n // products, k, splits, rows_per_split, batch, 0.0)
+    if splits == 1:
+        return WeightShares(1, tiles, (None, None, None, *scalars), (), 0)
+    dtype = torch.float64 if input.operand.dtype == torch.float64 else torch.float32
+    partial = input.operand._replace(dtype=dtype)
+    of_bias = partial.contiguous(splits, *problem.layers, n) if problem.bias else None
+    partials = partial.contiguous(splits, *problem.layers, n, k), of_bias
+    return WeightShares(splits, splits * tiles, scalars, partials, tiles)

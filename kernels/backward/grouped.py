@@ -4,14 +4,15 @@ import triton
 import triton.language as tl
 
 from ..forward.tiled import forward_tile
+from ..language.indexing import as_offset
 from .grad_weight_tile import backward_weight_tile
 
 
 @triton.jit
 def linear_backward_kernel(
-    grad_output_ptr,
-    input_ptr,
-    weight_ptr,
+    grad_output,
+    input,
+    weight,
     second_weight_ptr,
     grad_input_ptr,
     grad_weight_ptr,
@@ -26,50 +27,21 @@ def linear_backward_kernel(
     rows_per_split,
     batches,
     zero,
-    grad_output_inner_size,
-    input_inner_size,
-    stride_gb,
-    stride_go,
-    stride_gm,
-    stride_gn,
-    stride_ib,
-    stride_io,
-    stride_im,
-    stride_ik,
-    stride_wb,
-    stride_wn,
-    stride_wk,
     weight_programs,
     first_program,
-    SECOND_PRODUCT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SPLIT: tl.constexpr,
     ACCUMULATE: tl.constexpr,
-    NESTED_GRAD_OUTPUT: tl.constexpr,
-    NESTED_INPUT: tl.constexpr,
-    OFFSET_DTYPE: tl.constexpr,
-    ACC_DTYPE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    SUM_STEPS_APART: tl.constexpr,
-    SUM_BY_DOT: tl.constexpr,
-    INPUT_BLOCK_M: tl.constexpr,
-    INPUT_BLOCK_N: tl.constexpr,
-    INPUT_BLOCK_K: tl.constexpr,
-    INPUT_GROUP: tl.constexpr,
-    WEIGHT_BLOCK_M: tl.constexpr,
-    WEIGHT_BLOCK_N: tl.constexpr,
-    WEIGHT_BLOCK_K: tl.constexpr,
-    WEIGHT_GROUP: tl.constexpr,
+    OPTIONS: tl.constexpr,
+    INPUT_TILE: tl.constexpr,
+    WEIGHT_TILE: tl.constexpr,
 ):
     """grad_weight and grad_bias in `weight_programs` programs, grad_input in the others.
 
-    grad_input[b, m, k] = sum_n grad_output[b, m, n] * weight[b, n, k], in tiles of `forward_tile`;
-    the others' are those of `backward_weight_tile`. Both read grad_output, and neither waits for
-    the other.
+    grad_input[b, m, k] = sum_n grad_output[b, m, n] * weight[b, k, n], in tiles of `forward_tile`,
+    of the weight transposed; the others' are those of `backward_weight_tile`. Both read
+    grad_output, and neither waits for the other.
 
-    SECOND_PRODUCT takes two layers of N features each, side by side in grad_output, grad_weight and
-    grad_bias: grad_input is the sum of both products.
+    Where there is a second weight, there are two layers of N features each, side by side in
+    grad_output, grad_weight and grad_bias: grad_input is the sum of both products.
 
     The programs start at the `first_program`-th, so that the longer ones of the two come first:
     whichever come last leave multiprocessors idle for as long as one of them runs.
@@ -78,52 +50,30 @@ def linear_backward_kernel(
     if pid < weight_programs:
         backward_weight_tile(
             pid,
-            grad_output_ptr,
-            input_ptr,
+            grad_output,
+            input,
             grad_weight_ptr,
             grad_bias_ptr,
             partial_weight_ptr,
             partial_bias_ptr,
             counter_ptr,
             M,
-            2 * N if SECOND_PRODUCT else N,
+            N if second_weight_ptr is None else 2 * N,
             K,
             splits,
             rows_per_split,
             batches,
             zero,
-            grad_output_inner_size,
-            input_inner_size,
-            stride_gb,
-            stride_go,
-            stride_gm,
-            stride_gn,
-            stride_ib,
-            stride_io,
-            stride_im,
-            stride_ik,
-            HAS_BIAS=HAS_BIAS,
-            SPLIT=SPLIT,
-            ACCUMULATE=ACCUMULATE,
-            NESTED_GRAD_OUTPUT=NESTED_GRAD_OUTPUT,
-            NESTED_INPUT=NESTED_INPUT,
-            OFFSET_DTYPE=OFFSET_DTYPE,
-            ACC_DTYPE=ACC_DTYPE,
-            INPUT_PRECISION=INPUT_PRECISION,
-            UPCAST=UPCAST,
-            SUM_STEPS_APART=SUM_STEPS_APART,
-            SUM_BY_DOT=SUM_BY_DOT,
-            BLOCK_M=WEIGHT_BLOCK_M,
-            BLOCK_N=WEIGHT_BLOCK_N,
-            BLOCK_K=WEIGHT_BLOCK_K,
-            GROUP=WEIGHT_GROUP,
+            ACCUMULATE,
+            OPTIONS,
+            WEIGHT_TILE,
         )
     else:
         forward_tile(
             pid - weight_programs,
-            grad_output_ptr,
-            weight_ptr,
-            grad_output_ptr + tl.full((), N, OFFSET_DTYPE) * stride_gn,
+            grad_output,
+            weight,
+            grad_output.ptr + as_offset(N, OPTIONS) * grad_output.stride_column,
             second_weight_ptr,
             None,
             grad_input_ptr,
@@ -132,28 +82,6 @@ def linear_backward_kernel(
             K,
             N,
             zero,
-            grad_output_inner_size,
-            stride_gb,
-            stride_go,
-            stride_gm,
-            stride_gn,
-            stride_wb,
-            stride_wk,
-            stride_wn,
-            0,
-            0,
-            SECOND_PRODUCT=SECOND_PRODUCT,
-            HAS_BIAS=False,
-            ACTIVATION=None,
-            SAVE_PREACTIVATION=False,
-            NESTED_INPUT=NESTED_GRAD_OUTPUT,
-            OFFSET_DTYPE=OFFSET_DTYPE,
-            ACC_DTYPE=ACC_DTYPE,
-            INPUT_PRECISION=INPUT_PRECISION,
-            UPCAST=UPCAST,
-            SUM_STEPS_APART=SUM_STEPS_APART,
-            BLOCK_M=INPUT_BLOCK_M,
-            BLOCK_N=INPUT_BLOCK_N,
-            BLOCK_K=INPUT_BLOCK_K,
-            GROUP=INPUT_GROUP,
+            OPTIONS,
+            INPUT_TILE,
         )

@@ -4,20 +4,19 @@ grad_input is a forward through the transposed weight; grad_weight and grad_bias
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..configs.choose_pair import choose_backward, choose_pair, starts_with_input
-from ..configs.config import BackwardConfig, Config, Target, Traits, resolved_precision
+from ..configs.config import BackwardConfig, Config, Traits, resolved_precision
 from ..forward.linear import linear_forward
 from ..launching import launch
 from ..launching.operands import check_backward_shapes, check_main_grad, check_same_kind
+from ..launching.shared_sums import KernelLaunch
 from .grad_weight import linear_backward_weight
-from .grad_weight_problem import WeightProblem, WeightShares, share_weight, weight_problem
+from .grad_weight_problem import WeightProblem, share_weight, weight_problem
 from .grouped import linear_backward_kernel
 
 
@@ -55,14 +54,14 @@ class BackwardPlan(NamedTuple):
     """What `linear_backward` does for all three gradients, for operands of one description.
 
     config, launch: what is launched; None where each product takes a launch of its own.
-    shares: how programs share grad_weight.
+    splits: programs that share each of grad_weight's tiles.
     grad_input, grad_weight, grad_bias: what is returned.
     copy_grad_output, copy_input: whether each is copied first.
     """
 
     config: BackwardConfig | None
-    launch: launch.Launch
-    shares: WeightShares
+    launch: KernelLaunch
+    splits: int
     grad_input: launch.Operand
     grad_weight: launch.Operand
     grad_bias: launch.Operand
@@ -116,8 +115,7 @@ def backward_problem(
     Raises RuntimeError unless they belong together.
     """
     grad_output, weight = launch.Operand(*operands[0]), launch.Operand(*operands[1])
-    second = None if second_weight is None else launch.Operand(*second_weight)
-    main = None if main_grad is None else launch.Operand(*main_grad)
+    second, main = launch.operand(second_weight), launch.operand(main_grad)
     products = 1 if second is None else 2
     out_features, in_features = weight.shape[-2:]
     leading = grad_output.shape[:-1]
@@ -141,7 +139,7 @@ def backward_problem(
     read = [rows._replace(shape=(*leading, out_features)), input_rows, weight]
     read += [] if second is None else [second]
     every = (rows, input_rows, weight, second, grad_input, of_weight.result)
-    wide = launch.offset_dtype(*every) == tl.int64
+    wide = launch.wide(*every)
     aligned = launch.aligned_product(*read, features=(out_features, in_features), whole=wide)
     traits = Traits(
         input.dtype,
@@ -202,43 +200,45 @@ def plan_backward(
     first_program = 0
     if input_programs and starts_with_input(pair, shares.splits, *sizes[1:], traits):
         first_program = weight_programs
-    rows, input_rows = of_weight.grad_output.operand, of_weight.input.operand
-    read = (rows, input_rows, problem.weight, problem.second)
-    offsets = launch.offset_dtype(*read, problem.grad_input, shares.partial_weight)
-    constants = _product_constants(traits.dtype, traits.precision, pair, traits.target)
+    reads = (*of_weight.rows, problem.weight, problem.second)
+    wide = launch.wide(*reads, problem.grad_input, of_weight.result, *shares.partials)
+    _, n, k, *_ = weight = launch.strides_of_weight(problem.weight)
+    constants = {
+        "ACCUMULATE": of_weight.main_grad is not None,
+        "OPTIONS": launch.options_of(traits.dtype, traits.precision, wide),
+        "INPUT_TILE": pair.input.blocks,
+        "WEIGHT_TILE": pair.weight.blocks,
+    }
+
+    def unsplit() -> KernelLaunch:
+        given = (bias, batched, precision, pair, 1, batch_invariant)
+        return plan_backward(operands, second_weight, *given, main_grad).launch
+
     return BackwardPlan(
         chosen if problem.second is None else pair,
-        launch.Launch(
-            grid=(weight_programs + input_programs,),
-            scalars=(
-                *shares.scalars,
-                *launch.batch_strides(problem.weight, dims=3),
-                weight_programs,
-                first_program,
+        KernelLaunch(
+            linear_backward_kernel,
+            launch.Launch(
+                (weight_programs + input_programs,),
+                (*shares.scalars, weight_programs, first_program),
+                constants | pair.input.compile_options(traits.target),
+                (
+                    of_weight.grad_output.strides,
+                    of_weight.input.strides,
+                    launch.strides_of(weight[0], k, n),  # transposed
+                ),
             ),
-            constants=shares.constants
-            | {"SECOND_PRODUCT": problem.second is not None, "OFFSET_DTYPE": offsets}
-            | constants,
+            shares.partials,
+            shares.counters,
+            unsplit if shares.partials else None,
         ),
-        shares,
+        shares.splits,
         grad_input=problem.grad_input,
         grad_weight=of_weight.result,
-        grad_bias=input_rows.contiguous(*of_weight.layers, of_weight.n),
+        grad_bias=of_weight.grad_bias,
         copy_grad_output=of_weight.grad_output.copied,
         copy_input=of_weight.input.copied,
     )
-
-
-def _product_constants(
-    dtype: torch.dtype, precision: str, config: BackwardConfig, target: Target
-) -> dict[str, Any]:
-    """`launch.product_constants`, with block sizes of either product."""
-    constants: dict[str, Any] = {}
-    for product, half in (("INPUT", config.input), ("WEIGHT", config.weight)):
-        constants |= launch.product_constants(dtype, precision, half, target)
-        for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP"):
-            constants[f"{product}_{name}"] = constants.pop(name)
-    return constants
 
 
 def linear_backward(
@@ -287,16 +287,15 @@ def linear_backward(
     if weight is None or (input is None and second_weight is None):
         return _backward_apart(grad_output, input, weight, *apart)
 
-    operands = launch.describe(grad_output, weight, input)
-    second = None if second_weight is None else launch.describe(second_weight, second_weight)[0]
-    main = None
-    if main_grad is not None and input is not None:
+    main_grad = None if input is None else main_grad
+    if main_grad is not None:
         both = (*weight.shape[:-2], grad_output.shape[-1], weight.shape[-1])
         check_main_grad(main_grad, both, weight)
-        main = launch.describe(main_grad, main_grad)[0]
+    described = launch.describe(grad_output, weight, input, second_weight, main_grad)
+    *operands, second, main = described
     bias = bias and input is not None
     given = (bias, batched, precision, config, splits, batch_invariant)
-    plan = plan_backward(operands, second, *given, main)
+    plan = plan_backward(tuple(operands), second, *given, main)
     if plan.copy_grad_output:
         grad_output = grad_output.contiguous()
     if input is not None and plan.copy_input:
@@ -309,20 +308,16 @@ def linear_backward(
     if grad_weight is None and input is not None:
         grad_weight = launch.allocate(weight, plan.grad_weight)
     grad_bias = launch.allocate(weight, plan.grad_bias) if bias else None
-    if plan.launch.grid != (0,):
-        pointers = (
-            grad_output,
-            grad_output if input is None else input,  # no program looks at what stands in
-            weight,
-            second_weight,
-            grad_input,
-            grad_input if grad_weight is None else grad_weight,
-            grad_bias,
-        )
-        if not plan.shares.run(linear_backward_kernel, plan.launch, pointers):
-            given = (bias, batched, precision, plan.config, 1, batch_invariant)
-            plan = plan_backward(operands, second, *given, main)
-            plan.shares.run(linear_backward_kernel, plan.launch, pointers)
+    pointers = (
+        grad_output,
+        grad_output if input is None else input,  # no program looks at what stands in
+        weight,
+        second_weight,
+        grad_input,
+        grad_input if grad_weight is None else grad_weight,
+        grad_bias,
+    )
+    plan.launch.run(pointers)
     return grad_input, (grad_weight if main_grad is None else None), grad_bias
 
 

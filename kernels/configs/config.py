@@ -4,9 +4,11 @@ Nothing here imports Triton.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+
+from ..language.arguments import Tile
 
 # What is computed: the layer's output (or grad_input), both products of a gated pair, or
 # grad_weight with grad_bias.
@@ -80,7 +82,12 @@ class Config:
     splits: int = 1
     epilogue_parts: int = 1
 
-    def compile_options(self, target: Target) -> dict[str, int]:
+    @property
+    def blocks(self) -> Tile:
+        """As kernels take them."""
+        return Tile(self.block_m, self.block_n, self.block_k, self.group)
+
+    def compile_options(self, target: Target) -> dict[str, Any]:
         """Triton's options for a launch on `target`."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         if target.family.startswith("sm_"):

@@ -12,20 +12,26 @@ from torch import Tensor
 
 from ..configs.choose import choose
 from ..configs.config import Config, Traits, resolved_precision
-from ..language.epilogue import activate
-from ..language.indexing import locate_rows, locate_tile
-from ..language.precision import add_product, empty_sum, prepare_operand, total_of
+from ..language.epilogue import activate, load_bias, store_rounded
+from ..language.indexing import as_offset, locate_tile, offsets, row_offsets
+from ..language.precision import (
+    accumulator_of,
+    add_product,
+    empty_sum,
+    prepare_operand,
+    total_of,
+)
 from ..launching import launch
 from ..launching.operands import Activation, check_activation, check_gated_shapes, check_same_kind
 
 
 @triton.jit
 def gated_linear_forward_kernel(
-    input_ptr,
-    gate_weight_ptr,
-    up_weight_ptr,
-    gate_bias_ptr,
-    up_bias_ptr,
+    input,
+    gate_weight,
+    up_weight,
+    gate_bias,
+    up_bias,
     output_ptr,
     gate_ptr,
     up_ptr,
@@ -33,30 +39,8 @@ def gated_linear_forward_kernel(
     N,
     K,
     zero,
-    input_inner_size,
-    stride_io,
-    stride_im,
-    stride_ik,
-    stride_gn,
-    stride_gk,
-    stride_un,
-    stride_uk,
-    stride_gate_bias,
-    stride_up_bias,
-    HAS_GATE_BIAS: tl.constexpr,
-    HAS_UP_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SAVE_PRODUCTS: tl.constexpr,
-    NESTED_INPUT: tl.constexpr,
-    OFFSET_DTYPE: tl.constexpr,
-    ACC_DTYPE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    SUM_STEPS_APART: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    OPTIONS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """output[m, n] = activation(gate[m, n]) * up[m, n].
 
@@ -64,70 +48,60 @@ def gated_linear_forward_kernel(
     computes one BLOCK_M x BLOCK_N tile of both, for which it loads each tile of input once.
 
     input (M, K), the weights (N, K) and the biases (N,) have any strides; output, gate and up
-    (M, N) are contiguous, the latter two stored if asked for. `zero` is 0, which the compiler does
-    not know.
+    (M, N) are contiguous, the latter two stored where there is a place for them. `zero` is 0, which
+    the compiler does not know.
     """
-    tile_m, tile_n = locate_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
-    offs_m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(OFFSET_DTYPE)
-    offs_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(OFFSET_DTYPE)
-    offs_k = tl.arange(0, BLOCK_K).to(OFFSET_DTYPE)
+    BLOCK_M: tl.constexpr = TILE.M
+    BLOCK_N: tl.constexpr = TILE.N
+    BLOCK_K: tl.constexpr = TILE.K
+    row_tiles = tl.cdiv(M, BLOCK_M)
+    tile_m, tile_n = locate_tile(tl.program_id(0), row_tiles, tl.cdiv(N, BLOCK_N), TILE.group)
+    offs_m = offsets(tile_m * BLOCK_M, BLOCK_M, OPTIONS)
+    offs_n = offsets(tile_n * BLOCK_N, BLOCK_N, OPTIONS)
+    offs_k = offsets(0, BLOCK_K, OPTIONS)
     mask_m = offs_m < M
     mask_n = offs_n < N
 
-    input_rows = locate_rows(offs_m, input_inner_size, stride_io, stride_im, NESTED_INPUT)
-    input_ptrs = input_ptr + input_rows[:, None] + offs_k[None, :] * stride_ik
-    gate_ptrs = gate_weight_ptr + offs_n[None, :] * stride_gn + offs_k[:, None] * stride_gk
-    up_ptrs = up_weight_ptr + offs_n[None, :] * stride_un + offs_k[:, None] * stride_uk
-    step_k = tl.full((), BLOCK_K, OFFSET_DTYPE)  # as in add_rows_by_rows
-    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
-    up = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
+    input_offs = row_offsets(input, offs_m)[:, None]
+    input_ptrs = input.ptr + input_offs + offs_k[None, :] * input.stride_column
+    gate_ptrs = gate_weight.ptr + row_offsets(gate_weight, offs_n[None, :])
+    gate_ptrs += offs_k[:, None] * gate_weight.stride_column
+    up_ptrs = up_weight.ptr + row_offsets(up_weight, offs_n[None, :])
+    up_ptrs += offs_k[:, None] * up_weight.stride_column
+    step_k = as_offset(BLOCK_K, OPTIONS)
+    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=accumulator_of(input.ptr).dtype)
+    up = tl.zeros((BLOCK_M, BLOCK_N), dtype=accumulator_of(input.ptr).dtype)
     fresh = gate + zero
-    gate, up = empty_sum(gate, INPUT_PRECISION), empty_sum(up, INPUT_PRECISION)
+    gate, up = empty_sum(gate, OPTIONS), empty_sum(up, OPTIONS)
     for k in range(0, max(tl.cdiv(K, BLOCK_K), 1)):  # at least one, as in tiled.py
         mask_k = offs_k < K - k * BLOCK_K
         input_tile = tl.load(input_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         gate_tile = tl.load(gate_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         up_tile = tl.load(up_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        input_tile = prepare_operand(input_tile, INPUT_PRECISION, UPCAST)
-        gate = add_product(
-            gate,
-            input_tile,
-            prepare_operand(gate_tile, INPUT_PRECISION, UPCAST),
-            fresh,
-            INPUT_PRECISION=INPUT_PRECISION,
-            ACC_DTYPE=ACC_DTYPE,
-            SUM_STEPS_APART=SUM_STEPS_APART,
-        )
-        up = add_product(
-            up,
-            input_tile,
-            prepare_operand(up_tile, INPUT_PRECISION, UPCAST),
-            fresh,
-            INPUT_PRECISION=INPUT_PRECISION,
-            ACC_DTYPE=ACC_DTYPE,
-            SUM_STEPS_APART=SUM_STEPS_APART,
-        )
-        input_ptrs += step_k * stride_ik
-        gate_ptrs += step_k * stride_gk
-        up_ptrs += step_k * stride_uk
-    gate, up = total_of(gate, INPUT_PRECISION), total_of(up, INPUT_PRECISION)
+        input_tile = prepare_operand(input_tile, OPTIONS)
+        gate = add_product(gate, input_tile, prepare_operand(gate_tile, OPTIONS), fresh, OPTIONS)
+        up = add_product(up, input_tile, prepare_operand(up_tile, OPTIONS), fresh, OPTIONS)
+        input_ptrs += step_k * input.stride_column
+        gate_ptrs += step_k * gate_weight.stride_column
+        up_ptrs += step_k * up_weight.stride_column
+    gate, up = total_of(gate, OPTIONS), total_of(up, OPTIONS)
 
-    if HAS_GATE_BIAS:
-        bias = tl.load(gate_bias_ptr + offs_n * stride_gate_bias, mask=mask_n, other=0.0)
-        gate += bias.to(ACC_DTYPE)[None, :]
-    if HAS_UP_BIAS:
-        bias = tl.load(up_bias_ptr + offs_n * stride_up_bias, mask=mask_n, other=0.0)
-        up += bias.to(ACC_DTYPE)[None, :]
+    if gate_bias is not None:
+        gate += load_bias(gate_bias, 0, offs_n, mask_n).to(gate.dtype)[None, :]
+    if up_bias is not None:
+        up += load_bias(up_bias, 0, offs_n, mask_n).to(up.dtype)[None, :]
     offs = offs_m[:, None] * N + offs_n[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
-    if SAVE_PRODUCTS:
-        tl.store(gate_ptr + offs, gate.to(gate_ptr.dtype.element_ty), mask=mask)
-        tl.store(up_ptr + offs, up.to(up_ptr.dtype.element_ty), mask=mask)
-    output = activate(gate, ACTIVATION) * up
-    tl.store(output_ptr + offs, output.to(output_ptr.dtype.element_ty), mask=mask)
+    if gate_ptr is not None:
+        store_rounded(gate_ptr + offs, gate, mask)
+        store_rounded(up_ptr + offs, up, mask)
+    store_rounded(output_ptr + offs, activate(gate, OPTIONS.activation) * up, mask)
 
 
-class GatedForwardLaunch(NamedTuple):
+NAMES = ("input", "gate_weight", "up_weight", "gate_bias", "up_bias")
+
+
+class GatedForwardPlan(NamedTuple):
     """What `gated_linear_forward` launches, what it returns, and whether input is copied first."""
 
     config: Config
@@ -138,39 +112,26 @@ class GatedForwardLaunch(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def plan_gated_forward(
-    operands: tuple[launch.Fields, launch.Fields, launch.Fields],
-    biases: tuple[launch.Fields | None, launch.Fields | None],
+    operands: tuple[launch.Fields | None, ...],
     precision: str,
     activation: Activation,
     save_products: bool,
     config: Config | None,
     batch_invariant: bool = False,
-) -> GatedForwardLaunch:
+) -> GatedForwardPlan:
     """How `gated_linear_forward` goes about tensors like these.
 
     Args:
-        operands: `describe(input, gate_weight, up_weight)`.
-        biases: the fields of gate_bias and up_bias.
-        precision, activation, save_products, config, batch_invariant: as in `gated_linear_forward`.
+        operands: `describe(input, gate_weight, up_weight, gate_bias, up_bias)`.
+        precision, activation, save_products, config, batch_invariant: as in
+            `gated_linear_forward`. A launch is of the pointers that are there: with save_products
+            it is another.
     """
-    input, gate_weight, up_weight = (launch.Operand(*fields) for fields in operands)
-    gate_bias, up_bias = (fields and launch.Operand(*fields) for fields in biases)
+    given = dict(zip(NAMES, map(launch.operand, operands), strict=True))
     check_activation(activation, optional=False)
-    check_same_kind(
-        input=input,
-        gate_weight=gate_weight,
-        up_weight=up_weight,
-        gate_bias=gate_bias,
-        up_bias=up_bias,
-    )
-    check_gated_shapes(
-        input.shape,
-        gate_weight.shape,
-        up_weight.shape,
-        gate_bias and gate_bias.shape,
-        up_bias and up_bias.shape,
-    )
-
+    check_same_kind(**given)
+    check_gated_shapes(*(one and one.shape for one in given.values()))
+    input, gate_weight, up_weight, *biases = given.values()
     target = launch.target_of(input.device)
     out_features, in_features = gate_weight.shape
     rows = launch.rows_of(input)
@@ -178,55 +139,26 @@ def plan_gated_forward(
         precision, input.dtype, None if batch_invariant else rows.size, in_features, target
     )
     output = input.contiguous(*input.shape[:-1], out_features)
-    offsets = launch.offset_dtype(rows.operand, gate_weight, up_weight, gate_bias, up_bias, output)
+    wide = launch.wide(rows.operand, gate_weight, up_weight, *biases, output)
     if config is None:
         read = (rows.operand, gate_weight, up_weight)
-        traits = Traits(
-            input.dtype,
-            precision,
-            aligned=launch.aligned_product(*read, features=(out_features,), whole=True),
-            target=target,
-            activation=True,
-            wide=offsets == tl.int64,
-        )
-        config = choose(
-            "gated_forward",
-            1,
-            rows.size,
-            out_features,
-            in_features,
-            traits,
-            batch_invariant=batch_invariant,
-        )
-    return GatedForwardLaunch(
+        aligned = launch.aligned_product(*read, features=(out_features,), whole=True)
+        traits = Traits(input.dtype, precision, aligned, target, activation=True, wide=wide)
+        sizes = (1, rows.size, out_features, in_features)
+        config = choose("gated_forward", *sizes, traits, batch_invariant=batch_invariant)
+    tiles = triton.cdiv(rows.size, config.block_m) * triton.cdiv(out_features, config.block_n)
+    constants = {
+        "OPTIONS": launch.options_of(input.dtype, precision, wide, activation),
+        "TILE": config.blocks,
+    }
+    weights = map(launch.strides_of_weight, (gate_weight, up_weight))
+    return GatedForwardPlan(
         config,
         launch.Launch(
-            grid=(
-                triton.cdiv(rows.size, config.block_m) * triton.cdiv(out_features, config.block_n),
-            ),
-            scalars=(
-                rows.size,
-                out_features,
-                in_features,
-                0.0,
-                rows.inner_size,
-                rows.stride_outer,
-                rows.stride_inner,
-                rows.stride_feature,
-                *gate_weight.strides,
-                *up_weight.strides,
-                0 if gate_bias is None else gate_bias.strides[0],
-                0 if up_bias is None else up_bias.strides[0],
-            ),
-            constants={
-                "HAS_GATE_BIAS": gate_bias is not None,
-                "HAS_UP_BIAS": up_bias is not None,
-                "ACTIVATION": activation,
-                "SAVE_PRODUCTS": save_products,
-                "NESTED_INPUT": rows.nested,
-                "OFFSET_DTYPE": offsets,
-                **launch.product_constants(input.dtype, precision, config, target),
-            },
+            (tiles,),
+            (rows.size, out_features, in_features, 0.0),
+            constants | config.compile_options(target),
+            (rows.strides, *weights, *map(launch.strides_of_bias, biases)),
         ),
         output,
         rows.copied,
@@ -270,25 +202,13 @@ def gated_linear_forward(
         RuntimeError: shapes, dtypes or devices are none of these, or the kernels cannot run on the
             device.
     """
-    plan = plan_gated_forward(
-        launch.describe(input, gate_weight, up_weight),
-        (_described(gate_bias), _described(up_bias)),
-        precision,
-        activation,
-        save_products,
-        config,
-        batch_invariant,
-    )
+    operands = (input, gate_weight, up_weight, gate_bias, up_bias)
+    given = (precision, activation, save_products, config, batch_invariant)
+    plan = plan_gated_forward(launch.describe(*operands), *given)
     if plan.copy_input:
-        input = input.contiguous()
-    output = launch.allocate(input, plan.output)
-    gate = launch.allocate(input, plan.output) if save_products else None
-    up = launch.allocate(input, plan.output) if save_products else None
+        operands = (input.contiguous(), *operands[1:])
+    results = [launch.allocate(input, plan.output) for _ in range(3 if save_products else 1)]
+    output, gate, up = results if save_products else (*results, None, None)
     if plan.kernel.grid != (0,):
-        pointers = (input, gate_weight, up_weight, gate_bias, up_bias, output, gate, up)
-        launch.run(gated_linear_forward_kernel, plan.kernel, pointers)
+        launch.run(gated_linear_forward_kernel, plan.kernel, (*operands, output, gate, up))
     return output, gate, up
-
-
-def _described(bias: Tensor | None) -> launch.Fields | None:
-    return None if bias is None else launch.describe(bias, bias)[0]

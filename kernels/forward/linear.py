@@ -7,15 +7,15 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import triton.language as tl
 from torch import Tensor
 
 from ..configs.choose import choose
 from ..configs.config import Config, Traits, resolved_precision
 from ..launching import launch
 from ..launching.operands import Activation, check_activation, check_forward_shapes, check_same_kind
+from ..launching.shared_sums import KernelLaunch
 from . import gemv, persistent, split_k, tiled
-from .problem import ForwardLaunch, ForwardProblem
+from .problem import ForwardProblem
 
 KINDS = {
     "tiled": tiled.plan,
@@ -34,7 +34,7 @@ class ForwardPlan(NamedTuple):
     """
 
     config: Config
-    launch: ForwardLaunch
+    launch: KernelLaunch
     output: launch.Operand
     copy_input: bool
 
@@ -50,60 +50,50 @@ def plan_forward(
 ) -> ForwardPlan:
     """How `linear_forward` goes about tensors like these: `launch.describe(input, weight, bias)`.
 
-    Cached, because it takes longer than all the rest of a call.
+    Cached, because it takes longer than all the rest of a call; by whether the pre-activation is
+    saved too, as a launch is of the pointers that are there.
     """
     input, weight = launch.Operand(*operands[0]), launch.Operand(*operands[1])
-    bias = None if operands[2] is None else launch.Operand(*operands[2])
+    bias = launch.operand(operands[2])
     check_activation(activation)
     check_same_kind(input=input, weight=weight, bias=bias)
-    check_forward_shapes(input.shape, weight.shape, None if bias is None else bias.shape)
+    check_forward_shapes(input.shape, weight.shape, bias and bias.shape)
 
     target = launch.target_of(input.device)
     batched = len(weight.shape) == 3
-    out_features, in_features = weight.shape[-2:]
+    n, k = weight.shape[-2:]
     rows = launch.rows_of(input, batched=batched)
     precision = resolved_precision(
-        precision, input.dtype, None if batch_invariant else rows.size, in_features, target
+        precision, input.dtype, None if batch_invariant else rows.size, k, target
     )
-    output = input.contiguous(*input.shape[:-1], out_features)
-    offsets = launch.offset_dtype(rows.operand, weight, bias, output)
+    output = input.contiguous(*input.shape[:-1], n)
+    wide = launch.wide(rows.operand, weight, bias, output)
     problem = ForwardProblem(
         batch=weight.shape[0] if batched else 1,
-        n=out_features,
-        k=in_features,
+        n=n,
+        k=k,
         rows=rows,
-        weight_strides=launch.batch_strides(weight, dims=3),
-        bias_strides=(0, 0) if bias is None else launch.batch_strides(bias, dims=2),
+        weight=launch.strides_of_weight(weight),
+        bias=launch.strides_of_bias(bias),
         output=output,
-        precision=precision,
+        options=launch.options_of(input.dtype, precision, wide, activation),
         target=target,
-        constants={
-            "HAS_BIAS": bias is not None,
-            "ACTIVATION": activation,
-            "SAVE_PREACTIVATION": save_preactivation,
-            "NESTED_INPUT": rows.nested,
-            "OFFSET_DTYPE": offsets,
-        },
     )
     if config is None:
-        applies, wide = activation is not None, offsets == tl.int64
+        applies = activation is not None
+        operands_read = (rows.operand, weight)
         traits = Traits(
             input.dtype,
             precision,
-            aligned=launch.aligned_product(
-                rows.operand, weight, features=(out_features,), whole=applies or wide
-            ),
-            target=target,
+            launch.aligned_product(*operands_read, features=(n,), whole=applies or wide),
+            target,
             activation=applies,
             descriptors=launch.describable(rows, weight),
             wide=wide,
         )
         config = choose(
             "forward",
-            problem.batch,
-            rows.size,
-            out_features,
-            in_features,
+            *(problem.batch, rows.size, n, k),
             traits,
             reads_outputs=weight.strides[-1] != 1 and weight.strides[-2] == 1,
             batch_invariant=batch_invariant,
@@ -190,16 +180,13 @@ def _run(
     batch_invariant: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The output, and the pre-activation or None."""
-    operands = launch.describe(input, weight, bias)
-    plan = plan_forward(
-        operands, precision, activation, save_preactivation, config, batch_invariant
-    )
+    given = (precision, activation, save_preactivation, config, batch_invariant)
+    plan = plan_forward(launch.describe(input, weight, bias), *given)
     if plan.copy_input:
         input = input.contiguous()
     output = launch.allocate(input, plan.output)
     preactivation = launch.allocate(input, plan.output) if save_preactivation else None
-    if plan.launch.launch.grid != (0,):
-        plan.launch.run((input, weight, bias, output, preactivation))
+    plan.launch.run((input, weight, bias, output, preactivation))
     return output, preactivation
 
 

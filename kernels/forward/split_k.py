@@ -5,47 +5,37 @@ the traffic, is read.
 """
 
 import dataclasses
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
 from ..configs.config import Config
-from ..language.epilogue import activate
-from ..language.indexing import locate_rows, locate_tile
-from ..language.precision import add_product, prepare_operand
+from ..language.epilogue import bias_pointers, store_activated
+from ..language.indexing import as_offset, locate_tile, offsets, row_offsets
+from ..language.precision import accumulator_of, add_product, prepare_operand
 from ..language.reduction import arrives_last, sum_slices
 from ..launching import launch
-from .problem import ForwardLaunch, ForwardProblem
+from ..launching.shared_sums import KernelLaunch
+from .problem import ForwardProblem
 
 
 @triton.jit
 def _finish_tile(
-    acc,
-    bias_ptrs,
-    output_ptrs,
-    preactivation_ptrs,
-    mask_n,
-    mask,
-    HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SAVE_PREACTIVATION: tl.constexpr,
+    acc, bias_ptrs, output_ptrs, preactivation_ptrs, mask_n, mask, OPTIONS: tl.constexpr
 ):
     """Adds the bias to sums (BLOCK_N, BLOCK_M) over all of K, activates, rounds and stores."""
-    if HAS_BIAS:
+    if bias_ptrs is not None:
         acc += tl.load(bias_ptrs, mask=mask_n, other=0.0).to(acc.dtype)[:, None]
-    if SAVE_PREACTIVATION:
-        tl.store(preactivation_ptrs, acc.to(preactivation_ptrs.dtype.element_ty), mask=mask)
-    if ACTIVATION is not None:
-        acc = activate(acc, ACTIVATION)
-    tl.store(output_ptrs, acc.to(output_ptrs.dtype.element_ty), mask=mask)
+    store_activated(acc, output_ptrs, preactivation_ptrs, 0, mask, OPTIONS)
 
 
 @triton.jit
 def linear_split_k_kernel(
-    input_ptr,
-    weight_ptr,
-    bias_ptr,
+    input,
+    weight,
+    bias,
     output_ptr,
     preactivation_ptr,
     partial_ptr,
@@ -54,123 +44,78 @@ def linear_split_k_kernel(
     N,
     K,
     zero,
-    input_inner_size,
-    stride_ib,
-    stride_io,
-    stride_im,
-    stride_ik,
-    stride_wb,
-    stride_wn,
-    stride_wk,
-    stride_bb,
-    stride_bn,
     columns_per_split,
     splits,
-    SPLIT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SAVE_PREACTIVATION: tl.constexpr,
-    NESTED_INPUT: tl.constexpr,
-    OFFSET_DTYPE: tl.constexpr,
-    ACC_DTYPE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    SUM_STEPS_APART: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    OPTIONS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """output[b, m, n] = activation(sum_k input[b, m, k] * weight[b, n, k] + bias[b, n]).
 
     One program sums one of `splits` parts of K, columns_per_split of it, for a tile of BLOCK_N
     outputs of BLOCK_M rows. The last of a tile to arrive adds the parts.
 
-    input (B, M, K), weight (B, N, K) and bias (B, N) have any strides, 0 included; output (B, M, N)
-    is contiguous, and so is the pre-activation, which is stored too if asked for. partial
-    (B, splits, M, N) is contiguous, and counter has a 0 for each tile of each layer. `zero` is 0,
-    which the compiler does not know.
+    The operands are those of `tiled.forward_tile`. partial (B, splits, M, N) is contiguous, and
+    counter has a 0 for each tile of each layer; with one split there is neither.
     """
+    BLOCK_M: tl.constexpr = TILE.M
+    BLOCK_N: tl.constexpr = TILE.N
+    BLOCK_K: tl.constexpr = TILE.K
     row_tiles = tl.cdiv(M, BLOCK_M)
     column_tiles = tl.cdiv(N, BLOCK_N)
     tiles = row_tiles * column_tiles
     tile = tl.program_id(0) % tiles
     part = tl.program_id(0) // tiles
-    batch = (part // splits).to(OFFSET_DTYPE)
+    batch = as_offset(part // splits, OPTIONS)
     split = part % splits
-    tile_m, tile_n = locate_tile(tile, row_tiles, column_tiles, GROUP)
+    tile_m, tile_n = locate_tile(tile, row_tiles, column_tiles, TILE.group)
 
-    offs_m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(OFFSET_DTYPE)
-    offs_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(OFFSET_DTYPE)
+    offs_m = offsets(tile_m * BLOCK_M, BLOCK_M, OPTIONS)
+    offs_n = offsets(tile_n * BLOCK_N, BLOCK_N, OPTIONS)
     first_column = split * columns_per_split
-    offs_k = (first_column + tl.arange(0, BLOCK_K)).to(OFFSET_DTYPE)
+    offs_k = offsets(first_column, BLOCK_K, OPTIONS)
     mask_m = offs_m < M
     mask_n = offs_n < N
 
     # Matrix instructions have 64 rows or more on Hopper and few columns: weight gives the rows.
-    weight_ptrs = weight_ptr + batch * stride_wb
-    weight_ptrs += offs_n[:, None] * stride_wn + offs_k[None, :] * stride_wk
-    input_rows = locate_rows(offs_m, input_inner_size, stride_io, stride_im, NESTED_INPUT)
-    input_ptrs = input_ptr + batch * stride_ib
-    input_ptrs += input_rows[None, :] + offs_k[:, None] * stride_ik
-    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC_DTYPE)
+    weight_ptrs = weight.ptr + batch * weight.stride_batch
+    weight_ptrs += row_offsets(weight, offs_n[:, None]) + offs_k[None, :] * weight.stride_column
+    input_ptrs = input.ptr + batch * input.stride_batch
+    input_ptrs += row_offsets(input, offs_m)[None, :] + offs_k[:, None] * input.stride_column
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=accumulator_of(input.ptr).dtype)
     fresh = acc + zero
-    # Scalars of the offsets' type, so that BLOCK_K * stride cannot overflow where offsets are 64
-    # bits wide.
-    step_k = tl.full((), BLOCK_K, OFFSET_DTYPE)
+    step_k = as_offset(BLOCK_K, OPTIONS)
     for k in range(first_column, min(first_column + columns_per_split, K), BLOCK_K):
         mask_k = tl.arange(0, BLOCK_K) < K - k
         weight_tile = tl.load(weight_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
         input_tile = tl.load(input_ptrs, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
         acc = add_product(
             acc,
-            prepare_operand(weight_tile, INPUT_PRECISION, UPCAST),
-            prepare_operand(input_tile, INPUT_PRECISION, UPCAST),
+            prepare_operand(weight_tile, OPTIONS),
+            prepare_operand(input_tile, OPTIONS),
             fresh,
-            INPUT_PRECISION=INPUT_PRECISION,
-            ACC_DTYPE=ACC_DTYPE,
-            SUM_STEPS_APART=SUM_STEPS_APART,
+            OPTIONS,
         )
-        weight_ptrs += step_k * stride_wk
-        input_ptrs += step_k * stride_ik
+        weight_ptrs += step_k * weight.stride_column
+        input_ptrs += step_k * input.stride_column
 
+    layer = batch * M * N
     offs = offs_m[None, :] * N + offs_n[:, None]
     mask = mask_n[:, None] & mask_m[None, :]
-    layer = batch * M * N
-    bias_ptrs = bias_ptr + batch * stride_bb + offs_n * stride_bn if HAS_BIAS else None
+    bias_ptrs = bias_pointers(bias, batch, offs_n) if bias is not None else None
     output_ptrs = output_ptr + layer + offs
-    preactivation_ptrs = preactivation_ptr + layer + offs if SAVE_PREACTIVATION else None
-    if SPLIT:
-        slice_size = tl.full((), M, OFFSET_DTYPE) * N
+    saved_ptrs = preactivation_ptr + layer + offs if preactivation_ptr is not None else None
+    if partial_ptr is not None:
+        slice_size = as_offset(M, OPTIONS) * N
         partial_ptrs = partial_ptr + layer * splits + offs
         tl.store(partial_ptrs + split * slice_size, acc, mask=mask)
         if arrives_last(counter_ptr + batch * tiles + tile, splits):
-            _finish_tile(
-                sum_slices(partial_ptrs, mask, splits, slice_size),
-                bias_ptrs,
-                output_ptrs,
-                preactivation_ptrs,
-                mask_n,
-                mask,
-                HAS_BIAS=HAS_BIAS,
-                ACTIVATION=ACTIVATION,
-                SAVE_PREACTIVATION=SAVE_PREACTIVATION,
-            )
+            acc = sum_slices(partial_ptrs, mask, splits, slice_size)
+            _finish_tile(acc, bias_ptrs, output_ptrs, saved_ptrs, mask_n, mask, OPTIONS)
     else:
-        _finish_tile(
-            acc,
-            bias_ptrs,
-            output_ptrs,
-            preactivation_ptrs,
-            mask_n,
-            mask,
-            HAS_BIAS=HAS_BIAS,
-            ACTIVATION=ACTIVATION,
-            SAVE_PREACTIVATION=SAVE_PREACTIVATION,
-        )
+        _finish_tile(acc, bias_ptrs, output_ptrs, saved_ptrs, mask_n, mask, OPTIONS)
 
 
-def plan(problem: ForwardProblem, config: Config) -> ForwardLaunch:
+def plan(problem: ForwardProblem, config: Config) -> KernelLaunch:
     """One program a tile of each layer and split; with one split no workspace."""
     m, n, k = problem.rows.size, problem.n, problem.k
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
@@ -178,23 +123,20 @@ def plan(problem: ForwardProblem, config: Config) -> ForwardLaunch:
     steps = max(1, triton.cdiv(k, config.block_k))
     steps_per_split = triton.cdiv(steps, config.splits)
     splits = triton.cdiv(steps, steps_per_split)
-    constants = problem.constants_with(config) | {"SPLIT": splits > 1}
-    scalars = (*problem.scalars, steps_per_split * config.block_k, splits)
-    grid = (problem.batch * splits * tiles,)
+    programs, shares = problem.batch * splits * tiles, (steps_per_split * config.block_k, splits)
     if splits == 1:
-        without = launch.Launch(grid, (None, None, *scalars), constants)
-        return ForwardLaunch(linear_split_k_kernel, without)
+        return KernelLaunch(
+            linear_split_k_kernel, problem.launch(config, programs, *shares, without=2)
+        )
     output = problem.output
-    partial = output.contiguous(problem.batch, splits, m, n)
-    partial = partial._replace(
-        dtype=torch.float64 if output.dtype == torch.float64 else torch.float32
-    )
-    if launch.offset_dtype(partial) == tl.int64:
-        constants["OFFSET_DTYPE"] = tl.int64
-    return ForwardLaunch(
+    dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
+    partial = output.contiguous(problem.batch, splits, m, n)._replace(dtype=dtype)
+    wide = problem.options.wide or launch.wide(partial)
+    widened = problem._replace(options=problem.options._replace(wide=wide))
+    return KernelLaunch(
         linear_split_k_kernel,
-        launch.Launch(grid, scalars, constants),
-        partial,
+        widened.launch(config, programs, *shares),
+        (partial,),
         counters=problem.batch * tiles,
-        unsplit=plan(problem, dataclasses.replace(config, splits=1)),
+        unsplit=functools.partial(plan, problem, dataclasses.replace(config, splits=1)),
     )

@@ -1,6 +1,7 @@
-"""What follows a product in its accumulator: activations, and their gradients for the way back.
+"""What follows a product in its accumulator: bias and activation, and what is stored.
 
-Every function takes float32, or float64, and is equal to the torch function of its name.
+Activations, and their gradients for the way back, take float32 or float64, and are equal to the
+torch functions of their names.
 """
 
 import triton
@@ -104,3 +105,31 @@ def activation_gradient(grad, saved, ACTIVATION: tl.constexpr):
         tl.static_assert(ACTIVATION == "tanh", "unknown activation")
         result = grad * (1.0 - saved * saved)
     return result
+
+
+@triton.jit
+def bias_pointers(bias, batch, offs_n):
+    """Those to a layer's bias."""
+    return bias.ptr + batch * bias.stride_batch + offs_n * bias.stride_column
+
+
+@triton.jit
+def load_bias(bias, batch, offs_n, mask_n):
+    """A layer's bias, in its own dtype."""
+    return tl.load(bias_pointers(bias, batch, offs_n), mask=mask_n, other=0.0)
+
+
+@triton.jit
+def store_rounded(ptrs, value, mask):
+    """The one rounding, to the dtype that is pointed to."""
+    tl.store(ptrs, value.to(ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_activated(acc, output_ptr, preactivation_ptr, offs, mask, OPTIONS: tl.constexpr):
+    """Stores the activation of sums, and, where there is a place for them, the sums."""
+    if preactivation_ptr is not None:
+        store_rounded(preactivation_ptr + offs, acc, mask)
+    if OPTIONS.activation is not None:
+        acc = activate(acc, OPTIONS.activation)
+    store_rounded(output_ptr + offs, acc, mask)

@@ -1,6 +1,6 @@
 """Index arithmetic that every kernel shares.
 
-Which tile a program computes, its halves, and where a row lies in memory.
+Which tile a program computes, its halves, and where its rows and columns lie in memory.
 """
 
 import triton
@@ -21,15 +21,25 @@ def locate_tile(pid, row_tiles, column_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def locate_rows(rows, inner_size, stride_outer, stride_inner, NESTED: tl.constexpr):
-    """Element offset of each row.
+def as_offset(value, OPTIONS: tl.constexpr):
+    """A scalar of the offsets' type: a product with it cannot overflow where they are 64 bits."""
+    return tl.full((), value, tl.int64 if OPTIONS.wide else tl.int32)
 
-    NESTED rows lie on two strides, as the leading dimensions of a permuted tensor do.
-    """
-    if NESTED:
-        return (rows // inner_size) * stride_outer + (rows % inner_size) * stride_inner
+
+@triton.jit
+def offsets(first, SIZE: tl.constexpr, OPTIONS: tl.constexpr):
+    """The SIZE rows or columns from `first` on."""
+    return (first + tl.arange(0, SIZE)).to(tl.int64 if OPTIONS.wide else tl.int32)
+
+
+@triton.jit
+def row_offsets(matrix, rows):
+    """Elements from a matrix's first to each of these rows."""
+    if matrix.inner_size is None:
+        return rows * matrix.stride_row
     else:
-        return rows * stride_inner
+        outer = (rows // matrix.inner_size) * matrix.stride_outer
+        return outer + (rows % matrix.inner_size) * matrix.stride_row
 
 
 @triton.jit

@@ -44,68 +44,70 @@ def as_bfloat16(tile, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def prepare_operand(tile, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def accumulator_of(ptr):
+    """A zero of the type that products of such elements are summed in."""
+    if ptr.dtype.element_ty == tl.float64:
+        return tl.full((), 0.0, tl.float64)
+    else:
+        return tl.full((), 0.0, tl.float32)
+
+
+@triton.jit
+def prepare_operand(tile, OPTIONS: tl.constexpr):
     """`tile` as `add_product` is to get it: as it is, but for these.
 
     "tf32": TF32 instructions read the upper 19 bits of a float32 and so truncate, which doubles the
     error of cuBLAS, which rounds to nearest: round here. "bf16x6": three pieces of bfloat16, which
     together are the float32, but for bits below 2**-133, where bfloat16 ends.
 
-    The interpreter (UPCAST) multiplies bfloat16's bit patterns: give it float32.
+    The interpreter (upcast) multiplies bfloat16's bit patterns: give it float32.
     """
-    if UPCAST:
+    if OPTIONS.upcast:
         tile = tile.to(tl.float32)
-    if INPUT_PRECISION == "tf32":
+    if OPTIONS.precision == "tf32":
         rounded = round_to_nearest(tile, 13)
         # A NaN with a full mantissa would carry over into -0.0.
         return tl.where(tile == tile, rounded, tile)
-    elif INPUT_PRECISION == "bf16x6":
+    elif OPTIONS.precision == "bf16x6":
         first = round_to_nearest(leading_piece(tile), 16)
         rest = tile - first
         second = tl.where(is_moderate(tile), round_to_nearest(rest, 16), 0.0)
         third = rest - second  # has 8 bits, unless it is one of the largest numbers
+        UPCAST: tl.constexpr = OPTIONS.upcast
         return as_bfloat16(first, UPCAST), as_bfloat16(second, UPCAST), as_bfloat16(third, UPCAST)
     else:
         return tile
 
 
 @triton.jit
-def empty_sum(zeros, INPUT_PRECISION: tl.constexpr):
+def empty_sum(zeros, OPTIONS: tl.constexpr):
     """What `add_product` is to add to first: for products of pieces, with what additions lost."""
-    if INPUT_PRECISION == "bf16x6":
+    if OPTIONS.precision == "bf16x6":
         return zeros, zeros
     else:
         return zeros
 
 
 @triton.jit
-def total_of(acc, INPUT_PRECISION: tl.constexpr):
+def total_of(acc, OPTIONS: tl.constexpr):
     """The sum alone."""
-    if INPUT_PRECISION == "bf16x6":
+    if OPTIONS.precision == "bf16x6":
         return acc[0]
     else:
         return acc
 
 
 @triton.jit
-def add_product(
-    acc,
-    a,
-    b,
-    fresh,
-    INPUT_PRECISION: tl.constexpr,
-    ACC_DTYPE: tl.constexpr,
-    SUM_STEPS_APART: tl.constexpr,
-):
+def add_product(acc, a, b, fresh, OPTIONS: tl.constexpr):
     """`acc + a @ b` for prepared operands.
 
-    SUM_STEPS_APART sums the product from `fresh`, zeros that are no constant, before it joins the
-    total (when and why: launch.sum_steps_apart). A constant Triton would fold into one sum.
+    sum_steps_apart sums the product from `fresh`, zeros that are no constant, before it joins the
+    total (when and why: launch.options_of). A constant Triton would fold into one sum.
 
     Of pieces the smallest products come first, while the sum is small and is cut off at smaller
     bits. What is left out of a product is 2**-24 of it at most.
     """
-    if INPUT_PRECISION == "bf16x6":
+    if OPTIONS.precision == "bf16x6":
         partial = tl.dot(a[2], b[0], fresh)
         partial = tl.dot(a[0], b[2], partial)
         partial = tl.dot(a[1], b[1], partial)
@@ -113,11 +115,11 @@ def add_product(
         partial = tl.dot(a[0], b[1], partial)
         partial = tl.dot(a[0], b[0], partial)
         return add_compensated(acc[0], acc[1], partial)
-    elif SUM_STEPS_APART:
-        acc += tl.dot(a, b, fresh, input_precision=INPUT_PRECISION, out_dtype=ACC_DTYPE)
+    elif OPTIONS.sum_steps_apart:
+        acc += tl.dot(a, b, fresh, input_precision=OPTIONS.precision, out_dtype=fresh.dtype)
         return acc
     else:
-        return tl.dot(a, b, acc, input_precision=INPUT_PRECISION, out_dtype=ACC_DTYPE)
+        return tl.dot(a, b, acc, input_precision=OPTIONS.precision, out_dtype=fresh.dtype)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ launched; what is not, `specialization` tells quickly. So the compiled kernel is
 
 import contextvars
 import functools
+import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..language.arguments import Matrix
 from ..language.indexing import locate_tile
 
 # Kernels interpret, or compile, for the life of the process:
@@ -69,7 +71,8 @@ class Compiled(NamedTuple):
     device: the index of the device that it is loaded on.
     only_device: whether there is no other, and so no need to ask which is the current one.
     grid: of three dimensions.
-    arguments: all but the pointers, in the kernel's order. Triton's launcher skips constexprs.
+    arguments: all that follow the pointers, in the kernel's order. Triton's launcher skips
+        constexprs.
     """
 
     source: Any
@@ -84,6 +87,9 @@ class Compiled(NamedTuple):
     arguments: tuple[Any, ...]
 
 
+Strides = tuple[int | None, ...]  # a Matrix's fields after its pointer
+
+
 @dataclass(eq=False, slots=True)
 class Launch:
     """All of a kernel's launch but its pointers.
@@ -93,9 +99,10 @@ class Launch:
     it is to be kept too, rather than made for every call.
 
     grid: as Triton takes it; (0,) where there is nothing to compute.
-    scalars: the kernel's sizes and strides, in its order, after None for each pointer that it can
-        do without here.
+    scalars: what the kernel takes after its pointers, in its order, None for each pointer at their
+        end that it can do without here.
     constants: its constexprs, and Triton's options.
+    strides: for the first pointers, those of the Matrix that each is of; () for a pointer alone.
     describes: whether the kernel makes descriptors, which takes memory on the device.
     compiled: by `specialization`.
     """
@@ -103,8 +110,16 @@ class Launch:
     grid: tuple[int]
     scalars: tuple[float | None, ...]
     constants: dict[str, Any]
+    strides: tuple[Strides, ...] = ()
     describes: bool = False
     compiled: dict[tuple[bool, ...], Compiled] = field(default_factory=dict, repr=False)
+
+    def arguments(self, pointers: Sequence[Any]) -> list[Any]:
+        """The kernel's, but for constexprs."""
+        pairs = itertools.zip_longest(pointers, self.strides, fillvalue=())
+        return [Matrix(one, *strides) if strides else one for one, strides in pairs] + [
+            *self.scalars
+        ]
 
 
 def specialization(pointers: Sequence[Tensor | None]) -> tuple[bool, ...]:
@@ -147,11 +162,13 @@ def run(kernel: Any, launch: Launch, pointers: tuple[Tensor | None, ...]) -> Non
     if not DIRECT or watched(kernel):
         _run_by_triton(kernel, launch, pointers)
         return
-    addresses, bits = [], 0
-    for one in pointers:
-        # Triton's launcher takes addresses as well as tensors, and skips what was None at first.
+    given: list[Any] = []
+    bits = 0
+    for one, strides in itertools.zip_longest(pointers, launch.strides, fillvalue=()):
+        # Triton's launcher takes addresses as well as tensors, tuples as well as a Matrix, and
+        # skips what was None at first.
         address = 0 if one is None else one.data_ptr()
-        addresses.append(address)
+        given.append((address, *strides) if strides else address)
         bits |= address
     # Nearly always all are aligned, and then nothing is to be told apart.
     key = specialization(pointers) if bits % 16 or AMD else ()
@@ -172,7 +189,7 @@ def run(kernel: Any, launch: Launch, pointers: tuple[Tensor | None, ...]) -> Non
         return
     # The call that Triton's own way ends with, less the hooks.
     stream = current_stream(device)
-    launcher(*grid, stream, function, metadata, None, None, None, *addresses, *arguments)
+    launcher(*grid, stream, function, metadata, None, None, None, *given, *arguments)
 
 
 def _run_by_triton(kernel: Any, launch: Launch, pointers: tuple[Tensor | None, ...]) -> Any:
@@ -184,18 +201,18 @@ def _run_by_triton(kernel: Any, launch: Launch, pointers: tuple[Tensor | None, .
     """
     first: Any = pointers[0]
     start = _with_memory(kernel[launch.grid], launch)
-    options = launch.constants
+    arguments, options = launch.arguments(pointers), launch.constants
     if "TRITON_DEFAULT_FP_FUSION" not in os.environ:
         # The default, of which 3.9 warns that 3.10 is to have another.
         options = options | {"enable_fp_fusion": True}
     if INTERPRETING:
         with _interpreter:
-            return start(*pointers, *launch.scalars, **options)
+            return start(*arguments, **options)
     try:
         if first.is_cuda and first.device.index != torch.cuda.current_device():
             with torch.cuda.device(first.device):
-                return start(*pointers, *launch.scalars, **options)
-        return start(*pointers, *launch.scalars, **options)
+                return start(*arguments, **options)
+        return start(*arguments, **options)
     except Exception as error:
         # The device's own errors, of whatever ran on it before, say what they are.
         if isinstance(error, torch.OutOfMemoryError) or DEVICE_ERROR in str(error):

@@ -8,13 +8,14 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from ..configs.config import INTERPRETER, TARGETS, Config, Target
+from ..configs.config import INTERPRETER, TARGETS, Target
+from ..language.arguments import Options
 from .compiled_launch import INTERPRETING as INTERPRETING
 from .compiled_launch import CannotLaunch as CannotLaunch
 from .compiled_launch import Launch as Launch
+from .compiled_launch import Strides as Strides
 from .compiled_launch import run as run
 
 LARGEST_INT32 = 2**31 - 1
@@ -47,59 +48,33 @@ class Operand(NamedTuple):
 Fields = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device, bool]
 
 
-def describe(
-    first: Tensor, second: Tensor, third: Tensor | None = None
-) -> tuple[Fields, Fields, Fields | None]:
+def operand(fields: Fields | None) -> Operand | None:
+    """The Operand of a tensor that there may be none of."""
+    return None if fields is None else Operand(*fields)
+
+
+def describe(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The fields of the Operand of each tensor, as plain tuples, which are made in half the time.
 
-    Of all the launcher's Python this is what takes longest: hence no call for each either.
+    Of all the launcher's Python this is what takes longest.
     """
-    return (
-        (
-            first.shape,
-            first.stride(),
-            first.dtype,
-            first.device,
-            first.data_ptr() % 16 == 0,
-        ),
-        (
-            second.shape,
-            second.stride(),
-            second.dtype,
-            second.device,
-            second.data_ptr() % 16 == 0,
-        ),
-        third
-        if third is None
-        else (
-            third.shape,
-            third.stride(),
-            third.dtype,
-            third.device,
-            third.data_ptr() % 16 == 0,
-        ),
+    return tuple(
+        [
+            None
+            if one is None
+            else (one.shape, one.stride(), one.dtype, one.device, one.data_ptr() % 16 == 0)
+            for one in tensors
+        ]
     )
 
 
 class Rows(NamedTuple):
-    """A tensor (*, F) seen as rows of features.
-
-    Row m of batch b starts after this many elements:
-    `b * stride_batch + (m // inner_size) * stride_outer + (m % inner_size) * stride_inner`.
-    """
+    """A tensor (*, F) seen as a matrix of so many rows of features."""
 
     operand: Operand
     size: int
-    inner_size: int
-    stride_batch: int
-    stride_outer: int
-    stride_inner: int
-    stride_feature: int
+    strides: Strides
     copied: bool = False  # it describes a contiguous copy, which is to be made
-
-    @property
-    def nested(self) -> bool:
-        return self.inner_size != self.size
 
 
 def rows_of(operand: Operand, *, batched: bool = False) -> Rows:
@@ -118,13 +93,13 @@ def rows_of(operand: Operand, *, batched: bool = False) -> Rows:
     shape, strides = operand.shape, operand.strides
     stride_feature = strides[-1] if shape else 1
     if batched:
-        return Rows(operand, shape[1], shape[1], strides[0], 0, strides[1], stride_feature)
+        return Rows(operand, shape[1], strides_of(strides[0], strides[1], stride_feature))
     if len(shape) == 2:
-        return Rows(operand, shape[0], shape[0], 0, 0, strides[0], stride_feature)
+        return Rows(operand, shape[0], strides_of(0, strides[0], stride_feature))
 
     size = math.prod(shape[:-1])
     if size == 0:  # strides say nothing then
-        return Rows(operand, 0, 0, 0, 0, 0, stride_feature)
+        return Rows(operand, 0, strides_of(0, 0, stride_feature))
     groups: list[tuple[int, int]] = []  # (size, stride), innermost first
     for extent, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
         if extent == 1:
@@ -135,14 +110,30 @@ def rows_of(operand: Operand, *, batched: bool = False) -> Rows:
             groups.append((extent, stride))
     if len(groups) > 2:
         return rows_of(operand.contiguous(*shape))._replace(copied=True)
-    inner_size, stride_inner = groups[0] if groups else (size, 0)
-    stride_outer = groups[1][1] if len(groups) == 2 else 0
-    return Rows(operand, size, inner_size, 0, stride_outer, stride_inner, stride_feature)
+    inner_size, stride_row = groups[0] if groups else (size, 0)
+    nested = (inner_size, groups[1][1]) if len(groups) == 2 else ()
+    return Rows(operand, size, strides_of(0, stride_row, stride_feature, *nested))
 
 
-def batch_strides(operand: Operand, dims: int) -> tuple[int, ...]:
-    """Strides of a tensor with a batch dimension of stride 0 in front where it has none."""
-    return operand.strides if len(operand.shape) == dims else (0, *operand.strides)
+def strides_of(
+    batch: int,
+    row: int,
+    column: int,
+    inner_size: int | None = None,
+    outer: int | None = None,
+) -> Strides:
+    """Those of a Matrix, in its order."""
+    return batch, row, column, inner_size, outer
+
+
+def strides_of_weight(weight: Operand) -> Strides:
+    """Those of (N, K), or (B, N, K)."""
+    return strides_of(*(0, *weight.strides)[-3:])
+
+
+def strides_of_bias(bias: Operand | None) -> Strides:
+    """Those of (N,), or (B, N), as a matrix of one row; () where there is none."""
+    return () if bias is None else strides_of((0, *bias.strides)[-2], 0, bias.strides[-1])
 
 
 def allocate(like: Tensor, output: Operand) -> Tensor:
@@ -156,13 +147,12 @@ def allocate(like: Tensor, output: Operand) -> Tensor:
     return like.new_empty_strided(shape, strides, dtype=dtype)
 
 
-def offset_dtype(*operands: Operand | None) -> tl.dtype:
-    """int64 where offsets within one of `operands` need it, else int32.
+def wide(*operands: Operand | None) -> bool:
+    """Whether offsets within one of `operands` take 64 bits.
 
     They do where an element lies 2**31 or more elements from the tensor's first.
     """
-    far = any(operand is not None and operand.last_offset > LARGEST_INT32 for operand in operands)
-    return tl.int64 if far else tl.int32
+    return any(one is not None and one.last_offset > LARGEST_INT32 for one in operands)
 
 
 def aligned(*operands: Operand) -> bool:
@@ -201,89 +191,52 @@ def aligned_product(*operands: Operand, features: tuple[int, ...], whole: bool) 
     return aligned(*operands) and not (whole and any(size % 16 for size in features))
 
 
-class Stored(NamedTuple):
-    """How a matrix lies in memory.
+def transposed_in_memory(rows: int, columns: int, strides: Strides, itemsize: int) -> bool | None:
+    """Whether a matrix's columns are contiguous; None where neither they nor its rows are.
 
-    transposed: whether its columns are contiguous, rather than its rows.
-    stride: from one of those to the next.
+    That is, as Hopper's tensor memory accelerator has to have them to load tiles: apart from one
+    another, and multiples of 16 bytes away from the first, whose address is not asked for here.
     """
-
-    transposed: bool
-    stride: int
-
-
-def stored(
-    rows: int, columns: int, stride_row: int, stride_column: int, itemsize: int
-) -> Stored | None:
-    """How a matrix lies that Hopper's tensor memory accelerator can load tiles of, else None.
-
-    Its rows, or its columns, are contiguous, apart from one another, and multiples of 16 bytes away
-    from the first; that one's address is not asked for here.
-    """
+    _, row, column, *_ = strides
     for transposed, size, inner, outer in (
-        (False, columns, stride_column, stride_row),
-        (True, rows, stride_row, stride_column),
+        (False, columns, column, row),
+        (True, rows, row, column),
     ):
         if inner == 1 and outer >= size and outer * itemsize % 16 == 0 and rows and columns:
-            return Stored(transposed, outer)
+            return transposed
     return None
 
 
 def describable(rows: Rows, weight: Operand) -> bool:
     """Whether tiles of input and weight can be loaded by descriptors."""
     input = rows.operand
-    if not (input.aligned and weight.aligned and len(weight.shape) == 2) or rows.nested:
+    if not (input.aligned and weight.aligned and len(weight.shape) == 2) or rows.strides[3]:
         return False
-    features, itemsize = input.shape[-1], input.dtype.itemsize
-    (outputs, inputs), (stride_output, stride_input) = weight.shape, weight.strides
-    return (
-        stored(rows.size, features, rows.stride_inner, rows.stride_feature, itemsize) is not None
-        and stored(outputs, inputs, stride_output, stride_input, itemsize) is not None
-    )
+    itemsize, k = input.dtype.itemsize, weight.shape[1]
+    matrices = (rows.size, rows.strides), (weight.shape[0], strides_of_weight(weight))
+    return all(transposed_in_memory(m, k, one, itemsize) is not None for m, one in matrices)
 
 
-def accumulator_dtype(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
+def options_of(
+    dtype: torch.dtype, precision: str, wide: bool, activation: str | None = None
+) -> Options:
+    """How a kernel computes for operands of such a dtype; only float32 has a choice of precision.
 
-
-def input_precision(dtype: torch.dtype, precision: str) -> str:
-    """How products are formed; only float32 has a choice."""
-    return precision if dtype == torch.float32 else "ieee"
-
-
-def sum_steps_apart(dtype: torch.dtype, precision: str) -> bool:
-    """Whether each step's products are summed apart before they join the total.
-
-    In exact float32 and float64 the order of additions is most of the error. With one running sum
-    over K, results on an H100 came out up to 4.5 times as far from the truth as cuBLAS's, which
-    sums in parts (benchmarks/results/nvidia-h100-80gb-hbm3/tests-a2eab24.txt). Where products are
-    rounded more coarsely than sums, the order does not matter. Tensor cores cut their sums off
-    instead of rounding them, always to the same side.
+    Steps are summed apart in exact float32 and float64, where the order of additions is most of the
+    error. With one running sum over K, results on an H100 came out up to 4.5 times as far from the
+    truth as cuBLAS's, which sums in parts (benchmarks/results/nvidia-h100-80gb-hbm3/
+    tests-a2eab24.txt). Where products are rounded more coarsely than sums, the order does not
+    matter. Tensor cores cut their sums off instead of rounding them, always to the same side.
     """
-    return dtype == torch.float64 or (dtype == torch.float32 and precision != "tf32")
-
-
-def upcast(dtype: torch.dtype, precision: str) -> bool:
-    """The interpreter holds bfloat16 as bit patterns and would multiply those."""
-    pieces = dtype == torch.float32 and precision == "bf16x6"
-    return INTERPRETING and (dtype == torch.bfloat16 or pieces)
-
-
-def product_constants(
-    dtype: torch.dtype, precision: str, config: Config, target: Target
-) -> dict[str, Any]:
-    """The constexprs, and Triton's options, that every kernel with a matrix product has."""
-    return {
-        "ACC_DTYPE": accumulator_dtype(dtype),
-        "INPUT_PRECISION": input_precision(dtype, precision),
-        "UPCAST": upcast(dtype, precision),
-        "SUM_STEPS_APART": sum_steps_apart(dtype, precision),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP": config.group,
-        **config.compile_options(target),
-    }
+    precision = precision if dtype == torch.float32 else "ieee"
+    return Options(
+        activation=activation,
+        precision=precision,
+        sum_steps_apart=dtype in (torch.float32, torch.float64) and precision != "tf32",
+        wide=wide,
+        # It holds bfloat16 as bit patterns and would multiply those.
+        upcast=INTERPRETING and (dtype == torch.bfloat16 or precision == "bf16x6"),
+    )
 
 
 @functools.lru_cache

@@ -7,8 +7,8 @@ import contextlib
 import math
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,41 +77,52 @@ def replayed_in_order(device: torch.device, stream: int) -> Iterator[Tensor | No
         _in_order.discard((device, stream))
 
 
-def run_split(
-    kernel: Any,
-    launched: launch.Launch,
-    pointers: tuple[Tensor | None, ...],
-    partials: Sequence[launch.Operand | None],
-    count: int,
-) -> bool:
-    """Launches a kernel whose programs share sums, with the workspaces that takes.
+class KernelLaunch(NamedTuple):
+    """A kernel's launch, and what it takes where programs share sums.
 
-    Args:
-        pointers: all but the workspaces, which follow them.
-        partials: workspaces for parts of sums, None for one that the kernel does without.
-        count: how many counters follow those.
-
-    Returns:
-        Whether it was launched. It is not, and a warning says so, where there is no memory for the
-        workspaces: what was to be computed takes none with sums that are not split.
+    kernel: takes the operands and results, then `partials` and the counters if there are any.
+    partials: workspaces for parts of sums, None for one that the kernel does without.
+    counters: how many counters follow those.
+    unsplit: makes what takes neither, for where there is no memory for them.
     """
-    like: Any = pointers[0]
-    try:
-        workspaces = [None if one is None else launch.allocate(like, one) for one in partials]
-        counted = counters(like, count)
-    except torch.OutOfMemoryError:
-        size = sum(math.prod(one.shape) * one.dtype.itemsize for one in partials if one)
-        warnings.warn(
-            f"fastlinear splits no sums of this call: {like.device} has no {size} bytes left for "
-            "the parts; the result is as exact, and may differ in its last bits",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return False
-    try:
-        launch.run(kernel, launched, (*pointers, *workspaces, counted))
-    except BaseException:
-        # A kernel that is interpreted may be interrupted before it has set them back to 0.
-        _counters.clear()
-        raise
-    return True
+
+    kernel: Any
+    launch: launch.Launch
+    partials: tuple[launch.Operand | None, ...] = ()
+    counters: int = 0
+    unsplit: Callable[[], "KernelLaunch"] | None = None
+
+    def run(self, pointers: tuple[Tensor | None, ...]) -> None:
+        """Launches the kernel, unless there is nothing to compute.
+
+        Where there is no memory for the workspaces no sum is split, and a warning says so.
+
+        Args:
+            pointers: all but the workspaces.
+        """
+        kernel, launched, partials, count, unsplit = self
+        if launched.grid == (0,):
+            return
+        if unsplit is None:
+            launch.run(kernel, launched, pointers)
+            return
+        like: Any = pointers[0]
+        try:
+            workspaces = [None if one is None else launch.allocate(like, one) for one in partials]
+            counted = counters(like, count)
+        except torch.OutOfMemoryError:
+            size = sum(math.prod(one.shape) * one.dtype.itemsize for one in partials if one)
+            warnings.warn(
+                f"fastlinear splits no sums of this call: {like.device} has no {size} bytes left "
+                "for the parts; the result is as exact, and may differ in its last bits",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            unsplit().run(pointers)
+            return
+        try:
+            launch.run(kernel, launched, (*pointers, *workspaces, counted))
+        except BaseException:
+            # A kernel that is interpreted may be interrupted before it has set them back to 0.
+            _counters.clear()
+            raise
