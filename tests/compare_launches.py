@@ -56,6 +56,8 @@ def allocate(like: Tensor, output: launch.Operand) -> Tensor:
 def addressed(argument: Any) -> Any:
     if argument is None:
         return 0
+    if isinstance(argument, tuple):  # a Matrix is as good as a plain tuple
+        return tuple(map(addressed, argument))
     return argument.data_ptr() if hasattr(argument, "data_ptr") else argument
 
 

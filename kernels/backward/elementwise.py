@@ -39,6 +39,7 @@ def elementwise_backward_kernel(
     others are contiguous. FROM_OUTPUT says that the derivative is taken from the activation's
     output (operands.FROM_OUTPUT), which is what saved is then, unless it is the gate.
     """
+    ACTIVATION: tl.constexpr = OPTIONS.activation
     column_tiles = tl.cdiv(N, BLOCK_N)
     # Before the arithmetic: with few features, rows alone may pass 2**31.
     pid = as_offset(tl.program_id(0), OPTIONS)
@@ -52,13 +53,13 @@ def elementwise_backward_kernel(
     grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(ACC_DTYPE)
     saved = tl.load(saved_ptr + offs, mask=mask, other=0.0).to(ACC_DTYPE)
     if up_ptr is None:
-        result = activation_gradient(grad, saved, OPTIONS.activation)
+        result = activation_gradient(grad, saved, ACTIVATION)
         store_rounded(result_ptr + offs, result, mask)
     else:
         up = tl.load(up_ptr + offs, mask=mask, other=0.0).to(ACC_DTYPE)
-        activated = activate(saved, OPTIONS.activation)
+        activated = activate(saved, ACTIVATION)
         saved = activated if FROM_OUTPUT else saved
-        grad_gate = activation_gradient(grad * up, saved, OPTIONS.activation)
+        grad_gate = activation_gradient(grad * up, saved, ACTIVATION)
         result_ptrs = result_ptr + offs_m[:, None] * 2 * N + offs_n[None, :]
         store_rounded(result_ptrs, grad_gate, mask)
         store_rounded(result_ptrs + N, grad * activated, mask)
@@ -90,7 +91,7 @@ def plan_elementwise_backward(
         ),
     }
     grid = (triton.cdiv(rows.size, block_m) * triton.cdiv(features, block_n),)
-    plan = launch.Launch(grid, (rows.size, features), constants, (rows.strides,))
+    plan = launch.Launch(grid, (rows.size, features), constants, (rows.matrix,))
     return plan, result, rows.copied
 
 

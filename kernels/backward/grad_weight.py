@@ -124,7 +124,7 @@ def plan_backward_weight(
                 (shares.programs,),
                 shares.scalars,
                 constants | config.compile_options(problem.target),
-                (problem.grad_output.strides, problem.input.strides),
+                (problem.grad_output.matrix, problem.input.matrix),
             ),
             shares.partials,
             shares.counters,

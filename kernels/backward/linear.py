@@ -202,7 +202,7 @@ def plan_backward(
         first_program = weight_programs
     reads = (*of_weight.rows, problem.weight, problem.second)
     wide = launch.wide(*reads, problem.grad_input, of_weight.result, *shares.partials)
-    _, n, k, *_ = weight = launch.strides_of_weight(problem.weight)
+    weight = launch.matrix_of(problem.weight)
     constants = {
         "ACCUMULATE": of_weight.main_grad is not None,
         "OPTIONS": launch.options_of(traits.dtype, traits.precision, wide),
@@ -223,9 +223,11 @@ def plan_backward(
                 (*shares.scalars, weight_programs, first_program),
                 constants | pair.input.compile_options(traits.target),
                 (
-                    of_weight.grad_output.strides,
-                    of_weight.input.strides,
-                    launch.strides_of(weight[0], k, n),  # transposed
+                    of_weight.grad_output.matrix,
+                    of_weight.input.matrix,
+                    weight._replace(
+                        stride_row=weight.stride_column, stride_column=weight.stride_row
+                    ),
                 ),
             ),
             shares.partials,

@@ -95,7 +95,8 @@ def gated_linear_forward_kernel(
     if gate_ptr is not None:
         store_rounded(gate_ptr + offs, gate, mask)
         store_rounded(up_ptr + offs, up, mask)
-    store_rounded(output_ptr + offs, activate(gate, OPTIONS.activation) * up, mask)
+    ACTIVATION: tl.constexpr = OPTIONS.activation
+    store_rounded(output_ptr + offs, activate(gate, ACTIVATION) * up, mask)
 
 
 NAMES = ("input", "gate_weight", "up_weight", "gate_bias", "up_bias")
@@ -151,14 +152,14 @@ def plan_gated_forward(
         "OPTIONS": launch.options_of(input.dtype, precision, wide, activation),
         "TILE": config.blocks,
     }
-    weights = map(launch.strides_of_weight, (gate_weight, up_weight))
+    weights = map(launch.matrix_of, (gate_weight, up_weight))
     return GatedForwardPlan(
         config,
         launch.Launch(
             (tiles,),
             (rows.size, out_features, in_features, 0.0),
             constants | config.compile_options(target),
-            (rows.strides, *weights, *map(launch.strides_of_bias, biases)),
+            (rows.matrix, *weights, *map(launch.vector_of, biases)),
         ),
         output,
         rows.copied,

@@ -121,7 +121,7 @@ def plan(problem: ForwardProblem, config: Config) -> KernelLaunch:
     """A program a multiprocessor, or a tile where those are fewer."""
     (m, n, k), itemsize = (problem.rows.size, problem.n, problem.k), problem.output.dtype.itemsize
     transposed = {
-        "INPUT_TRANSPOSED": transposed_in_memory(m, k, problem.rows.strides, itemsize),
+        "INPUT_TRANSPOSED": transposed_in_memory(m, k, problem.rows.matrix, itemsize),
         "WEIGHT_TRANSPOSED": transposed_in_memory(n, k, problem.weight, itemsize),
     }
     assert None not in transposed.values(), "an operand cannot be described"

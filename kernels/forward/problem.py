@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from ..configs.config import Config, Target
-from ..language.arguments import Options
+from ..language.arguments import Matrix, Options, Vector
 from ..launching import launch
 
 
@@ -12,15 +12,15 @@ class ForwardProblem(NamedTuple):
 
     batch, n, k: layers, out_features and in_features; rows.size is M.
     rows: input.
-    weight, bias: strides of (B, N, K) and, as those of a matrix of one row, of (B, N); () for none.
+    weight, bias: (B, N, K) and (B, N).
     """
 
     batch: int
     n: int
     k: int
     rows: launch.Rows
-    weight: launch.Strides
-    bias: launch.Strides
+    weight: Matrix
+    bias: Vector | None
     output: launch.Operand
     options: Options
     target: Target
@@ -36,5 +36,5 @@ class ForwardProblem(NamedTuple):
             (programs,),
             (*[None] * without, self.rows.size, self.n, self.k, 0.0, *scalars),
             {"OPTIONS": self.options, "TILE": config.blocks} | config.compile_options(self.target),
-            (self.rows.strides, self.weight, self.bias),
+            (self.rows.matrix, self.weight, self.bias),
         )

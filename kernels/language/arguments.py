@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 
 class Matrix(NamedTuple):
-    """A batch of matrices in memory: a pointer, and strides in elements, 0 over what is not there.
+    """A batch of matrices in memory: a pointer, and strides in elements; 0 over no batch.
 
     Row m of batch b starts `b * stride_batch + m * stride_row` elements after the pointer. Rows
     that are nested, as the leading dimensions of a permuted tensor are, lie on two strides:
     `(m // inner_size) * stride_outer + (m % inner_size) * stride_row`; inner_size is None where
-    they are not. A bias is a matrix of one row.
+    they are not.
     """
 
     ptr: Any
@@ -22,6 +22,14 @@ class Matrix(NamedTuple):
     stride_column: int
     inner_size: int | None = None
     stride_outer: int | None = None
+
+
+class Vector(NamedTuple):
+    """A batch of vectors in memory, as biases are."""
+
+    ptr: Any
+    stride_batch: int
+    stride: int
 
 
 class Tile(NamedTuple):

@@ -110,7 +110,7 @@ def activation_gradient(grad, saved, ACTIVATION: tl.constexpr):
 @triton.jit
 def bias_pointers(bias, batch, offs_n):
     """Those to a layer's bias."""
-    return bias.ptr + batch * bias.stride_batch + offs_n * bias.stride_column
+    return bias.ptr + batch * bias.stride_batch + offs_n * bias.stride
 
 
 @triton.jit
@@ -130,6 +130,7 @@ def store_activated(acc, output_ptr, preactivation_ptr, offs, mask, OPTIONS: tl.
     """Stores the activation of sums, and, where there is a place for them, the sums."""
     if preactivation_ptr is not None:
         store_rounded(preactivation_ptr + offs, acc, mask)
-    if OPTIONS.activation is not None:
-        acc = activate(acc, OPTIONS.activation)
+    ACTIVATION: tl.constexpr = OPTIONS.activation
+    if ACTIVATION is not None:
+        acc = activate(acc, ACTIVATION)
     store_rounded(output_ptr + offs, acc, mask)

@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..language.arguments import Matrix
+from ..language.arguments import Matrix, Vector
 from ..language.indexing import locate_tile
 
 # Kernels interpret, or compile, for the life of the process:
@@ -87,9 +87,6 @@ class Compiled(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-Strides = tuple[int | None, ...]  # a Matrix's fields after its pointer
-
-
 @dataclass(eq=False, slots=True)
 class Launch:
     """All of a kernel's launch but its pointers.
@@ -102,24 +99,28 @@ class Launch:
     scalars: what the kernel takes after its pointers, in its order, None for each pointer at their
         end that it can do without here.
     constants: its constexprs, and Triton's options.
-    strides: for the first pointers, those of the Matrix that each is of; () for a pointer alone.
+    operands: what the first pointers are those of, without them; None for a pointer alone.
     describes: whether the kernel makes descriptors, which takes memory on the device.
     compiled: by `specialization`.
+    strides: of the operands, () for a pointer alone.
     """
 
     grid: tuple[int]
     scalars: tuple[float | None, ...]
     constants: dict[str, Any]
-    strides: tuple[Strides, ...] = ()
+    operands: tuple[Matrix | Vector | None, ...] = ()
     describes: bool = False
     compiled: dict[tuple[bool, ...], Compiled] = field(default_factory=dict, repr=False)
+    strides: tuple[tuple[int | None, ...], ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.strides = tuple(() if one is None else one[1:] for one in self.operands)
 
     def arguments(self, pointers: Sequence[Any]) -> list[Any]:
         """The kernel's, but for constexprs."""
-        pairs = itertools.zip_longest(pointers, self.strides, fillvalue=())
-        return [Matrix(one, *strides) if strides else one for one, strides in pairs] + [
-            *self.scalars
-        ]
+        pairs = itertools.zip_longest(pointers, self.operands)
+        given = [one if of is None else of._replace(ptr=one) for one, of in pairs]
+        return [*given, *self.scalars]
 
 
 def specialization(pointers: Sequence[Tensor | None]) -> tuple[bool, ...]:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from ..configs.config import INTERPRETER, TARGETS, Target
-from ..language.arguments import Options
+from ..language.arguments import Matrix, Options, Vector
 from .compiled_launch import INTERPRETING as INTERPRETING
 from .compiled_launch import CannotLaunch as CannotLaunch
 from .compiled_launch import Launch as Launch
-from .compiled_launch import Strides as Strides
 from .compiled_launch import run as run
 
 LARGEST_INT32 = 2**31 - 1
@@ -73,7 +72,7 @@ class Rows(NamedTuple):
 
     operand: Operand
     size: int
-    strides: Strides
+    matrix: Matrix
     copied: bool = False  # it describes a contiguous copy, which is to be made
 
 
@@ -93,13 +92,13 @@ def rows_of(operand: Operand, *, batched: bool = False) -> Rows:
     shape, strides = operand.shape, operand.strides
     stride_feature = strides[-1] if shape else 1
     if batched:
-        return Rows(operand, shape[1], strides_of(strides[0], strides[1], stride_feature))
+        return Rows(operand, shape[1], Matrix(None, strides[0], strides[1], stride_feature))
     if len(shape) == 2:
-        return Rows(operand, shape[0], strides_of(0, strides[0], stride_feature))
+        return Rows(operand, shape[0], Matrix(None, 0, strides[0], stride_feature))
 
     size = math.prod(shape[:-1])
     if size == 0:  # strides say nothing then
-        return Rows(operand, 0, strides_of(0, 0, stride_feature))
+        return Rows(operand, 0, Matrix(None, 0, 0, stride_feature))
     groups: list[tuple[int, int]] = []  # (size, stride), innermost first
     for extent, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
         if extent == 1:
@@ -112,28 +111,17 @@ def rows_of(operand: Operand, *, batched: bool = False) -> Rows:
         return rows_of(operand.contiguous(*shape))._replace(copied=True)
     inner_size, stride_row = groups[0] if groups else (size, 0)
     nested = (inner_size, groups[1][1]) if len(groups) == 2 else ()
-    return Rows(operand, size, strides_of(0, stride_row, stride_feature, *nested))
+    return Rows(operand, size, Matrix(None, 0, stride_row, stride_feature, *nested))
 
 
-def strides_of(
-    batch: int,
-    row: int,
-    column: int,
-    inner_size: int | None = None,
-    outer: int | None = None,
-) -> Strides:
-    """Those of a Matrix, in its order."""
-    return batch, row, column, inner_size, outer
+def matrix_of(weight: Operand) -> Matrix:
+    """That of (N, K), or (B, N, K)."""
+    return Matrix(None, *(0, *weight.strides)[-3:])
 
 
-def strides_of_weight(weight: Operand) -> Strides:
-    """Those of (N, K), or (B, N, K)."""
-    return strides_of(*(0, *weight.strides)[-3:])
-
-
-def strides_of_bias(bias: Operand | None) -> Strides:
-    """Those of (N,), or (B, N), as a matrix of one row; () where there is none."""
-    return () if bias is None else strides_of((0, *bias.strides)[-2], 0, bias.strides[-1])
+def vector_of(bias: Operand | None) -> Vector | None:
+    """That of (N,), or (B, N)."""
+    return bias and Vector(None, *(0, *bias.strides)[-2:])
 
 
 def allocate(like: Tensor, output: Operand) -> Tensor:
@@ -191,13 +179,13 @@ def aligned_product(*operands: Operand, features: tuple[int, ...], whole: bool) 
     return aligned(*operands) and not (whole and any(size % 16 for size in features))
 
 
-def transposed_in_memory(rows: int, columns: int, strides: Strides, itemsize: int) -> bool | None:
+def transposed_in_memory(rows: int, columns: int, matrix: Matrix, itemsize: int) -> bool | None:
     """Whether a matrix's columns are contiguous; None where neither they nor its rows are.
 
     That is, as Hopper's tensor memory accelerator has to have them to load tiles: apart from one
     another, and multiples of 16 bytes away from the first, whose address is not asked for here.
     """
-    _, row, column, *_ = strides
+    row, column = matrix.stride_row, matrix.stride_column
     for transposed, size, inner, outer in (
         (False, columns, column, row),
         (True, rows, row, column),
@@ -210,10 +198,10 @@ def transposed_in_memory(rows: int, columns: int, strides: Strides, itemsize: in
 def describable(rows: Rows, weight: Operand) -> bool:
     """Whether tiles of input and weight can be loaded by descriptors."""
     input = rows.operand
-    if not (input.aligned and weight.aligned and len(weight.shape) == 2) or rows.strides[3]:
+    if not (input.aligned and weight.aligned and len(weight.shape) == 2) or rows.matrix.inner_size:
         return False
     itemsize, k = input.dtype.itemsize, weight.shape[1]
-    matrices = (rows.size, rows.strides), (weight.shape[0], strides_of_weight(weight))
+    matrices = (rows.size, rows.matrix), (weight.shape[0], matrix_of(weight))
     return all(transposed_in_memory(m, k, one, itemsize) is not None for m, one in matrices)
 
 
