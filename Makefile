@@ -11,8 +11,9 @@ SUPPORTED = import sys; version = sys.version_info[:2]; (3, 10) <= version <= (3
 	"fastlinear is developed with Python 3.10 to 3.13, but $(PYTHON) is Python %d.%d; " % version + \
 	"name another one, as in: make PYTHON=python3.12 test")
 
-VERSION_DEPENDENT = $(patsubst %,tests/test_%.py,backward compile compiled_launch contract explain forward gemv gradients \
-	host_time in_use launch persistent pytorch_data ranks shortcut transforms)
+VERSION_DEPENDENT = $(addprefix tests/,kernels/forward kernels/backward kernels/launching kernels/test_compile.py \
+	$(patsubst %,ops/test_%.py,gradients pytorch_data transforms) choice/test_ranks.py \
+	$(patsubst %,api/test_%.py,contract explain host_time in_use shortcut))
 
 .DEFAULT_GOAL := help
 .PHONY: help test test-oldest test-newest test-versions test-ecosystem lint mutation fuzz resources demo bench bench-pytest report host-time gpu gpu-cache gpu-rehearsal clean

@@ -23,51 +23,55 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 FORWARD, BACKWARD, DISPATCH, BATCHED = (
-    ("tests/test_forward.py",),
-    ("tests/test_backward.py",),
-    ("tests/test_dispatch.py",),
-    ("tests/test_batched.py",),
+    ("tests/kernels/forward/test_forward.py",),
+    ("tests/kernels/backward/test_backward.py",),
+    ("tests/ops/test_dispatch.py",),
+    ("tests/ops/test_batched.py",),
 )
 TOGETHER = tuple(
-    f"tests/test_backward.py::test_together_{name}"
+    f"tests/kernels/backward/test_backward.py::test_together_{name}"
     for name in ("splits", "batch_of_layers", "two_layers_side_by_side")
 )
 IN_ANY_ORDER = (
-    "tests/test_backward.py::test_together_gives_the_same_bits_whichever_program_comes_last",
+    "tests/kernels/backward/test_backward.py::test_together_gives_the_same_bits_whichever_program_comes_last",
 )
-ACTIVATED = ("tests/test_activations.py::test_activation_is_as_exact_as_pytorch_s",)
+ACTIVATED = ("tests/ops/test_activations.py::test_activation_is_as_exact_as_pytorch_s",)
 ACTIVATED_BACKWARD = (
-    "tests/test_activations.py::test_activation_gradients_are_as_exact_as_pytorch_s",
+    "tests/ops/test_activations.py::test_activation_gradients_are_as_exact_as_pytorch_s",
 )
-GATED = ("tests/test_gated.py::test_gated_values_and_gradients_are_as_exact_as_pytorch_s",)
-GATED_MLP = ("tests/test_gated_mlp.py",)
-FOLD_KEPT = ("tests/test_fold.py::test_what_is_not_folded_is_reported_with_the_reason",)
-FOLD_AROUND = ("tests/test_fold.py::test_what_code_around_may_call_by_itself_is_not_folded",)
-TABLES = ("tests/test_tables.py",)
-TUNER = ("tests/test_tune.py",)
-TUNE_MODEL = ("tests/test_tune_model.py",)
-ONEDNN = ("tests/test_onednn.py",)
-PIECES = ("tests/test_float32.py",)
-SPLIT_K = ("tests/test_split_k.py",)
-LAUNCHED = ("tests/test_compiled_launch.py",)
-GEMV = ("tests/test_gemv.py",)
-PERSISTENT = ("tests/test_persistent.py",)
-MAIN_GRAD = ("tests/test_main_grad.py",)
-RANKS = ("tests/test_ranks.py",)
-SHARDED = ("tests/test_distributed.py::test_op_over_shards_is_the_op_over_the_whole",)
-GATED_SHARDED = ("tests/test_distributed.py::test_gated_pair_in_parallel_is_two_of_nn_linear",)
-NO_ROOM = ("tests/test_faults.py::test_without_memory_for_parts_no_sum_is_split",)
+GATED = ("tests/ops/test_gated.py::test_gated_values_and_gradients_are_as_exact_as_pytorch_s",)
+GATED_MLP = ("tests/conversion/test_gated_mlp.py",)
+FOLD_KEPT = ("tests/conversion/test_fold.py::test_what_is_not_folded_is_reported_with_the_reason",)
+FOLD_AROUND = (
+    "tests/conversion/test_fold.py::test_what_code_around_may_call_by_itself_is_not_folded",
+)
+TABLES = ("tests/choice/test_tables.py",)
+TUNER = ("tests/tuning/test_tune.py",)
+TUNE_MODEL = ("tests/tuning/test_tune_model.py",)
+ONEDNN = ("tests/ops/test_onednn.py",)
+PIECES = ("tests/kernels/test_float32.py",)
+SPLIT_K = ("tests/kernels/forward/test_split_k.py",)
+LAUNCHED = ("tests/kernels/launching/test_compiled_launch.py",)
+GEMV = ("tests/kernels/forward/test_gemv.py",)
+PERSISTENT = ("tests/kernels/forward/test_persistent.py",)
+MAIN_GRAD = ("tests/api/test_main_grad.py",)
+RANKS = ("tests/choice/test_ranks.py",)
+SHARDED = ("tests/distributed/test_distributed.py::test_op_over_shards_is_the_op_over_the_whole",)
+GATED_SHARDED = (
+    "tests/distributed/test_distributed.py::test_gated_pair_in_parallel_is_two_of_nn_linear",
+)
+NO_ROOM = ("tests/api/test_faults.py::test_without_memory_for_parts_no_sum_is_split",)
 INTERRUPTED = (
-    "tests/test_faults.py::test_interrupted_launch_leaves_nothing_for_the_next_to_trip_over",
+    "tests/api/test_faults.py::test_interrupted_launch_leaves_nothing_for_the_next_to_trip_over",
 )
 READS, READS_BACKWARD, READS_GATED = (
-    (f"tests/test_numbers.py::test_{what}_nothing_beside_its_operands",)
+    (f"tests/kernels/test_numbers.py::test_{what}_nothing_beside_its_operands",)
     for what in ("forward_reads", "backward_reads", "a_gated_pair_reads")
 )
 
 
 def in_use(test: str) -> tuple[str, ...]:
-    return (f"tests/test_in_use.py::test_{test}",)
+    return (f"tests/api/test_in_use.py::test_{test}",)
 
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -91,49 +95,55 @@ MUTANTS = [
         "benchmarks/compiled.py",
         '    if found["serialized"]:\n',
         '    if found["spilled"]:\n',
-        ("tests/test_compile.py::test_serialised_products_are_a_fault",),
+        ("tests/kernels/test_compile.py::test_serialised_products_are_a_fault",),
     ),
     Mutant(
         "loads before a barrier count as those behind it",
         "benchmarks/machine_code.py",
         "        late += barrier and name",
         "        late += name",
-        ("tests/test_compile.py::test_machine_code_is_counted_by_step_and_tile",),
+        ("tests/kernels/test_compile.py::test_machine_code_is_counted_by_step_and_tile",),
     ),
     Mutant(
         "kernels are looked for where they were compiled",
         "benchmarks/gpu_cache.py",
         "str(path.parent / one) for one in files",
         "files[one] for one in files",
-        ("tests/test_gpu_cache.py::test_kernels_compiled_beforehand_are_found_in_another_folder",),
+        (
+            "tests/benchmarks/test_gpu_cache.py::test_kernels_compiled_beforehand_are_found_in_another_folder",
+        ),
     ),
     Mutant(
         "a wrong kernel is launched again",
         "benchmarks/gpu_summary.py",
         '        if row["verdict"] not in TRUSTED:\n            cut',
         '        if row["verdict"] == "hangs":\n            cut',
-        ("tests/test_gpu.py::test_gpu_parts_are_told_what_to_leave_out",),
+        ("tests/benchmarks/test_gpu.py::test_gpu_parts_are_told_what_to_leave_out",),
     ),
     Mutant(
         "a kernel that is split passes for one that is not",
         "benchmarks/watch.py",
         "    marks = [mark for constant, mark in _MARKS.items() if constants.get(constant)]\n",
         "    marks: list[str] = []\n",
-        ("tests/test_gpu_checks.py::test_planted_faults_are_found_and_named",),
+        ("tests/benchmarks/test_gpu_checks.py::test_planted_faults_are_found_and_named",),
     ),
     Mutant(
         "a kernel that was held up hangs",
         "benchmarks/families.py",
         " or try_some(rows, [name], 1, deadline, save):",
         " or True:",
-        ("tests/test_gpu_checks.py::test_family_that_was_held_up_has_a_second_try_alone",),
+        (
+            "tests/benchmarks/test_gpu_checks.py::test_family_that_was_held_up_has_a_second_try_alone",
+        ),
     ),
     Mutant(
         "a job that hangs is left to",
         "benchmarks/apart.py",
         "                    process.kill()\n                    del running",
         "                    del running",
-        ("tests/test_gpu_checks.py::test_jobs_apart_end_by_themselves_or_when_their_time_is_over",),
+        (
+            "tests/benchmarks/test_gpu_checks.py::test_jobs_apart_end_by_themselves_or_when_their_time_is_over",
+        ),
     ),
     Mutant(
         "store mask dropped, forward",
@@ -182,7 +192,7 @@ MUTANTS = [
         "kernels/forward/tiled.py",
         "acc += bias.to(ACC_DTYPE)[None, :]",
         "acc = acc.to(output_ptr.dtype.element_ty).to(ACC_DTYPE) + bias.to(ACC_DTYPE)[None, :]",
-        ("tests/test_forward.py::test_forward_adds_bias_before_rounding",),
+        ("tests/kernels/forward/test_forward.py::test_forward_adds_bias_before_rounding",),
     ),
     Mutant(
         "grad_bias counted twice",
@@ -245,21 +255,21 @@ MUTANTS = [
         "kernels/forward/tiled.py",
         "input_rows[:, None] + offs_k[None, :] * stride_ik",
         "input_rows[:, None] + offs_k[None, :]",
-        ("tests/test_forward.py::test_forward_takes_strided_input",),
+        ("tests/kernels/forward/test_forward.py::test_forward_takes_strided_input",),
     ),
     Mutant(
         "wrong stride: nested rows taken for evenly spaced",
         "kernels/language/indexing.py",
         "(rows // inner_size) * stride_outer + (rows % inner_size) * stride_inner",
         "rows * stride_inner",
-        ("tests/test_forward.py::test_forward_takes_strided_input",),
+        ("tests/kernels/forward/test_forward.py::test_forward_takes_strided_input",),
     ),
     Mutant(
         "batch stride of the bias ignored",
         "kernels/forward/tiled.py",
         "bias_ptr + batch * stride_bb",
         "bias_ptr",
-        ("tests/test_forward.py::test_forward_batch_of_layers",),
+        ("tests/kernels/forward/test_forward.py::test_forward_batch_of_layers",),
     ),
     Mutant(
         "batch stride of the input ignored, grad_weight",
@@ -280,7 +290,7 @@ MUTANTS = [
         "kernels/language/precision.py",
         "rounded = round_to_nearest(tile, 13)\n",
         "rounded = (tile.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)\n",
-        ("tests/test_forward.py::test_forward_tf32_rounds_operands_to_nearest",),
+        ("tests/kernels/forward/test_forward.py::test_forward_tf32_rounds_operands_to_nearest",),
     ),
     Mutant(
         "split sums: one split left out",
@@ -315,14 +325,14 @@ MUTANTS = [
         "kernels/backward/grad_weight_tile.py",
         "total += tl.load(grad_weight_ptr + offs, mask=mask, other=0.0)",
         "pass",
-        ("tests/test_main_grad.py::test_the_kernels_add_unrounded_sums",),
+        ("tests/api/test_main_grad.py::test_the_kernels_add_unrounded_sums",),
     ),
     Mutant(
         "main_grad: PyTorch's product is rounded before it is added",
         "fastlinear/main_grad.py",
         "main_grad.addmm_(grad_columns.to(main_grad.dtype), rows.to(main_grad.dtype))",
         "main_grad.add_(grad_columns @ rows)",
-        ("tests/test_main_grad.py::test_weights_of_16_bits",),
+        ("tests/api/test_main_grad.py::test_weights_of_16_bits",),
     ),
     Mutant(
         "main_grad: a gradient for autograd too",
@@ -406,7 +416,7 @@ MUTANTS = [
         "kernels/backward/grad_weight_tile.py",
         "last_row = min(first_row + rows_per_split, M)",
         "last_row = min(first_row + rows_per_split + BLOCK_M, M)",
-        ("tests/test_backward.py::test_backward_matches_float64",),
+        ("tests/kernels/backward/test_backward.py::test_backward_matches_float64",),
     ),
     Mutant(
         "existing output kept",
@@ -442,21 +452,21 @@ MUTANTS = [
         "kernels/forward/linear.py",
         "launch.offset_dtype(rows.operand, weight, bias, output)",
         "launch.offset_dtype(rows.operand, weight, output)",
-        ("tests/test_forward.py::test_forward_chooses_offsets_by_every_operand",),
+        ("tests/kernels/forward/test_forward.py::test_forward_chooses_offsets_by_every_operand",),
     ),
     Mutant(
         "weight's gradient takes the saved weight",
         "fastlinear/ops/linear.py",
         "input if needed[1] else None, weight if needed[0] else None, None)",
         "input if needed[0] else None, weight if needed[1] else None, None)",
-        ("tests/test_gradients.py::test_every_mask_of_requires_grad",),
+        ("tests/ops/test_gradients.py::test_every_mask_of_requires_grad",),
     ),
     Mutant(
         "double backward loses the graph",
         "fastlinear/ops/linear.py",
         "    if not (torch.is_grad_enabled() or internals.forward_ad_active()):\n",
         "    if True:\n",
-        ("tests/test_gradients.py::test_gradgradcheck",),
+        ("tests/ops/test_gradients.py::test_gradgradcheck",),
     ),
     Mutant(
         "to the kernel past whoever else wants the call",
@@ -547,98 +557,102 @@ MUTANTS = [
         "fastlinear/_torch_internals.py",
         "        or _profiled()\n",
         "",
-        ("tests/test_shortcut.py::test_modes_and_the_profiler_see_the_op",),
+        ("tests/api/test_shortcut.py::test_modes_and_the_profiler_see_the_op",),
     ),
     Mutant(
         "shortcut past modes of functions",
         "fastlinear/_torch_internals.py",
         "        or _torch_functions_watched()\n",
         "",
-        ("tests/test_shortcut.py::test_modes_and_the_profiler_see_the_op",),
+        ("tests/api/test_shortcut.py::test_modes_and_the_profiler_see_the_op",),
     ),
     Mutant(
         "shortcut past fake tensors' mode",
         "fastlinear/_torch_internals.py",
         "        or _dispatch_modes() > 0\n",
         "",
-        ("tests/test_shortcut.py::test_within_fake_tensors_mode_results_are_fake",),
+        ("tests/api/test_shortcut.py::test_within_fake_tensors_mode_results_are_fake",),
     ),
     Mutant(
         "shortcut of aligned operands for others",
         "fastlinear/choice/way.py",
         "(input.data_ptr() | weight.data_ptr() | bias.data_ptr()) % 16",
         "(input.data_ptr() | weight.data_ptr()) % 16",
-        ("tests/test_shortcut.py::test_a_plan_for_aligned_operands_is_not_followed_for_others",),
+        (
+            "tests/api/test_shortcut.py::test_a_plan_for_aligned_operands_is_not_followed_for_others",
+        ),
     ),
     Mutant(
         "shortcut past the precision that is set",
         "fastlinear/choice/backend.py",
         "    return internals.float32_matmul_precision if default",
         "    return list().__len__ if default",
-        ("tests/test_shortcut.py::test_products_follow_the_precision_that_is_set",),
+        ("tests/api/test_shortcut.py::test_products_follow_the_precision_that_is_set",),
     ),
     Mutant(
         "shortcut past lazy negation",
         "fastlinear/choice/way.py",
         "    if not internals.plain(*operands):\n        return\n",
         "",
-        ("tests/test_shortcut.py::test_other_operands_of_the_same_shapes_are_told_apart",),
+        ("tests/api/test_shortcut.py::test_other_operands_of_the_same_shapes_are_told_apart",),
     ),
     Mutant(
         "shortcut records gradients in inference mode",
         "fastlinear/choice/way.py",
         "internals.above_autograd() and any(",
         "any(",
-        ("tests/test_shortcut.py::test_inference_mode_has_shortcuts_of_its_own",),
+        ("tests/api/test_shortcut.py::test_inference_mode_has_shortcuts_of_its_own",),
     ),
     Mutant(
         "shortcut past tangents",
         "fastlinear/_torch_internals.py",
         "        forward_ad._current_level >= 0  # a",
         "        False  # a",
-        ("tests/test_shortcut.py::test_every_derivative_goes_through_a_shortcut",),
+        ("tests/api/test_shortcut.py::test_every_derivative_goes_through_a_shortcut",),
     ),
     Mutant(
         "a computed weight taken for the parameter",
         "fastlinear/modules.py",
         "                type(self) is Linear\n",
         "                True\n",
-        ("tests/test_shortcut.py::test_a_layer_whose_weight_is_computed_computes_it",),
+        ("tests/api/test_shortcut.py::test_a_layer_whose_weight_is_computed_computes_it",),
     ),
     Mutant(
         "compiled forward mode loses tangents",
         "fastlinear/_torch_internals.py",
         "interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Jvp",
         "False",
-        ("tests/test_transforms.py::test_compiled_transform",),
+        ("tests/ops/test_transforms.py::test_compiled_transform",),
     ),
     Mutant(
         "samples of a vmap taken for layers",
         "fastlinear/ops/batching.py",
         "input.transpose(0, 1).flatten(1, 2)",
         "input.reshape(layers, samples * rows, -1)",
-        ("tests/test_batched.py::test_vmap_over_any_operand",),
+        ("tests/ops/test_batched.py::test_vmap_over_any_operand",),
     ),
     Mutant(
         "every layer drawn into the first",
         "fastlinear/modules.py",
         "kaiming_uniform_(self.weight[layer]",
         "kaiming_uniform_(self.weight[0]",
-        ("tests/test_batched.py::test_initial_values_are_those_of_layers_made_one_after_another",),
+        (
+            "tests/ops/test_batched.py::test_initial_values_are_those_of_layers_made_one_after_another",
+        ),
     ),
     Mutant(
         "one bias for all layers added along the rows",
         "fastlinear/functional.py",
         "if bias.dim() == 2:",
         "if bias.dim() > 0:",
-        ("tests/test_batched.py::test_bad_shapes_are_named",),
+        ("tests/ops/test_batched.py::test_bad_shapes_are_named",),
     ),
     Mutant(
         "Dynamo compiles what is below the op",
         "fastlinear/_torch_internals.py",
         "_eval_frame.set_code_exec_strategy(function.__code__, skip)",
         "del skip",
-        ("tests/test_transforms.py::test_transform_of_a_compiled_function",),
+        ("tests/ops/test_transforms.py::test_transform_of_a_compiled_function",),
     ),
     Mutant(
         "one gelu for the other",
@@ -659,7 +673,7 @@ MUTANTS = [
         "kernels/language/epilogue.py",
         "return tl.where(tl.abs(x) < 0.25, near, far)",
         "return far",
-        ("tests/test_activations.py::test_activation_of_extreme_values",),
+        ("tests/ops/test_activations.py::test_activation_of_extreme_values",),
     ),
     Mutant(
         "output saved for the pre-activation",
@@ -694,7 +708,7 @@ MUTANTS = [
         "kernels/backward/gated.py",
         "saved = activated if FROM_OUTPUT else gate\n",
         "saved = gate\n",
-        ("tests/test_gated.py::test_gated_activation",),
+        ("tests/ops/test_gated.py::test_gated_activation",),
     ),
     Mutant(
         "grad_input of the gate alone",
@@ -708,14 +722,14 @@ MUTANTS = [
         "kernels/backward/gated.py",
         "if gate_weight.stride() != up_weight.stride():",
         "if False:",
-        ("tests/test_gated.py::test_gated_operands_of_every_stride",),
+        ("tests/ops/test_gated.py::test_gated_operands_of_every_stride",),
     ),
     Mutant(
         "offsets of a far up_bias in 32 bits",
         "kernels/forward/gated.py",
         "rows.operand, gate_weight, up_weight, gate_bias, up_bias, output",
         "rows.operand, gate_weight, up_weight, gate_bias, output",
-        ("tests/test_gated.py::test_gated_offsets_are_64_bits_wide_where_an_operand_is_far",),
+        ("tests/ops/test_gated.py::test_gated_offsets_are_64_bits_wide_where_an_operand_is_far",),
     ),
     Mutant(
         "a few rows: K tail not masked",
@@ -750,7 +764,7 @@ MUTANTS = [
         "kernels/forward/gemv.py",
         "batch * stride_wb + offs_n[:, None]",
         "batch * 0 * stride_wb + offs_n[:, None]",
-        ("tests/test_gemv.py::test_gemv_batch_of_layers",),
+        ("tests/kernels/forward/test_gemv.py::test_gemv_batch_of_layers",),
     ),
     Mutant(
         "a gated MLP calls the act_fn that it had",
@@ -827,7 +841,7 @@ MUTANTS = [
         "fastlinear/conversion/source.py",
         ' or hasattr(function, "__wrapped__")',
         "",
-        ("tests/test_fold.py::test_code_that_cannot_be_read_folds_nothing",),
+        ("tests/conversion/test_fold.py::test_code_that_cannot_be_read_folds_nothing",),
     ),
     Mutant(
         "a gate of one feature fused with many",
@@ -848,14 +862,14 @@ MUTANTS = [
         "fastlinear/conversion/convert.py",
         "if internals.linear_is_patched():",
         "if False:",
-        ("tests/test_convert.py::test_a_forward_set_on_the_class_runs",),
+        ("tests/conversion/test_convert.py::test_a_forward_set_on_the_class_runs",),
     ),
     Mutant(
         "activation put back though a layer still applies it",
         "fastlinear/conversion/fold.py",
         "ready[act] == vars(act)[FOLD][1]",
         "ready[act] > 0",
-        ("tests/test_fold.py::test_a_part_is_not_reverted_without_the_rest",),
+        ("tests/conversion/test_fold.py::test_a_part_is_not_reverted_without_the_rest",),
     ),
     Mutant(
         "split_k: a program's own part is added out of its place",
@@ -863,7 +877,9 @@ MUTANTS = [
         "                sum_slices(partial_ptrs, mask, splits, slice_size),\n",
         "                acc + sum_slices(partial_ptrs, mask, splits, slice_size)\n"
         "                - tl.load(partial_ptrs + split * slice_size, mask=mask, other=0.0),\n",
-        ("tests/test_split_k.py::test_split_k_sums_in_one_order_however_programs_arrive",),
+        (
+            "tests/kernels/forward/test_split_k.py::test_split_k_sums_in_one_order_however_programs_arrive",
+        ),
     ),
     Mutant(
         "split_k: slices lie a row apart",
@@ -884,21 +900,23 @@ MUTANTS = [
         "kernels/forward/split_k.py",
         "counter_ptr + batch * tiles + tile",
         "counter_ptr + tile",
-        ("tests/test_split_k.py::test_split_k_keeps_layers_apart_however_programs_arrive",),
+        (
+            "tests/kernels/forward/test_split_k.py::test_split_k_keeps_layers_apart_however_programs_arrive",
+        ),
     ),
     Mutant(
         "split_k: offsets of a far workspace in 32 bits",
         "kernels/forward/split_k.py",
         "if launch.offset_dtype(partial) == tl.int64:",
         "if False:",
-        ("tests/test_split_k.py::test_split_k_chooses_offsets_by_its_workspace",),
+        ("tests/kernels/forward/test_split_k.py::test_split_k_chooses_offsets_by_its_workspace",),
     ),
     Mutant(
         "streams share their counters",
         "kernels/launching/shared_sums.py",
         "stream = torch.cuda.current_stream(device).cuda_stream",
         "stream = 0",
-        ("tests/test_launch.py",),
+        ("tests/kernels/launching/test_launch.py",),
     ),
     Mutant(
         "a counter is left where the last program found it",
@@ -919,14 +937,14 @@ MUTANTS = [
         "kernels/configs/legality.py",
         "_MOST_OF_FAR_PLAIN if traits.wide and",
         "_MOST_OF_FAR_PLAIN if False and",
-        ("tests/test_configs.py",),
+        ("tests/kernels/configs/test_configs.py",),
     ),
     Mutant(
         "a far result's odd rows are stored without addresses",
         "kernels/forward/linear.py",
         "whole=applies or wide",
         "whole=applies",
-        ("tests/test_configs.py",),
+        ("tests/kernels/configs/test_configs.py",),
     ),
     Mutant(
         "batch invariance: the configuration goes by how far rows lie apart",
@@ -934,7 +952,7 @@ MUTANTS = [
         "aligned=False, descriptors=False, wide=False",
         "aligned=False, descriptors=False",
         (
-            "tests/test_batch_invariant.py::test_default_mode_chooses_by_the_batch_and_this_one_does_not",
+            "tests/choice/test_batch_invariant.py::test_default_mode_chooses_by_the_batch_and_this_one_does_not",
         ),
     ),
     Mutant(
@@ -943,7 +961,7 @@ MUTANTS = [
         "batch, m = 1, INVARIANT_ROWS",
         "batch = 1",
         (
-            "tests/test_batch_invariant.py::test_default_mode_chooses_by_the_batch_and_this_one_does_not",
+            "tests/choice/test_batch_invariant.py::test_default_mode_chooses_by_the_batch_and_this_one_does_not",
         ),
     ),
     Mutant(
@@ -951,7 +969,9 @@ MUTANTS = [
         "fastlinear/choice/backend.py",
         "        invariant = True\n        _choose_settings()\n",
         "        invariant = True\n",
-        ("tests/test_batch_invariant.py::test_a_call_like_one_outside_is_batch_invariant_within",),
+        (
+            "tests/choice/test_batch_invariant.py::test_a_call_like_one_outside_is_batch_invariant_within",
+        ),
     ),
     Mutant(
         "a table's row for more rows than were measured",
@@ -993,7 +1013,7 @@ MUTANTS = [
         "fastlinear/choice/way.py",
         " or internals.exporting()",
         "",
-        ("tests/test_tables.py::test_what_is_traced_or_exported_runs_without_the_table",),
+        ("tests/choice/test_tables.py::test_what_is_traced_or_exported_runs_without_the_table",),
     ),
     Mutant(
         "a second backward goes by the backend in force",
@@ -1028,7 +1048,7 @@ MUTANTS = [
         "kernels/configs/choose_pair.py",
         "    return of_input > of_weight\n",
         "    return of_input < of_weight\n",
-        ("tests/test_configs.py",),
+        ("tests/kernels/configs/test_configs.py",),
     ),
     Mutant(
         "shortcuts outlive a table",
@@ -1042,14 +1062,16 @@ MUTANTS = [
         "fastlinear/tuning/measure.py",
         "    slower = any(faster(clock[other], clock[one]) for clock in clocks)\n",
         "    slower = faster(times[other], times[one])\n",
-        ("tests/test_tune.py::test_kernel_wins_if_it_is_faster_on_one_clock_and_slower_on_none",),
+        (
+            "tests/tuning/test_tune.py::test_kernel_wins_if_it_is_faster_on_one_clock_and_slower_on_none",
+        ),
     ),
     Mutant(
         "an inexact kernel wins",
         "fastlinear/tuning/measure.py",
         "            if as_exact(computed(), theirs, exact, most):\n",
         "            if as_exact(computed(), theirs, exact, most) or call.m:\n",
-        ("tests/test_tune.py::test_inexact_kernel_cannot_win",),
+        ("tests/tuning/test_tune.py::test_inexact_kernel_cannot_win",),
     ),
     Mutant(
         "another process's rows are lost",
@@ -1196,7 +1218,7 @@ MUTANTS = [
         "kernels/configs/model.py",
         "        resident = resident_programs(kernel, config, traits)\n",
         "        resident = 1\n",
-        ("tests/test_choose.py",),
+        ("tests/kernels/configs/test_choose.py",),
     ),
     Mutant(
         "pieces: the product of the middle ones dropped",
@@ -1227,35 +1249,39 @@ MUTANTS = [
         "        partial = tl.dot(a[1], b[1], partial)\n"
         "        partial = tl.dot(a[0], b[2], partial)\n"
         "        partial = tl.dot(a[2], b[0], partial)\n",
-        ("tests/test_float32.py::test_six_products_of_pieces_are_enough_the_smallest_first",),
+        (
+            "tests/kernels/test_float32.py::test_six_products_of_pieces_are_enough_the_smallest_first",
+        ),
     ),
     Mutant(
         "pieces: of infinity, itself and zeros",
         "kernels/language/precision.py",
         "    return tl.where(is_moderate(tile), tile, tl.where(tile > 0, 1.0, -1.0))\n",
         "    return tile\n",
-        ("tests/test_float32.py::test_pieces_pass_nan_and_infinity_on",),
+        ("tests/kernels/test_float32.py::test_pieces_pass_nan_and_infinity_on",),
     ),
     Mutant(
         "pieces: what an addition lost is not given back",
         "kernels/language/precision.py",
         "    term -= lost\n",
         "",
-        ("tests/test_float32.py::test_additions_to_the_total_lose_nothing",),
+        ("tests/kernels/test_float32.py::test_additions_to_the_total_lose_nothing",),
     ),
     Mutant(
         "pieces: infinity has lost something",
         "kernels/language/precision.py",
         'tl.where(tl.abs(raised) < float("inf"), (raised - total) - term, 0.0)',
         "(raised - total) - term",
-        ("tests/test_float32.py::test_pieces_pass_nan_and_infinity_on",),
+        ("tests/kernels/test_float32.py::test_pieces_pass_nan_and_infinity_on",),
     ),
     Mutant(
         "pieces: truncated instead of rounded",
         "kernels/language/precision.py",
         "        first = round_to_nearest(leading_piece(tile), 16)\n",
         "        first = as_bfloat16(leading_piece(tile), True)\n",
-        ("tests/test_float32.py::test_six_products_of_pieces_are_enough_the_smallest_first",),
+        (
+            "tests/kernels/test_float32.py::test_six_products_of_pieces_are_enough_the_smallest_first",
+        ),
     ),
     Mutant(
         "pieces: for short sums too",
@@ -1318,7 +1344,7 @@ MUTANTS = [
         "kernels/forward/gated.py",
         "gate, up = total_of(gate, INPUT_PRECISION), total_of(up, INPUT_PRECISION)",
         "gate, up = total_of(gate, INPUT_PRECISION), total_of(gate, INPUT_PRECISION)",
-        ("tests/test_float32.py::test_pieces_in_a_gated_pair",),
+        ("tests/kernels/test_float32.py::test_pieces_in_a_gated_pair",),
     ),
     Mutant(
         "rows past the last are read, and not stored, gemv",
@@ -1430,7 +1456,7 @@ MUTANTS = [
         "fastlinear/choice/way.py",
         "    if settings != backend.settings():\n",
         "    if settings is None:\n",
-        ("tests/test_concurrency.py",),
+        ("tests/api/test_concurrency.py",),
     ),
     Mutant(
         "a blocked gradient counts as one of zeros",
@@ -1479,7 +1505,7 @@ MUTANTS = [
         "fastlinear/choice/backend.py",
         "None if torch.compiler.is_dynamo_compiling() else auto",
         "auto",
-        ("tests/test_transforms.py::test_compiled_autograd_has_one_graph",),
+        ("tests/ops/test_transforms.py::test_compiled_autograd_has_one_graph",),
     ),
     Mutant(
         "what stands in a parameter's place is passed by",

@@ -1,6 +1,5 @@
 """Layers over several processes: sharded, replicated, in stages, saved and loaded."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -293,7 +292,7 @@ def test_ranks_that_fail_fail_the_test_and_are_gone(call: tuple[object, ...], me
 def test_ranks_are_gone_with_whoever_started_them() -> None:
     code = f"""
 import sys
-sys.path.insert(0, {os.path.dirname(__file__)!r})
+sys.path.insert(0, {str(Path(__file__).parents[1] / "helpers")!r})
 from ranks import Ranks
 print(*Ranks(2, "os", {{}}).run("getpid"), flush=True)
 import os

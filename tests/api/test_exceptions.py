@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_tables import TILE, row, table
+from made_up import TILE, row, table
 from torch import Tensor, nn
 
 import fastlinear

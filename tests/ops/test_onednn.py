@@ -15,7 +15,7 @@ import onednn as everywhere
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tables import TILE, table
+from made_up import TILE, table
 from test_transforms import (  # noqa: F401
     cpp_compiler,
     dynamo,

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import gpu_cache
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMPILE = """
 from benchmarks import gpu_cache, launches
 

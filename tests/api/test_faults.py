@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from made_up import NAME, TILE, Clocks, row, rows_of, run, table
 from oracle import (
     assert_as_exact,
     exact_backward,
@@ -27,8 +28,6 @@ from oracle import (
     normal,
     sum_scale,
 )
-from test_tables import TILE, row, table
-from test_tune import NAME, Clocks, rows_of, run
 from torch import Tensor
 from triton.runtime.errors import PTXASError
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from test_tune import Clocks
+from made_up import Clocks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,7 +29,7 @@ from fastlinear.tuning import tune
 from fastlinear.tuning.record import record
 from fastlinear.tuning.stopwatch import CpuStopwatch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not launch.INTERPRETING, reason="the clocks are made up")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def part(gpu: ModuleType, name: str, code: str, calls: tuple[int, ...] = (1,)) -> Any:

@@ -14,35 +14,22 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from made_up import TILE, K, N, row, table
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import fastlinear
 from fastlinear.choice import backend, known, way
 from fastlinear.choice import table as tables
-from fastlinear.choice.table import BY_ROWS, PYTORCH, Key, Row, Table
+from fastlinear.choice.table import BY_ROWS, PYTORCH, Key, Row
 from fastlinear.kernels.backward import grad_weight as backward_weight
 from fastlinear.kernels.backward import linear as backward
 from fastlinear.kernels.configs.config import BackwardConfig, Config, Traits
 from fastlinear.kernels.forward import linear as forward
 from fastlinear.kernels.launching import launch
 
-N, K = 24, 40
-TILE = Config(32, 32, 32, num_warps=1, num_stages=1)
 SMALL = Config(16, 16, 16, num_warps=1, num_stages=1)
 pytestmark = pytest.mark.skipif(not launch.INTERPRETING, reason="the table is the interpreter's")
-
-
-def row(product: Any, m: int, candidate: Config | str, **changes: Any) -> Row:
-    bias = product != "grad_input"
-    wanted = "input weight bias" if product == "training" else ""
-    key = Key(product, "float32", "ieee", None, bias, wanted, N, K, m)
-    return Row(*key, candidate, 2.0, 3.0, 4.0, 5.0)._replace(**changes)
-
-
-def table(*rows: Row, **changes: Any) -> Table:
-    given = Table(known.INTERPRETER, "none", date="2026-01-02", rows=rows, **known.software())
-    return given._replace(**changes)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from fastlinear.kernels.configs.choose import choose, choose_splits, ranked
 from fastlinear.kernels.configs.config import INTERPRETER, TARGETS, Config, Kernel, Kind, Traits
 from fastlinear.kernels.configs.model import modelled_time
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 SM_90 = TARGETS["sm_90"]
 ALIGNED = Traits(torch.bfloat16, "ieee", True, SM_90)
 MEASURED = ROOT / "benchmarks/results/nvidia-h100-80gb-hbm3/kernels.json"

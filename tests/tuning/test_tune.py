@@ -11,21 +11,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from made_up import LAYER, NAME, Clocks, rows_of, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlinear
 from fastlinear import __main__ as command
 from fastlinear.choice import backend
 from fastlinear.choice import table as tables
-from fastlinear.choice.table import BY_ROWS, PYTORCH, Row
+from fastlinear.choice.table import BY_ROWS, PYTORCH
 from fastlinear.kernels.configs.config import BackwardConfig, Config
 from fastlinear.kernels.launching import launch
 from fastlinear.tuning import measure as tuning
-from fastlinear.tuning.stopwatch import Call, Measure
+from fastlinear.tuning.stopwatch import Call
 
-ROOT = Path(__file__).parent.parent
-SMALL = ("--shapes", "24x40", "--dtypes", "float32")
-NAME = "triton-interpreter.json"
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not launch.INTERPRETING, reason="the clocks are made up")
 
 
@@ -35,30 +34,6 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     yield
     monkeypatch.undo()
     backend.use_tables()
-
-
-class Clocks:
-    """Says that kernels take `kernel` and PyTorch `pytorch` microseconds, and runs each once."""
-
-    def __init__(self, kernel: float = 1.0, pytorch: float = 2.0) -> None:
-        self.kernel, self.pytorch = kernel, pytorch
-        self.asked = 0
-
-    def __call__(self, calls: dict[str, Call], clock: str) -> dict[str, list[float]]:
-        assert clock in ("device", "wall")
-        self.asked += 1
-        for call in calls.values():
-            call()
-        slow = (PYTORCH, *tables.LIBRARIES)
-        return {name: [self.pytorch if name in slow else self.kernel] * 3 for name in calls}
-
-
-def run(clocks: Measure, *given: str) -> int:
-    return command.tune(command.arguments_of(["tune", *SMALL, *given]), clocks)
-
-
-def rows_of(path: Path) -> dict[tuple[str, int], Row]:
-    return {(row.product, row.m): row for row in tables.read(path).rows}
 
 
 def test_every_product_gets_a_row_that_auto_goes_by(
@@ -422,7 +397,7 @@ def in_a_process(code: str, *given: str) -> "subprocess.Popen[bytes]":
         "    return {name: [2.0 if name in slow else 1.0] * 3 for name in calls}\n"
         "sys.exit(command.tune(command.arguments_of(), measure))\n"
     )
-    arguments = [sys.executable, "-c", program, "tune", *SMALL, *given]
+    arguments = [sys.executable, "-c", program, "tune", *LAYER, *given]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     return subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL)
 

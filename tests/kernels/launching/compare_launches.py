@@ -1,8 +1,8 @@
 """Compares what Triton gives its launcher with what a direct launch gives it.
 
-Run it as `python tests/compare_launches.py`, without TRITON_INTERPRET and GPUs. Triton compiles for
-an H100 and goes all of its own way, up to the loader of binaries and the launcher, which are stood
-in for. Exits with 1 where they differ in more than the hooks.
+Run it as `python tests/kernels/launching/compare_launches.py`, without TRITON_INTERPRET and GPUs.
+Triton compiles for an H100 and goes all of its own way, up to the loader of binaries and the
+launcher, which are stood in for. Exits with 1 where they differ in more than the hooks.
 """
 
 import sys

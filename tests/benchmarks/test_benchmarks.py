@@ -16,7 +16,7 @@ from fastlinear.kernels.forward import linear as forward
 from fastlinear.kernels.launching import launch
 from fastlinear.tuning.stopwatch import Call
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_host_time_writes_what_it_prints(tmp_path: Path) -> None:

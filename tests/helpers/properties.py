@@ -1,6 +1,6 @@
 """The property that every call has: values and gradients near float64, and what else it promises.
 
-tests/test_properties.py tries some cases, tests/fuzz.py as many as there is time for.
+tests/api/test_properties.py tries some cases, tests/fuzz.py as many as there is time for.
 """
 
 import contextlib

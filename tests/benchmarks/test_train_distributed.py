@@ -23,7 +23,7 @@ from torch import nn
 from benchmarks import checkpoints, distributed
 from benchmarks.digits import Training, epoch_orders, read_digits
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPT = "benchmarks/train.py"
 PATIENCE = 120  # seconds; a run takes 5 on two cores that do nothing else
 

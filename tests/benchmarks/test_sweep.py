@@ -22,7 +22,7 @@ from benchmarks.arms import NATIVE, Arm, Call, arms
 from benchmarks.names import not_a_peer
 from benchmarks.shapes import BATCH_SIZES, LAYERS, least_bytes, operations
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 

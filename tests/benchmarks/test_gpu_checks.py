@@ -22,7 +22,7 @@ from fastlinear.kernels.forward import linear as forward
 from fastlinear.kernels.launching import launch
 from fastlinear.tuning import measure as tune_rows
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # The numbers.
 

@@ -19,7 +19,7 @@ from benchmarks.compiled import MOVED_TILE, STREAMED, instructions_in_loops
 from benchmarks.occupancy import resident_programs
 from benchmarks.without_gpu import Case
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ROW = {"registers": 100, "spilled": 0, "shared": 4096, "matrix": 8, "resident": 2}
 LOOP = """
 $L__BB0_1:
