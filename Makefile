@@ -16,7 +16,7 @@ VERSION_DEPENDENT = $(addprefix tests/,kernels/forward kernels/backward kernels/
 	$(patsubst %,api/test_%.py,contract explain host_time in_use shortcut))
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-oldest test-newest test-versions test-ecosystem lint mutation fuzz resources demo bench bench-pytest report host-time gpu gpu-cache gpu-rehearsal clean
+.PHONY: help test test-oldest test-newest test-versions test-ecosystem lint mutation random-mutation fuzz resources demo bench bench-pytest report host-time gpu gpu-cache gpu-rehearsal clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,9 @@ lint: .venv/installed ## ruff check, ruff format --check, mypy, import-linter
 
 mutation: .venv/installed ## break the code in known ways, and see that the tests fail
 	.venv/bin/python tests/mutation.py $(ARGS)
+
+random-mutation: .venv/installed ## change random tokens of the code, and see that the tests fail: ARGS="--seed 1 --jitted 30"
+	.venv/bin/python tests/random_mutation.py $(ARGS)
 
 fuzz: .venv/installed ## call the layers with random shapes, strides, dtypes and settings for MINUTES=30, against float64
 	.venv/bin/python tests/fuzz.py --minutes $(MINUTES) $(ARGS)
