@@ -12,14 +12,14 @@ SUPPORTED = import sys; version = sys.version_info[:2]; (3, 10) <= version <= (3
 	"name another one, as in: make PYTHON=python3.12 test")
 
 VERSION_DEPENDENT = $(addprefix tests/,kernels/forward kernels/backward kernels/launching kernels/test_compile.py \
-	$(patsubst %,ops/test_%.py,gradients pytorch_data transforms) choice/test_ranks.py \
-	$(patsubst %,api/test_%.py,contract explain host_time in_use shortcut))
+	$(patsubst %,ops/test_%.py,autocast checkpointing cuda_graphs gradients pytorch_data torch_compile torch_export torch_func \
+	without_data) choice/test_ranks.py $(patsubst %,api/test_%.py,contract explain host_time in_use shortcut))
 
 .DEFAULT_GOAL := help
 .PHONY: help test test-oldest test-newest test-versions test-ecosystem lint mutation random-mutation fuzz resources demo bench bench-pytest report host-time gpu gpu-cache gpu-rehearsal clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
 	@echo 'PYTHON=python3.12 picks the interpreter; ARGS="..." is passed on, as in: make test ARGS="-k bias -x"'
 
 test: .venv/installed ## run the tests on the pinned torch and Triton

@@ -62,7 +62,7 @@ MUTANTS = [
         "fastlinear/_torch_internals.py",
         "interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Jvp",
         "False",
-        ("tests/ops/test_transforms.py::test_compiled_transform",),
+        ("tests/ops/test_torch_compile.py::test_compiled_transform",),
     ),
     Mutant(
         "every layer drawn into the first",
@@ -85,7 +85,7 @@ MUTANTS = [
         "fastlinear/_torch_internals.py",
         "_eval_frame.set_code_exec_strategy(function.__code__, skip)",
         "del skip",
-        ("tests/ops/test_transforms.py::test_transform_of_a_compiled_function",),
+        ("tests/ops/test_torch_compile.py::test_transform_of_a_compiled_function",),
     ),
     Mutant(
         "a gate of one feature fused with many",

@@ -228,6 +228,6 @@ MUTANTS = [
         "fastlinear/choice/backend.py",
         "None if torch.compiler.is_dynamo_compiling() else auto",
         "auto",
-        ("tests/ops/test_transforms.py::test_compiled_autograd_has_one_graph",),
+        ("tests/ops/test_torch_compile.py::test_compiled_autograd_has_one_graph",),
     ),
 ]

@@ -9,7 +9,7 @@ import io
 import itertools
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -466,16 +466,6 @@ def test_subclasses_of_tensor_keep_their_meaning(backend: str) -> None:
 
 
 # What PyTorch does to a call.
-
-
-@pytest.fixture
-def dynamo() -> Iterator[Any]:
-    """torch._dynamo, which has compiled nothing yet."""
-    import torch._dynamo
-
-    torch._dynamo.reset()
-    yield torch._dynamo
-    torch._dynamo.reset()
 
 
 def members(device: torch.device) -> tuple[fastlinear.BatchedLinear, list[nn.Linear]]:

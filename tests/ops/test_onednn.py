@@ -1,6 +1,6 @@
 """oneDNN's linear, where tables say that it is faster: as exact as PyTorch's, and in all its uses.
 
-What test_transforms does is done again with it.
+What compiling, torch.func, checkpoints and autocast do is done again with it.
 """
 
 import gc
@@ -16,15 +16,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from made_up import TILE, table
-from test_transforms import (  # noqa: F401
-    cpp_compiler,
-    dynamo,
-    plain_outputs,
-    tables,
+from test_autocast import (  # noqa: F401
     test_autocast_regions_nest,
     test_autocast_takes_dtypes_as_pytorch_does,
+)
+from test_checkpointing import (  # noqa: F401
     test_checkpoint_policy_saves_the_op,
     test_checkpoint_recomputes_under_autocast,
+)
+from test_torch_compile import (  # noqa: F401
+    tables,
     test_compile_compiles_as_often_as_nn_linear,
     test_compile_layer_with_activation,
     test_compile_once_for_a_batch_marked_dynamic,
@@ -32,6 +33,8 @@ from test_transforms import (  # noqa: F401
     test_compile_with_a_bias_of_one_element,
     test_compiled_autograd,
     test_compiled_autograd_has_one_graph,
+)
+from test_torch_func import (  # noqa: F401
     test_functional_call_per_sample_gradients,
     test_functional_call_trains_an_ensemble,
     test_functional_transform,
