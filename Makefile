@@ -11,14 +11,15 @@ SUPPORTED = import sys; version = sys.version_info[:2]; (3, 10) <= version <= (3
 	"fastlinear is developed with Python 3.10 to 3.13, but $(PYTHON) is Python %d.%d; " % version + \
 	"name another one, as in: make PYTHON=python3.12 test")
 
-VERSION_DEPENDENT = $(patsubst %,tests/test_%.py,backward compile compiled_launch contract explain forward gemv gradients \
-	host_time in_use launch persistent pytorch_data ranks shortcut transforms)
+VERSION_DEPENDENT = $(addprefix tests/,kernels/forward kernels/backward kernels/launching kernels/test_compile.py \
+	$(patsubst %,ops/test_%.py,autocast checkpointing cuda_graphs gradients pytorch_data torch_compile torch_export torch_func \
+	without_data) choice/test_ranks.py $(patsubst %,api/test_%.py,contract contract_calls contract_hooks contract_modes explain host_time in_use shortcut))
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-oldest test-newest test-versions test-ecosystem lint mutation fuzz resources demo bench bench-pytest report host-time gpu gpu-cache gpu-rehearsal clean
+.PHONY: help test test-oldest test-newest test-versions test-ecosystem lint mutation random-mutation fuzz resources demo bench bench-pytest report host-time gpu gpu-cache gpu-rehearsal clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
 	@echo 'PYTHON=python3.12 picks the interpreter; ARGS="..." is passed on, as in: make test ARGS="-k bias -x"'
 
 test: .venv/installed ## run the tests on the pinned torch and Triton
@@ -44,6 +45,9 @@ lint: .venv/installed ## ruff check, ruff format --check, mypy, import-linter
 
 mutation: .venv/installed ## break the code in known ways, and see that the tests fail
 	.venv/bin/python tests/mutation.py $(ARGS)
+
+random-mutation: .venv/installed ## change random tokens of the code, and see that the tests fail: ARGS="--seed 1 --jitted 30"
+	.venv/bin/python tests/random_mutation.py $(ARGS)
 
 fuzz: .venv/installed ## call the layers with random shapes, strides, dtypes and settings for MINUTES=30, against float64
 	.venv/bin/python tests/fuzz.py --minutes $(MINUTES) $(ARGS)

@@ -2,9 +2,9 @@
 
 `python -m benchmarks.numerics --json FILE` draws operands of many shapes and layouts, runs each
 launcher in each configuration that is legal for them, and compares every result with float64: the
-budget is that of `tests/oracle.py`, twice PyTorch's own error and one rounding step. Each call is
-repeated and has to give the same bits. Outputs start as NaN between guards. It exits with 1 if
-anything is at fault; FILE is written as it goes. Nothing is timed.
+budget is that of `tests/helpers/oracle.py`, twice PyTorch's own error and one rounding step. Each
+call is repeated and has to give the same bits. Outputs start as NaN between guards. It exits with 1
+if anything is at fault; FILE is written as it goes. Nothing is timed.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """What the kernels compute, three times over: by their launchers, by PyTorch, and in float64.
 
 `benchmarks.numerics` compares the three. A `Product` is one launcher with its operands. How exact
-it has to be say the tests (`tests/oracle.py`), by the sizes of the sums on the way.
+it has to be say the tests (`tests/helpers/oracle.py`), by the sizes of the sums on the way.
 """
 
 import functools
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # The truth and the budget of an error are the tests'.
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
 from oracle import (
     exact_backward,
     exact_forward,

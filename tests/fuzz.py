@@ -21,6 +21,8 @@ if not torch.cuda.is_available():
 # No table of the user's has a say, as in the tests.
 os.environ["FASTLINEAR_CACHE"] = os.path.join(os.path.dirname(__file__), "no-tables")
 
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "helpers"))
+
 import guards
 from cases import FUNCTIONS, Case, cases
 from hypothesis import HealthCheck, Phase, given, settings

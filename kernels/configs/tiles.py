@@ -1,7 +1,8 @@
 """The configurations that are shipped, by kind, family of GPUs and arithmetic: those of tiles.json.
 
-Of each list the largest tiles come first, those for any alignment last. tests/test_compile.py
-compiles every one that is legal, for its target, and fails where it spills.
+Of each list the largest tiles come first, those for any alignment last.
+tests/kernels/test_compile.py compiles every one that is legal, for its target, and fails where it
+spills.
 
 - "tiled": rows, columns, depth, stages, warps of the output tiles. Those of "bf16x6", float32
   products of pieces, which other kinds do not form, have steps as deep as one instruction for

@@ -25,7 +25,7 @@ class Backend:
         """Fails unless `results` are those of the unconverted model.
 
         With "auto" the same operations run on the same numbers and have to give the same bits.
-        Through the kernels the budget is that of tests/oracle.py, for the model as a whole: twice
+        Through the kernels the budget is that of oracle.py, for the model as a whole: twice
         the error of the unconverted model plus one rounding step, relative, as the root mean square
         over all results. Not one result at a time: an error made in one layer goes on into many,
         so that the largest in some small gradient is a matter of luck, on either side.

@@ -1,0 +1,233 @@
+"""Bugs planted in fastlinear/choice/, each with the tests that have to notice it."""
+
+from mutant import Mutant
+
+TABLES = ("tests/choice/test_tables.py",)
+TUNE_MODEL = ("tests/tuning/test_tune_model.py",)
+ONEDNN = ("tests/ops/test_onednn.py",)
+PIECES = ("tests/kernels/test_float32.py",)
+RANKS = ("tests/choice/test_ranks.py",)
+
+MUTANTS = [
+    Mutant(
+        "a rank goes by its own tables",
+        "fastlinear/choice/ranks.py",
+        "    return theirs\n",
+        "    return mine\n",
+        RANKS,
+    ),
+    Mutant(
+        "tables from before there was a group stay",
+        "fastlinear/choice/known.py",
+        "if group != _group:",
+        "if False:",
+        RANKS,
+    ),
+    Mutant(
+        "shortcut of aligned operands for others",
+        "fastlinear/choice/way.py",
+        "(input.data_ptr() | weight.data_ptr() | bias.data_ptr()) % 16",
+        "(input.data_ptr() | weight.data_ptr()) % 16",
+        (
+            "tests/api/test_shortcut.py::test_a_plan_for_aligned_operands_is_not_followed_for_others",
+        ),
+    ),
+    Mutant(
+        "shortcut past the precision that is set",
+        "fastlinear/choice/backend.py",
+        "    return internals.float32_matmul_precision if default",
+        "    return list().__len__ if default",
+        ("tests/api/test_shortcut.py::test_products_follow_the_precision_that_is_set",),
+    ),
+    Mutant(
+        "shortcut past lazy negation",
+        "fastlinear/choice/way.py",
+        "    if not internals.plain(*operands):\n        return\n",
+        "",
+        ("tests/api/test_shortcut.py::test_other_operands_of_the_same_shapes_are_told_apart",),
+    ),
+    Mutant(
+        "shortcut records gradients in inference mode",
+        "fastlinear/choice/way.py",
+        "internals.above_autograd() and any(",
+        "any(",
+        ("tests/api/test_shortcut.py::test_inference_mode_has_shortcuts_of_its_own",),
+    ),
+    Mutant(
+        "batch invariance: shortcuts of the default mode are taken",
+        "fastlinear/choice/backend.py",
+        "        invariant = True\n        _choose_settings()\n",
+        "        invariant = True\n",
+        (
+            "tests/choice/test_batch_invariant.py::test_a_call_like_one_outside_is_batch_invariant_within",
+        ),
+    ),
+    Mutant(
+        "a table's row for more rows than were measured",
+        "fastlinear/choice/table.py",
+        "1 << max(m - 1, 0).bit_length()",
+        "1 << max(m - 2, 0).bit_length()",
+        TABLES,
+    ),
+    Mutant(
+        "backend triton takes PyTorch's product",
+        "fastlinear/choice/way.py",
+        "    return None if isinstance(candidate, str) else candidate\n",
+        "    return candidate\n",
+        TABLES,
+    ),
+    Mutant(
+        "a backward goes by the backend in force",
+        "fastlinear/choice/backend.py",
+        'return current != "triton" if _forward.auto is None else _forward.auto',
+        'return current != "triton"',
+        TABLES,
+    ),
+    Mutant(
+        "a row of an odd output counts as aligned under an activation",
+        "fastlinear/choice/table.py",
+        "whole = (n, k) if applies or wide else read",
+        "whole = read",
+        TABLES,
+    ),
+    Mutant(
+        "an exported layer goes by the table",
+        "fastlinear/choice/way.py",
+        " or internals.exporting()",
+        "",
+        ("tests/choice/test_tables.py::test_what_is_traced_or_exported_runs_without_the_table",),
+    ),
+    Mutant(
+        "a row for layers with a bias serves those without",
+        "fastlinear/choice/way.py",
+        "key = _key(product, input, dtype, activation, bias is not None, n, k, m, wanted)",
+        "key = _key(product, input, dtype, activation, True, n, k, m, wanted)",
+        TABLES,
+    ),
+    Mutant(
+        "shortcuts outlive a table",
+        "fastlinear/choice/backend.py",
+        "invariant, current, known.generation\n",
+        "invariant, current\n",
+        TABLES,
+    ),
+    Mutant(
+        "oneDNN's gelu is taken for that by tanh",
+        "fastlinear/choice/onednn.py",
+        '("gelu", [], "tanh")',
+        '("gelu", [], "none")',
+        ONEDNN,
+    ),
+    Mutant(
+        "oneDNN reads a strided bias as if it were contiguous",
+        "fastlinear/choice/onednn.py",
+        "        bias = bias.contiguous()  # it is read as if it were\n",
+        "        pass\n",
+        ONEDNN,
+    ),
+    Mutant(
+        "what tables of another moment say is noted",
+        "fastlinear/choice/known.py",
+        "    noted[read_by] = least\n",
+        "    _least[read_by] = least\n",
+        TABLES,
+    ),
+    Mutant(
+        "a batch that a table has another way for is told to be too small",
+        "fastlinear/choice/known.py",
+        "elements = (key.m // 2 + 1) * key.k",
+        "elements = key.m * key.k",
+        TABLES,
+    ),
+    Mutant(
+        "oneDNN is asked for gradients that it has not",
+        "fastlinear/choice/onednn.py",
+        'return None if dtype == torch.float32 else f"oneDNN has no gradients in {dtype}"',
+        "return None",
+        ONEDNN,
+    ),
+    Mutant(
+        "a rank that was given up publishes its table",
+        "fastlinear/choice/ranks.py",
+        '"", "published") == b"published"',
+        '"", "published")',
+        TUNE_MODEL,
+    ),
+    Mutant(
+        "oneDNN is taken where it is switched off",
+        "fastlinear/choice/onednn.py",
+        "not torch._C._get_mkldnn_enabled() or not",
+        "not",
+        ONEDNN,
+    ),
+    Mutant(
+        "a CPU's table serves other numbers of threads",
+        "fastlinear/choice/known.py",
+        "read_by = _threads(), internals",
+        "read_by = 0, internals",
+        ONEDNN,
+    ),
+    Mutant(
+        "a backward needs the table of its forward",
+        "fastlinear/choice/backend.py",
+        "known.seen and not invariant and (known.available or _forward.auto is not None)",
+        "known.available and not invariant",
+        ONEDNN,
+    ),
+    Mutant(
+        "a step that is measured serves others' gradients",
+        "fastlinear/choice/way.py",
+        '["weight"] * weight.requires_grad\n',
+        '["weight"]\n',
+        ONEDNN,
+    ),
+    Mutant(
+        "another rank than the first measures too",
+        "fastlinear/choice/ranks.py",
+        '"", rank).decode() == rank\n',
+        '"", rank).decode() != ""\n',
+        TUNE_MODEL,
+    ),
+    Mutant(
+        "a gain that is too small counts",
+        "fastlinear/choice/table.py",
+        "self.pytorch_device_us >= margin * self.device_us",
+        "self.pytorch_device_us >= self.device_us",
+        TABLES,
+    ),
+    Mutant(
+        "a row of other kernels counts",
+        "fastlinear/choice/known.py",
+        'same = parsed.kernels == software()["kernels"]',
+        "same = True",
+        TABLES,
+    ),
+    Mutant(
+        "pieces: taken by default",
+        "fastlinear/choice/backend.py",
+        'return "ieee" if float32_products == "ieee" else f"long {float32_products}"',
+        'return "long bf16x6"',
+        PIECES,
+    ),
+    Mutant(
+        "pieces: shortcuts of other float32 products are taken",
+        "fastlinear/choice/backend.py",
+        'default = not invariant and float32_products == "ieee"',
+        "default = not invariant",
+        PIECES,
+    ),
+    Mutant(
+        "shortcut remembered for settings that are no longer in force",
+        "fastlinear/choice/way.py",
+        "    if settings != backend.settings():\n",
+        "    if settings is None:\n",
+        ("tests/api/test_concurrency.py",),
+    ),
+    Mutant(
+        "compiled autograd traces what its thread goes by",
+        "fastlinear/choice/backend.py",
+        "None if torch.compiler.is_dynamo_compiling() else auto",
+        "auto",
+        ("tests/ops/test_torch_compile.py::test_compiled_autograd_has_one_graph",),
+    ),
+]

@@ -1,0 +1,52 @@
+"""Made-up measurements: clocks that a test sets, and tables with rows that it needs."""
+
+from pathlib import Path
+from typing import Any
+
+from fastlinear import __main__ as command
+from fastlinear.choice import known
+from fastlinear.choice import table as tables
+from fastlinear.choice.table import PYTORCH, Key, Row, Table
+from fastlinear.kernels.configs.config import Config
+from fastlinear.tuning.stopwatch import Call, Measure
+
+N, K = 24, 40
+TILE = Config(32, 32, 32, num_warps=1, num_stages=1)
+NAME = "triton-interpreter.json"
+LAYER = ("--shapes", f"{N}x{K}", "--dtypes", "float32")
+
+
+class Clocks:
+    """Says that kernels take `kernel` and PyTorch `pytorch` microseconds, and runs each once."""
+
+    def __init__(self, kernel: float = 1.0, pytorch: float = 2.0) -> None:
+        self.kernel, self.pytorch = kernel, pytorch
+        self.asked = 0
+
+    def __call__(self, calls: dict[str, Call], clock: str) -> dict[str, list[float]]:
+        assert clock in ("device", "wall")
+        self.asked += 1
+        for call in calls.values():
+            call()
+        slow = (PYTORCH, *tables.LIBRARIES)
+        return {name: [self.pytorch if name in slow else self.kernel] * 3 for name in calls}
+
+
+def run(clocks: Measure, *given: str) -> int:
+    return command.tune(command.arguments_of(["tune", *LAYER, *given]), clocks)
+
+
+def rows_of(path: Path) -> dict[tuple[str, int], Row]:
+    return {(row.product, row.m): row for row in tables.read(path).rows}
+
+
+def row(product: Any, m: int, candidate: Config | str, **changes: Any) -> Row:
+    bias = product != "grad_input"
+    wanted = "input weight bias" if product == "training" else ""
+    key = Key(product, "float32", "ieee", None, bias, wanted, N, K, m)
+    return Row(*key, candidate, 2.0, 3.0, 4.0, 5.0)._replace(**changes)
+
+
+def table(*rows: Row, **changes: Any) -> Table:
+    given = Table(known.INTERPRETER, "none", date="2026-01-02", rows=rows, **known.software())
+    return given._replace(**changes)
