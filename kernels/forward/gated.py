@@ -4,7 +4,7 @@ One launch, which reads the input once for both products.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -113,7 +113,7 @@ class GatedForwardPlan(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def plan_gated_forward(
-    operands: tuple[launch.Fields | None, ...],
+    operands: tuple[Any, ...],
     precision: str,
     activation: Activation,
     save_products: bool,
@@ -128,11 +128,13 @@ def plan_gated_forward(
             `gated_linear_forward`. A launch is of the pointers that are there: with save_products
             it is another.
     """
-    given = dict(zip(NAMES, map(launch.operand, operands), strict=True))
+    input, gate_weight, up_weight = (launch.Operand(*fields) for fields in operands[:3])
+    biases = [launch.operand(fields) for fields in operands[3:]]
+    given = (input, gate_weight, up_weight, *biases)
     check_activation(activation, optional=False)
-    check_same_kind(**given)
-    check_gated_shapes(*(one and one.shape for one in given.values()))
-    input, gate_weight, up_weight, *biases = given.values()
+    check_same_kind(**dict(zip(NAMES, given, strict=True)))
+    shapes: Any = [one and one.shape for one in given]
+    check_gated_shapes(*shapes)
     target = launch.target_of(input.device)
     out_features, in_features = gate_weight.shape
     rows = launch.rows_of(input)
@@ -203,13 +205,14 @@ def gated_linear_forward(
         RuntimeError: shapes, dtypes or devices are none of these, or the kernels cannot run on the
             device.
     """
-    operands = (input, gate_weight, up_weight, gate_bias, up_bias)
+    operands: tuple[Any, ...] = (input, gate_weight, up_weight, gate_bias, up_bias)
     given = (precision, activation, save_products, config, batch_invariant)
     plan = plan_gated_forward(launch.describe(*operands), *given)
     if plan.copy_input:
         operands = (input.contiguous(), *operands[1:])
-    results = [launch.allocate(input, plan.output) for _ in range(3 if save_products else 1)]
-    output, gate, up = results if save_products else (*results, None, None)
+    output = launch.allocate(input, plan.output)
+    gate = launch.allocate(input, plan.output) if save_products else None
+    up = launch.allocate(input, plan.output) if save_products else None
     if plan.kernel.grid != (0,):
         launch.run(gated_linear_forward_kernel, plan.kernel, (*operands, output, gate, up))
     return output, gate, up

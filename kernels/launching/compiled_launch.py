@@ -165,7 +165,8 @@ def run(kernel: Any, launch: Launch, pointers: tuple[Tensor | None, ...]) -> Non
         return
     given: list[Any] = []
     bits = 0
-    for one, strides in itertools.zip_longest(pointers, launch.strides, fillvalue=()):
+    pairs: Any = itertools.zip_longest(pointers, launch.strides, fillvalue=())
+    for one, strides in pairs:
         # Triton's launcher takes addresses as well as tensors, tuples as well as a Matrix, and
         # skips what was None at first.
         address = 0 if one is None else one.data_ptr()

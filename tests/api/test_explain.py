@@ -54,11 +54,9 @@ def test_explained_launches_are_those_that_happen(
     run = launch.run
 
     def spy(kernel, plan: launch.Launch, pointers: tuple[Tensor | None, ...]) -> None:  # type: ignore[no-untyped-def]
-        names = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
         both = kernel.__name__ == "linear_backward_kernel"
-        for product in ("INPUT_", "WEIGHT_") if both else ("",):
-            found = [plan.constants.get(product + name) for name in names]
-            launched.append((kernel.__name__, () if None in found else tuple(found)))
+        for tile in ("INPUT_TILE", "WEIGHT_TILE") if both else ("TILE",):
+            launched.append((kernel.__name__, plan.constants.get(tile, ())[:3]))
         run(kernel, plan, pointers)
 
     monkeypatch.setattr(launch, "run", spy)

@@ -356,7 +356,7 @@ def test_backward_takes_the_path_of_its_forward(
     with fastlinear.use_backend(later):
         output.backward()
     kernels = {
-        "triton": ["activation_backward_kernel", "linear_backward_kernel"],
+        "triton": ["elementwise_backward_kernel", "linear_backward_kernel"],
         "auto with kernels": ["linear_backward_weight_kernel"],
     }
     assert launched == kernels.get(path, [])

@@ -233,7 +233,7 @@ def test_every_kernel_is_of_a_family(device: torch.device) -> None:
     launched: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         named = lambda kernel, one, pointers: launched.append(  # noqa: E731
-            watch.name_of(kernel, one.constants)
+            watch.name_of(kernel, one.constants, pointers)
         )
         patch.setattr(launch, "run", named)
         for family in families.FAMILIES.values():
@@ -329,7 +329,7 @@ def test_rehearsal_names_what_is_planted_and_writes_nowhere_else(tmp_path: Path)
     faults = {
         "linear_gemv_kernel, activated": ("hangs", "activation by gemv"),
         "linear_gemv_kernel": ("wrong", "output by gemv"),
-        "gate_backward_kernel": ("cannot launch", "gated gradients"),
+        "elementwise_backward_kernel, of a gate": ("cannot launch", "gated gradients"),
     }
     plant = ";".join(f"{kernel}={fault}" for kernel, (fault, _) in faults.items())
     before = listing()

@@ -58,7 +58,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     run = launch.run
 
     def spy(kernel: Any, plan: launch.Launch, pointers: tuple[Tensor | None, ...]) -> None:
-        found.append((kernel.__name__, plan.constants.get("BLOCK_M", 0)))
+        found.append((kernel.__name__, plan.constants["TILE"].M if "TILE" in plan.constants else 0))
         run(kernel, plan, pointers)
 
     monkeypatch.setattr(launch, "run", spy)

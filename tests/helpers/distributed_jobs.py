@@ -497,7 +497,7 @@ def go_by_tables(folder: str, device: str) -> tuple[list[tuple[str, int]], list[
     launched: list[tuple[str, int]] = []
 
     def spy(kernel: Any, plan: launch.Launch, pointers: tuple[Tensor | None, ...]) -> None:
-        launched.append((kernel.__name__, plan.constants["BLOCK_M"]))
+        launched.append((kernel.__name__, plan.constants["TILE"].M))
         compiled_launch.run(kernel, plan, pointers)
 
     generator = torch.Generator().manual_seed(0)

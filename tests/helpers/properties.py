@@ -15,7 +15,7 @@ from oracle import fenced, traits_of
 from torch import Tensor
 
 import fastlinear
-from fastlinear.kernels.backward.activation import activation_backward
+from fastlinear.kernels.backward.elementwise import activation_backward
 from fastlinear.kernels.backward.gated import gated_linear_backward
 from fastlinear.kernels.backward.linear import linear_backward
 from fastlinear.kernels.configs.config import BackwardConfig, Config

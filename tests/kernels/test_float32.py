@@ -15,6 +15,7 @@ from torch import Tensor
 import fastlinear
 from fastlinear import _torch_internals as internals
 from fastlinear.choice import backend
+from fastlinear.kernels.backward.elementwise import elementwise_backward_kernel
 from fastlinear.kernels.backward.grad_weight import linear_backward_weight, plan_backward_weight
 from fastlinear.kernels.backward.linear import linear_backward, linear_backward_input, plan_backward
 from fastlinear.kernels.configs import config as configs
@@ -62,18 +63,18 @@ def test_plans_take_pieces_by_the_length_of_their_sums(
     ) -> str:
         operands = fields(rows, k, dtype=dtype), fields(48, k, dtype=dtype), None
         plan = plan_forward.__wrapped__(operands, asked, None, False, None, batch_invariant)
-        return str(plan.launch.launch.constants["INPUT_PRECISION"])
+        return str(plan.launch.launch.constants["OPTIONS"].precision)
 
     def gated(rows: int, k: int, batch_invariant: bool = False) -> str:
-        operands = fields(rows, k), fields(48, k), fields(48, k)
+        operands = fields(rows, k), fields(48, k), fields(48, k), None, None
         given = (asked, "silu", False, None, batch_invariant)
-        plan = plan_gated_forward.__wrapped__(operands, (None, None), *given)
-        return str(plan.kernel.constants["INPUT_PRECISION"])
+        plan = plan_gated_forward.__wrapped__(operands, *given)
+        return str(plan.kernel.constants["OPTIONS"].precision)
 
     def grad_weight(rows: int, dtype: torch.dtype = torch.float32) -> tuple[str, int]:
         operands = fields(rows, 96, dtype=dtype), fields(rows, 48, dtype=dtype), None
         plan = plan_backward_weight.__wrapped__(operands, False, False, asked, None, None)
-        return str(plan.launch.constants["INPUT_PRECISION"]), plan.shares.splits
+        return str(plan.launch.launch.constants["OPTIONS"].precision), plan.splits
 
     assert (forward(96, LONG_SUM - 1), forward(96, LONG_SUM)) == ("ieee", "bf16x6")
     assert forward(64, LONG_SUM) == "ieee"
@@ -109,7 +110,8 @@ def test_one_launch_for_all_gradients_forms_them_in_one_way(
         operands = one.contiguous(rows, (1 + two) * outputs), weight, input
         given = (True, False, "long bf16x6", None, None, batch_invariant)
         plan = plan_backward.__wrapped__(operands, weight if two else None, *given)
-        return None if plan.config is None else str(plan.launch.constants["INPUT_PRECISION"])
+        formed = str(plan.launch.launch.constants["OPTIONS"].precision)
+        return None if plan.config is None else formed
 
     assert backward(LONG_SUM, LONG_SUM) == "bf16x6"
     assert backward(LONG_SUM - 1, LONG_SUM - 1) == "ieee"
@@ -131,8 +133,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     run = launch.run
 
     def spy(kernel: object, plan: launch.Launch, pointers: tuple[Tensor | None, ...]) -> None:
-        if "INPUT_PRECISION" in plan.constants:
-            found.append(plan.constants["INPUT_PRECISION"])
+        if kernel is not elementwise_backward_kernel:
+            found.append(plan.constants["OPTIONS"].precision)
         run(kernel, plan, pointers)
 
     monkeypatch.setattr(launch, "run", spy)

@@ -353,7 +353,7 @@ def test_activation_takes_one_launch_and_two(
     assert len(launched) == 1
     assert launched.pop() in FORWARD_KERNELS
     output.backward(torch.ones_like(output))
-    assert launched == ["activation_backward_kernel", "linear_backward_kernel"]
+    assert launched == ["elementwise_backward_kernel", "linear_backward_kernel"]
 
 
 @pytest.mark.parametrize("mask", MASKS)

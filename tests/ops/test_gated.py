@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-import triton.language as tl
 from oracle import (
     DTYPES,
     assert_as_exact,
@@ -28,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlinear
-from fastlinear.kernels.backward.gated import plan_gate_backward
+from fastlinear.kernels.backward.elementwise import plan_elementwise_backward
 from fastlinear.kernels.configs.config import Config
 from fastlinear.kernels.forward.gated import gated_linear_forward, plan_gated_forward
 from fastlinear.kernels.launching import launch
@@ -475,7 +474,7 @@ def test_gated_takes_one_launch_and_two(
     output = fastlinear.gated_linear(*inputs)
     assert launched == ["gated_linear_forward_kernel"]
     output.sum().backward()
-    assert launched[1:] == ["gate_backward_kernel", backward]
+    assert launched[1:] == ["elementwise_backward_kernel", backward]
 
 
 FAR = 2**31  # the stride of an operand of two rows or features, whose second is that far off
@@ -491,19 +490,20 @@ def test_gated_offsets_are_64_bits_wide_where_an_operand_is_far(
         (*one[:1], (FAR, 1)[: len(one[0])], *one[2:]) if index == far else one
         for index, one in enumerate(near)
     ]
-    for given, width in ((near, tl.int32), (operands, tl.int64)):
-        plan = plan_gated_forward(tuple(given[:3]), tuple(given[3:]), "ieee", "silu", True, None)
-        assert plan.kernel.constants["OFFSET_DTYPE"] == width
+    for given, wide in ((near, False), (operands, True)):
+        plan = plan_gated_forward(tuple(given), "ieee", "silu", True, None)
+        assert plan.kernel.constants["OPTIONS"].wide is wide
 
 
 def test_gated_gradients_take_64_bits_for_both_side_by_side(device: torch.device) -> None:
     shape = (2**19, 2**11)  # 2**30 elements, and twice as many for both gradients
     one = (shape, (2**11, 1), torch.float32, device, True)
-    plan, products, _ = plan_gate_backward((one, one, one), "silu")
+    plan, products, _ = plan_elementwise_backward((one, one, one), "silu")
     assert products.shape == (2**19, 2**12)
-    assert plan.constants["OFFSET_DTYPE"] == tl.int32
+    assert not plan.constants["OPTIONS"].wide
     one = ((2**19 + 1, 2**11), *one[1:])
-    assert plan_gate_backward((one, one, one), "silu")[0].constants["OFFSET_DTYPE"] == tl.int64
+    plan, *_ = plan_elementwise_backward((one, one, one), "silu")
+    assert plan.constants["OPTIONS"].wide
 
 
 # What cannot be taken.

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import triton
-import triton.language as tl
 from oracle import assert_as_exact, exact_forward, fenced, native_forward, normal
 from torch import Tensor
 from triton.runtime import _allocation
@@ -21,6 +20,7 @@ from fastlinear.kernels.forward.linear import (
     linear_forward,
     plan_forward,
 )
+from fastlinear.kernels.language.arguments import Matrix
 from fastlinear.kernels.launching import compiled_launch, launch
 from fastlinear.ops.elementwise import ACTIVATIONS
 
@@ -125,9 +125,9 @@ def test_persistent_adds_bias_before_rounding(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("rows", "columns", "strides", "expected"),
     [
-        pytest.param(5, 24, (24, 1), (False, 24), id="rows"),
-        pytest.param(5, 24, (1, 8), (True, 8), id="columns"),
-        pytest.param(5, 7, (8, 1), (False, 8), id="rows of an odd size, apart"),
+        pytest.param(5, 24, (24, 1), False, id="rows"),
+        pytest.param(5, 24, (1, 8), True, id="columns"),
+        pytest.param(5, 7, (8, 1), False, id="rows of an odd size, apart"),
         pytest.param(5, 7, (7, 1), None, id="rows next to each other, of an odd size"),
         pytest.param(5, 24, (28, 1), None, id="every other row starts off 16 bytes"),
         pytest.param(5, 24, (48, 2), None, id="every other column"),
@@ -135,14 +135,15 @@ def test_persistent_adds_bias_before_rounding(device: torch.device) -> None:
         pytest.param(5, 24, (16, 1), None, id="rows that overlap"),
         pytest.param(0, 24, (24, 1), None, id="no rows"),
         pytest.param(5, 0, (8, 1), None, id="no columns"),
-        pytest.param(1, 24, (24, 1), (False, 24), id="one row"),
-        pytest.param(24, 1, (1, 24), (True, 24), id="one column"),
+        pytest.param(1, 24, (24, 1), False, id="one row"),
+        pytest.param(24, 1, (1, 24), True, id="one column"),
     ],
 )
 def test_descriptors_describe(
-    rows: int, columns: int, strides: tuple[int, int], expected: tuple[bool, int] | None
+    rows: int, columns: int, strides: tuple[int, int], expected: bool | None
 ) -> None:
-    assert launch.stored(rows, columns, *strides, itemsize=2) == expected
+    matrix = Matrix(None, 0, *strides)
+    assert launch.transposed_in_memory(rows, columns, matrix, itemsize=2) is expected
 
 
 def test_operands_are_describable_or_not(device: torch.device) -> None:
@@ -230,16 +231,16 @@ def test_persistent_programs_are_no_more_than_tiles(m: int, programs: int) -> No
 def test_persistent_offsets_are_wide_where_the_output_is(device: torch.device) -> None:
     config = configs(device)[0]
 
-    def offsets(*shape: int) -> tl.dtype:
+    def wide(*shape: int) -> bool:
         def fields(*shape: int) -> launch.Fields:
             return shape, (shape[1], 1), torch.bfloat16, device, True
 
         m, n = shape
         plan = plan_forward((fields(m, 8), fields(n, 8), None), "ieee", None, False, config)
-        return plan.launch.launch.constants["OFFSET_DTYPE"]
+        return bool(plan.launch.launch.constants["OPTIONS"].wide)
 
-    assert offsets(2**16, 2**15) == tl.int32
-    assert offsets(2**16, 2**15 + 8) == tl.int64
+    assert not wide(2**16, 2**15)
+    assert wide(2**16, 2**15 + 8)
 
 
 @pytest.mark.parametrize("direct", [False, True], ids=["by Triton", "direct"])
@@ -263,7 +264,7 @@ def test_launch_lends_memory_and_leaves_a_users_allocator_be(
         triton.set_allocator(mine)
         kernel = Kernel()
         for describes in (True, False):
-            launched = launch.Launch((1,), (), {}, describes)
+            launched = launch.Launch((1,), (), {}, describes=describes)
             for _ in range(2):  # the second is direct, if any is
                 launch.run(kernel, launched, (torch.empty(1),))
             assert bool(launched.compiled) == direct

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import triton.language as tl
 
+from fastlinear.kernels.language.arguments import Matrix
 from fastlinear.kernels.launching import launch, shared_sums
 
 
@@ -19,16 +19,16 @@ def operand(tensor: torch.Tensor) -> launch.Operand:
     return launch.Operand(*launch.describe(tensor, tensor)[0])
 
 
-ROWS = {  # tensor, and (size, inner_size, stride_outer, stride_inner, stride_feature)
-    "matrix": (on_no_memory(6, 5), (6, 6, 0, 5, 1)),
-    "columns": (on_no_memory(5, 6).t(), (6, 6, 0, 1, 6)),
-    "vector": (on_no_memory(5), (1, 1, 0, 0, 1)),
-    "contiguous leading dimensions": (on_no_memory(2, 3, 4, 5), (24, 24, 0, 5, 1)),
-    "sequence first": (on_no_memory(3, 2, 5).transpose(0, 1), (6, 3, 5, 10, 1)),
-    "channels last": (on_no_memory(2, 5, 3, 4).permute(0, 2, 3, 1), (24, 12, 60, 1, 12)),
-    "expanded": (on_no_memory(1, 1).expand(6, 5), (6, 6, 0, 0, 0)),
-    "expanded leading dimension": (on_no_memory(4, 5).expand(3, 4, 5), (12, 4, 0, 5, 1)),
-    "dimensions of one": (on_no_memory(1, 6, 1, 5), (6, 6, 0, 5, 1)),
+ROWS = {  # tensor, and (size, stride_row, stride_column), with (inner_size, stride_outer)
+    "matrix": (on_no_memory(6, 5), (6, 5, 1)),
+    "columns": (on_no_memory(5, 6).t(), (6, 1, 6)),
+    "vector": (on_no_memory(5), (1, 0, 1)),
+    "contiguous leading dimensions": (on_no_memory(2, 3, 4, 5), (24, 5, 1)),
+    "sequence first": (on_no_memory(3, 2, 5).transpose(0, 1), (6, 10, 1, 3, 5)),
+    "channels last": (on_no_memory(2, 5, 3, 4).permute(0, 2, 3, 1), (24, 1, 12, 12, 60)),
+    "expanded": (on_no_memory(1, 1).expand(6, 5), (6, 0, 0)),
+    "expanded leading dimension": (on_no_memory(4, 5).expand(3, 4, 5), (12, 5, 1, 4, 0)),
+    "dimensions of one": (on_no_memory(1, 6, 1, 5), (6, 5, 1)),
 }
 
 
@@ -36,8 +36,9 @@ ROWS = {  # tensor, and (size, inner_size, stride_outer, stride_inner, stride_fe
 def test_rows_are_described_without_a_copy(tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
     rows = launch.rows_of(operand(tensor))
     assert not rows.copied
-    found = (rows.size, rows.inner_size, rows.stride_outer, rows.stride_inner, rows.stride_feature)
-    assert found == expected
+    size, *strides = expected
+    assert rows.size == size
+    assert rows.matrix == Matrix(None, 0, *strides)
 
 
 def test_no_rows_need_no_copy_however_they_are_nested() -> None:
@@ -48,27 +49,27 @@ def test_rows_on_three_strides_are_copied_once() -> None:
     rows = launch.rows_of(operand(on_no_memory(2, 3, 4, 5).permute(2, 1, 0, 3)))
     assert rows.copied
     assert rows.operand.strides == (30, 10, 5, 1)
-    assert not rows.nested
+    assert rows.matrix.inner_size is None
 
 
 def test_batched_rows_keep_their_batch_stride() -> None:
     rows = launch.rows_of(operand(on_no_memory(4, 5).expand(3, 4, 5)), batched=True)
-    assert (rows.stride_batch, rows.size, rows.stride_inner, rows.nested) == (0, 4, 5, False)
+    assert (rows.size, rows.matrix) == (4, Matrix(None, 0, 5, 1))
 
 
 @pytest.mark.parametrize(
-    ("tensor", "dtype"),
+    ("tensor", "wide"),
     [
         # 2**31 elements: the last one's offset is 2**31 - 1.
-        (on_no_memory(2**16, 2**15), tl.int32),
-        (on_no_memory(2**16, 2**15 + 1), tl.int64),
-        (on_no_memory(2**21, 2**11)[:, :1], tl.int64),  # few elements that reach far
-        (on_no_memory(1, 1).expand(2**20, 2**20), tl.int32),  # many that are one
-        (on_no_memory(0, 2**33), tl.int32),
+        (on_no_memory(2**16, 2**15), False),
+        (on_no_memory(2**16, 2**15 + 1), True),
+        (on_no_memory(2**21, 2**11)[:, :1], True),  # few elements that reach far
+        (on_no_memory(1, 1).expand(2**20, 2**20), False),  # many that are one
+        (on_no_memory(0, 2**33), False),
     ],
 )
-def test_offsets_are_as_wide_as_the_storage_needs(tensor: torch.Tensor, dtype: tl.dtype) -> None:
-    assert launch.offset_dtype(operand(on_no_memory(3, 4)), None, operand(tensor)) == dtype
+def test_offsets_are_as_wide_as_the_storage_needs(tensor: torch.Tensor, wide: bool) -> None:
+    assert launch.wide(operand(on_no_memory(3, 4)), None, operand(tensor)) == wide
 
 
 def test_alignment_is_what_triton_can_prove(device: torch.device) -> None:
