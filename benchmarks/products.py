@@ -74,7 +74,7 @@ class Product:
 
     @property
     def aligned(self) -> bool:
-        described = [launch.Operand(*launch.describe(one, one)[0]) for one in self.operands]
+        described = [launch.Operand(*launch.describe(one)[0]) for one in self.operands]
         whole = not (self.applies and described[1].shape[-2] % 16)  # as launch.aligned_product
         return whole and launch.aligned(*described)
 

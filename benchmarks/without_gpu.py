@@ -288,7 +288,7 @@ def as_launched(case: Case, made: Made) -> Case:
             epilogue_parts=constants.get("EPILOGUE_PARTS", 1),
         )
 
-    described = (launch.Operand(*launch.describe(one, one)[0]) for one in Operands(case).read)
+    described = (launch.Operand(*launch.describe(one)[0]) for one in Operands(case).read)
     case = dataclasses.replace(
         case,
         precision=constants["OPTIONS"].precision,

@@ -76,7 +76,7 @@ def _operand(tensor: Tensor, dtype: torch.dtype) -> Any:
     if tensor.dtype != dtype:
         like = torch.empty_like(tensor, dtype=dtype, device="meta")
         return launch.Operand(like.shape, like.stride(), dtype, tensor.device, True)
-    return launch.Operand(*launch.describe(tensor, tensor)[0])
+    return launch.Operand(*launch.describe(tensor)[0])
 
 
 def _by_kernels(

@@ -70,9 +70,9 @@ def test_split_k_takes_any_number_of_splits(
 def test_split_k_leaves_no_split_empty(splits: int, found: int, device: torch.device) -> None:
     given = operands(20, 70, 6 * CONFIG.block_k + 1, torch.float32, device)
     config = dataclasses.replace(CONFIG, splits=splits)
-    plan = plan_forward(launch.describe(*given), "ieee", None, False, config).launch
+    plan = plan_forward(launch.describe(*given, None)[:3], "ieee", None, False, config).launch
     assert plan.launch.grid == (2 * 3 * found,)
-    assert (plan.partial is None) == (found == 1)
+    assert (not plan.partials) == (found == 1)
 
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
@@ -139,5 +139,5 @@ def test_counters_are_left_at_zero_and_used_again(device: torch.device) -> None:
 def test_a_layer_of_many_tiles_gets_as_many_counters(device: torch.device) -> None:
     given = normal((3, 40, 32), torch.float32, device), normal((3, 70, 32), torch.float32, device)
     config = dataclasses.replace(CONFIG, splits=2)
-    plan = plan_forward(launch.describe(*given), "ieee", None, False, config).launch
+    plan = plan_forward(launch.describe(*given, None), "ieee", None, False, config).launch
     assert plan.counters == 3 * 3 * 3

@@ -16,7 +16,7 @@ def on_no_memory(*shape: int) -> torch.Tensor:
 
 
 def operand(tensor: torch.Tensor) -> launch.Operand:
-    return launch.Operand(*launch.describe(tensor, tensor)[0])
+    return launch.Operand(*launch.describe(tensor)[0])
 
 
 ROWS = {  # tensor, and (size, stride_row, stride_column), with (inner_size, stride_outer)
