@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.overrides import has_torch_function
 
 from fastlinear import _torch_internals as internals
 from fastlinear.choice import backend, known
@@ -57,10 +56,9 @@ def linear_into_main_grad(
     """
     operands = (input, weight, bias)
     observe(linear_into_main_grad, operands, activation)
-    if has_torch_function(operands):
-        output = of_operands(linear_into_main_grad, operands, activation)
-        if output is not NotImplemented:
-            return output
+    output = of_operands(linear_into_main_grad, operands, activation)
+    if output is not NotImplemented:
+        return output
     if not (torch.is_grad_enabled() and weight.requires_grad):
         return linear(input, weight, bias, activation)
     reason = why_not(input, weight, bias) or _why_distributed(input, weight)

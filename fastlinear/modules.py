@@ -19,7 +19,7 @@ from fastlinear.choice import backend
 from fastlinear.functional import batched_linear, gated_linear, linear
 from fastlinear.kernels.launching.operands import check_activation
 from fastlinear.main_grad import linear_into_main_grad
-from fastlinear.ops.elementwise import ACTIVATIONS
+from fastlinear.ops.elementwise import ACTIVATIONS, activated
 
 
 class _Activation:
@@ -138,9 +138,7 @@ class Linear(TorchLinear):
                 "accumulate_into_main_grad takes layers whose forward is theirs, but the forward "
                 "of nn.Linear has been replaced on the class"
             )
-        output = super().forward(input)
-        activation = self._fastlinear_activation
-        return output if activation is None else ACTIVATIONS[activation](output)
+        return activated(super().forward(input), self._fastlinear_activation)
 
     def extra_repr(self) -> str:
         applied = self._fastlinear_activation

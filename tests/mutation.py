@@ -629,8 +629,8 @@ MUTANTS = [
     Mutant(
         "one bias for all layers added along the rows",
         "fastlinear/functional.py",
-        "if bias.dim() == 2:",
-        "if bias.dim() > 0:",
+        "bias is None or bias.dim() == 2:",
+        "bias is None or bias.dim() > 0:",
         ("tests/test_batched.py::test_bad_shapes_are_named",),
     ),
     Mutant(

@@ -21,7 +21,7 @@ from fastlinear.kernels.launching.operands import (
     check_gated_backward_shapes,
     check_saved_shape,
 )
-from fastlinear.ops.elementwise import ACTIVATIONS, GRADIENTS
+from fastlinear.ops.elementwise import ACTIVATIONS, GRADIENTS, activated
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -137,19 +137,17 @@ def _by_pytorch(
     if candidate in LIBRARIES:
         output = LIBRARIES[candidate].output(input, weight, bias, activation)
     else:
-        output = _product(input, weight, bias)
-        if activation is not None:
-            output = ACTIVATIONS[activation](output)
+        product = F.linear if weight.dim() == 2 else batched_product
+        output = activated(product(input, weight, bias), activation)
     # A view could not change in place, were it the output of a Function.
     return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
 
-def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if weight.dim() == 2:
-        return F.linear(input, weight, bias)
+def batched_product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """B layers by PyTorch."""
     if bias is None:
-        return torch.bmm(input, weight.mT)
-    return torch.baddbmm(bias.unsqueeze(1), input, weight.mT)
+        return torch.bmm(input, weight.transpose(1, 2))
+    return torch.baddbmm(bias.unsqueeze(1), input, weight.transpose(1, 2))
 
 
 def backward(
