@@ -949,8 +949,8 @@ MUTANTS = [
     Mutant(
         "batch invariance: shortcuts of the default mode are taken",
         "fastlinear/choice/backend.py",
-        "        invariant = True\n        _choose_settings()\n",
-        "        invariant = True\n",
+        "        globals()[self.name] = self.value\n        _choose_settings()\n",
+        "        globals()[self.name] = self.value\n",
         ("tests/test_batch_invariant.py::test_a_call_like_one_outside_is_batch_invariant_within",),
     ),
     Mutant(

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "triton", "torch")
 
 
-def _checked(backend: str, source: str) -> str:
-    if backend not in BACKENDS:
+def _checked(given: str, source: str, choices: tuple[str, ...] = BACKENDS) -> str:
+    if given not in choices:
         raise ValueError(
-            f"{source} must be one of {', '.join(map(repr, BACKENDS))}, but is {backend!r}"
+            f"{source} must be one of {', '.join(map(repr, choices))}, but is {given!r}"
         )
-    return backend
+    return given
 
 
 # Process-wide, as torch.set_float32_matmul_precision is: the layer's forward
@@ -76,7 +76,29 @@ class use_backend:
         current = self.previous.pop()
 
 
-class batch_invariant(use_backend):
+class _SettingOfKernels:
+    """Context manager within which a global of this module, which kernels read, is another."""
+
+    def __init__(self, name: str, value: object) -> None:
+        self.name, self.value = name, value
+        self.previous: list[object] = []  # a stack, as use_backend's
+
+    def __enter__(self) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            raise RuntimeError(
+                f"{type(self).__name__}() cannot be entered within a compiled function; "
+                "enter it around the call"
+            )
+        self.previous.append(globals()[self.name])
+        globals()[self.name] = self.value
+        _choose_settings()
+
+    def __exit__(self, *error: object) -> None:
+        globals()[self.name] = self.previous.pop()
+        _choose_settings()
+
+
+class batch_invariant(_SettingOfKernels):
     """Context manager within which a row's results do not depend on the rows beside it.
 
     Output and grad_input of a row come out bit for bit the same for every batch size, alone or
@@ -94,30 +116,24 @@ class batch_invariant(use_backend):
     """
 
     def __init__(self) -> None:
-        super().__init__("triton")
-        self.outer: list[bool] = []
+        super().__init__("invariant", True)
+        self.kernels = use_backend("triton")
 
     def __enter__(self) -> None:
-        global invariant
         if current == "torch":
             raise RuntimeError(
                 "batch_invariant() needs the kernels, which backend 'auto' and 'triton' can take, "
                 "but backend is 'torch'"
             )
-        _refuse_compilation("batch_invariant()")
         super().__enter__()
-        self.outer.append(invariant)
-        invariant = True
-        _choose_settings()
+        self.kernels.__enter__()
 
     def __exit__(self, *error: object) -> None:
-        global invariant
-        super().__exit__(*error)
-        invariant = self.outer.pop()
-        _choose_settings()
+        self.kernels.__exit__()
+        super().__exit__()
 
 
-class use_float32_products:
+class use_float32_products(_SettingOfKernels):
     """Context manager that says how the kernels form float32 products at PyTorch's "highest".
 
     Like PyTorch's own precision settings it is the process's, and in force for the calls that run
@@ -135,32 +151,7 @@ class use_float32_products:
     """
 
     def __init__(self, products: str) -> None:
-        choices = ("ieee", "bf16x6")
-        if products not in choices:
-            raise ValueError(
-                f"products must be one of {', '.join(map(repr, choices))}, but is {products!r}"
-            )
-        self.products = products
-        self.previous: list[str] = []  # a stack, as use_backend's
-
-    def __enter__(self) -> None:
-        global float32_products
-        _refuse_compilation("use_float32_products()")
-        self.previous.append(float32_products)
-        float32_products = self.products
-        _choose_settings()
-
-    def __exit__(self, *error: object) -> None:
-        global float32_products
-        float32_products = self.previous.pop()
-        _choose_settings()
-
-
-def _refuse_compilation(manager: str) -> None:
-    if torch.compiler.is_dynamo_compiling():
-        raise RuntimeError(
-            f"{manager} cannot be entered within a compiled function; enter it around the call"
-        )
+        super().__init__("float32_products", _checked(products, "products", ("ieee", "bf16x6")))
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
