@@ -25,12 +25,7 @@ from fastlinear.ops import implementations, torchscript
 from fastlinear.ops.arguments import PLAIN, broadcasts, named, unlike_layers, why_not, why_not_gated
 from fastlinear.ops.elementwise import ACTIVATIONS, activated
 from fastlinear.ops.gated import gated_linear_op
-from fastlinear.ops.linear import (
-    LinearActivationFunction,
-    LinearFunction,
-    linear_activation_op,
-    linear_op,
-)
+from fastlinear.ops.linear import LinearFunction, linear_activation_op, linear_op
 
 _linear = internals.unwrapped(linear_op)
 _linear_activation = internals.unwrapped(linear_activation_op)
@@ -114,10 +109,8 @@ def linear(
                 if not (found.requires_grad and torch.is_grad_enabled()):
                     return found.output(input, weight, bias)
                 if activation is None:
-                    return LinearFunction.apply(input, weight, bias, found.recorded)
-                return LinearActivationFunction.apply(
-                    input, weight, bias, activation, found.recorded
-                )[0]
+                    return LinearFunction.apply(found.recorded, input, weight, bias)
+                return LinearFunction.apply(found.recorded, input, weight, bias, activation)[0]
             if (
                 weight.dim() == 2
                 and not internals.transforming()

@@ -9,7 +9,7 @@ graph of them is wanted: those of both weights as one matrix, and of both biases
 gate's before up's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -100,12 +100,10 @@ class GatedLinearFunction(internals.SingleLevelFunction):
     """Derivatives of the output, of gate and of up, in terms of the ops."""
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, gate_weight: Tensor, up_weight: Tensor, *others: Any
-    ) -> Products:
-        *biases, ctx.activation, compute = others
-        output, gate, up = compute(input, gate_weight, up_weight, *biases, ctx.activation)
-        needed = ctx.needs_input_grad
+    def forward(ctx: Any, compute: Callable[..., Products], *arguments: Any) -> Products:
+        input, gate_weight, up_weight, _, _, ctx.activation = arguments
+        output, gate, up = compute(*arguments)
+        needed = ctx.needs_input_grad[1:4]
         # Each operand is kept for the others' gradients alone, as in LinearFunction.
         ctx.save_for_backward(
             input if needed[1] or needed[2] else None,
@@ -126,7 +124,7 @@ class GatedLinearFunction(internals.SingleLevelFunction):
         if grad_output is None and grad_gate is None and grad_up is None:
             return (None,) * 7
         input, gate_weight, up_weight, gate, up = ctx.saved_tensors
-        wanted, activation = internals.wanted(ctx)[:5], ctx.activation
+        wanted, activation = internals.wanted(ctx)[1:6], ctx.activation
         by_parts = (
             torch.is_grad_enabled()
             or internals.forward_ad_active()
@@ -149,7 +147,7 @@ class GatedLinearFunction(internals.SingleLevelFunction):
             parts = grad_weight[:n], grad_weight[n:], grad_bias[:n], grad_bias[n:]
             gradients = grad_input, *parts
             given = (one if want else None for one, want in zip(gradients, wanted, strict=True))
-            return *given, None, None
+            return None, *given, None
         if grad_output is not None:
             through_gate, through_up = gate_gradients(grad_output, gate, up, activation)
             grad_gate, grad_up = added(through_gate, grad_gate), added(through_up, grad_up)
@@ -159,11 +157,11 @@ class GatedLinearFunction(internals.SingleLevelFunction):
         wants = wanted[0], wanted[2], wanted[4]
         of_up = wanted_gradients(grad_up, input, up_weight, wants, False)
         grad_input = added(of_gate[0], of_up[0])
-        return grad_input, of_gate[1], of_up[1], of_gate[2], of_up[2], None, None
+        return None, grad_input, of_gate[1], of_up[1], of_gate[2], of_up[2], None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Products:
-        of_input, of_gate_weight, of_up_weight, of_gate_bias, of_up_bias, *_ = tangents
+        _, of_input, of_gate_weight, of_up_weight, of_gate_bias, of_up_bias, _ = tangents
         with internals.next_level_in_forward_mode(*ctx.saved_tensors) as saved:
             input, gate_weight, up_weight, gate, up = saved
             of_gate = tangent_of(input, gate_weight, of_input, of_gate_weight, of_gate_bias)

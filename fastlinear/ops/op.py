@@ -78,7 +78,7 @@ def register(
 def recorded(
     function: type[internals.SingleLevelFunction], op: Op, compute: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """What records a call of `op` as `function`, whose last argument is what computes the op."""
+    """What records a call of `op` as `function`, whose first argument is what computes the op."""
 
     def below_autograd(*arguments: Any) -> Any:
         with internals.below_autograd():
@@ -89,9 +89,9 @@ def recorded(
 
     def record(plain: bool, *arguments: Any) -> Any:
         if not internals.transforming():
-            return function.apply(*arguments, compute if plain else below_autograd)
+            return function.apply(compute if plain else below_autograd, *arguments)
         with internals.one_level_allowed():
-            return function.apply(*arguments, compute if plain else below_autograd)
+            return function.apply(compute if plain else below_autograd, *arguments)
 
     internals.hide_from_dynamo(function.backward)
     return record
