@@ -19,6 +19,7 @@ from torch.overrides import (
 )
 
 from fastlinear import _torch_internals as internals
+from fastlinear._on_import import when_imported
 from fastlinear.choice import backend, known, way
 from fastlinear.kernels.launching.operands import check_activation
 from fastlinear.ops import implementations, torchscript
@@ -371,4 +372,4 @@ def _register_shardings() -> None:
 
 
 # It takes most of a second to import, and before that there are no DTensors.
-internals.when_imported("torch.distributed.tensor", _register_shardings)
+when_imported("torch.distributed.tensor", _register_shardings)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlinear import _torch_internals as internals
+from fastlinear._on_import import when_imported
 from fastlinear.choice import backend
 from fastlinear.kernels.launching.operands import DTYPES
 
@@ -72,7 +73,7 @@ def register(
 
         register_flop_formula(op.overloadpacket)(flops)
 
-    internals.when_imported("torch.utils.flop_counter", register_flops)
+    when_imported("torch.utils.flop_counter", register_flops)
 
 
 def recorded(
