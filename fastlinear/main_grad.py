@@ -21,7 +21,7 @@ from fastlinear.functional import linear, observe, of_operands, tables_say_so
 from fastlinear.kernels.launching.operands import FROM_OUTPUT, check_main_grad
 from fastlinear.ops import implementations
 from fastlinear.ops.arguments import why_not
-from fastlinear.ops.elementwise import ACTIVATIONS, GRADIENTS
+from fastlinear.ops.elementwise import ACTIVATIONS
 from fastlinear.ops.linear import activation_forward_op
 
 
@@ -150,11 +150,10 @@ class IntoMainGrad(torch.autograd.Function):
         used, all_by_kernels = used if of_input else None, ctx.kernels and not ctx.auto
         grad_input = grad_bias = None
         with torch.autocast(input.device.type, enabled=False):
-            if saved is not None and all_by_kernels:
-                of_activation = backend.launchers().activation.activation_backward
-                grad_output = of_activation(grad_output, saved.contiguous(), ctx.activation)
-            elif saved is not None:
-                grad_output = GRADIENTS[ctx.activation](grad_output, saved)
+            if saved is not None:
+                grad_output = implementations.grad_preactivation(
+                    grad_output, saved, ctx.activation, by_pytorch=not all_by_kernels
+                )
             if all_by_kernels:
                 with _adding:
                     grad_input, grad_bias = _together(grad_output, input, used, bias, main_grad)
@@ -190,8 +189,7 @@ def _together(
         weight,
         bias,
         main_grad=main_grad,
-        precision=backend.float32_precision(),
-        batch_invariant=backend.invariant,
+        **implementations.in_force(),
     )
     return grad_input, grad_bias
 

@@ -1096,8 +1096,8 @@ MUTANTS = [
     Mutant(
         "a gradient by oneDNN goes by the other's row",
         "fastlinear/ops/implementations.py",
-        "        if of_weight in LIBRARIES:\n",
-        "        if of_input in LIBRARIES:\n",
+        "*_grad_weight(of_weight, grad_output",
+        "*_grad_weight(of_input, grad_output",
         ONEDNN,
     ),
     Mutant(
@@ -1159,7 +1159,7 @@ MUTANTS = [
     Mutant(
         "tune steps an optimizer within backward",
         "fastlinear/_torch_internals.py",
-        "    for one in hooks:\n        one.clear()\n",
+        "    for hooks, _ in kept:\n        hooks.clear()\n",
         "",
         TUNE_MODEL,
     ),

@@ -37,7 +37,7 @@ from fastlinear.ops.linear import (
     tangent_of,
     wanted_gradients,
 )
-from fastlinear.ops.op import define, recorded, register
+from fastlinear.ops.op import Op, define, recorded, register
 
 Products = tuple[Tensor, Tensor, Tensor]  # output, gate, up
 
@@ -192,32 +192,18 @@ def _backward_recorded(plain: bool, *arguments: Any) -> Gradients:
     return _of_both(of_gate, gradients_of(grad_up, input, up_weight, bias, False), (0, 0))
 
 
-def _forward_vmap(
-    info: Any,
-    in_dims: InDims,
-    input: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    *others: Any,
-) -> tuple[Products, int]:
-    if all(dim is None for dim in in_dims[1:5]):  # the vmapped dimension is one more of rows
-        input = to_front(input, in_dims[0], info.batch_size)
-        return forward_op(input, gate_weight, up_weight, *others), 0
-    gate_bias, up_bias, activation = others
+def _vmap(op: Op, info: Any, in_dims: InDims, *arguments: Any) -> tuple[Any, int]:
+    """Of `op` where the vmapped dimension is one more of rows, else of gate, of up and by them."""
+    input, gate_weight, up_weight, gate_bias, up_bias, activation = arguments
     of_input, of_gate_weight, of_up_weight, of_gate_bias, of_up_bias, _ = in_dims
+    if all(dim is None for dim in in_dims[1:5]):
+        return op(to_front(input, of_input, info.batch_size), *arguments[1:]), 0
     dims = of_input, of_gate_weight, of_gate_bias
     gate, _ = linear_vmap(info, dims, input, gate_weight, gate_bias)
     dims = of_input, of_up_weight, of_up_bias
     up, _ = linear_vmap(info, dims, input, up_weight, up_bias)
-    return (ACTIVATIONS[activation](gate) * up, gate, up), 0
-
-
-def _vmap(info: Any, in_dims: InDims, *arguments: Any) -> tuple[Tensor, int]:
-    if all(dim is None for dim in in_dims[1:5]):
-        input = to_front(arguments[0], in_dims[0], info.batch_size)
-        return gated_linear_op(input, *arguments[1:]), 0
-    (output, _, _), _ = _forward_vmap(info, in_dims, *arguments)
-    return output, 0
+    output = ACTIVATIONS[activation](gate) * up
+    return output if op is gated_linear_op else (output, gate, up), 0
 
 
 def _backward_vmap(info: Any, in_dims: InDims, *arguments: Any) -> tuple[Gradients, InDims]:
@@ -240,7 +226,7 @@ register(
     compute=implementations.gated_output,
     fake=_fake,
     record=lambda *arguments: _recorded(*arguments)[0],
-    vmap=_vmap,
+    vmap=lambda *arguments: _vmap(gated_linear_op, *arguments),
     flops=lambda *operands, **options: 2 * linear_flops(*operands),
     autocast=5,
 )
@@ -249,7 +235,7 @@ register(
     compute=implementations.gated_forward,
     fake=_forward_fake,
     record=_recorded,
-    vmap=_forward_vmap,
+    vmap=lambda *arguments: _vmap(forward_op, *arguments),
     flops=lambda *operands, **options: 2 * linear_flops(*operands),
 )
 register(
