@@ -196,7 +196,7 @@ def autocast_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         dtype == tensor.dtype
         or tensor.dtype != torch.float32
         or not (tensor.requires_grad and tensor.is_leaf)
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or type(tensor) not in PLAIN
         or tensor.dim() not in (2, 3)
         or not tensor.numel()
         or not torch.is_autocast_cache_enabled()
@@ -318,6 +318,8 @@ any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
 tracing: Callable[[], object] = torch._C._get_tracing_state
 
 
+# Tensors that are what they seem.
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
 # Subclasses of Tensor that pass an op on to plain tensors of this rank: filled by
 # `know_distributed`, as to import them takes most of a second.
 DISTRIBUTED: set[type] = set()

@@ -20,10 +20,12 @@ from torch.overrides import (
 
 from fastlinear import _torch_internals as internals
 from fastlinear._on_import import when_imported
+from fastlinear._torch_internals import PLAIN
 from fastlinear.choice import backend, known, way
+from fastlinear.choice.auto import tables_say_so
 from fastlinear.kernels.launching.operands import check_activation
 from fastlinear.ops import implementations, torchscript
-from fastlinear.ops.arguments import PLAIN, broadcasts, named, unlike_layers, why_not, why_not_gated
+from fastlinear.ops.arguments import broadcasts, named, unlike_layers, why_not, why_not_gated
 from fastlinear.ops.elementwise import ACTIVATIONS, activated
 from fastlinear.ops.gated import gated_linear_op
 from fastlinear.ops.linear import LinearFunction, linear_activation_op, linear_op
@@ -330,36 +332,6 @@ def _expanded(weight: Tensor, bias: Tensor | None) -> Tensor | None:
     if bias is not None and (internals.tracing() is not None or broadcasts(weight, bias)):
         return bias.expand(weight.shape[:-1])
     return bias
-
-
-def tables_say_so(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
-) -> way.Way | bool:
-    """Whether backend "auto" takes the op: for plain operands, if a table says so.
-
-    By which way, if one is remembered.
-    """
-    if (
-        backend.current != "auto"
-        or type(input) not in PLAIN
-        or type(weight) not in PLAIN
-        or (bias is not None and type(bias) not in PLAIN)
-    ):
-        return False
-    if is_dynamo_compiling():
-        return way.takes_ours(input, weight, bias, activation)
-    operands = (input, weight) if bias is None else (input, weight, bias)
-    if any(one.is_nested or one.layout != torch.strided for one in operands):
-        return False
-    found = way.find(input, weight, bias, activation)
-    if found is not None:
-        return False if found.output is None else found
-    if internals.transforming() or internals.tracing() is not None:
-        return False
-    ours = way.takes_ours(input, weight, bias, activation)
-    if not ours:
-        way.remember(input, weight, bias, activation, None)
-    return ours
 
 
 internals.compiled_by_torchscript(linear, torchscript.linear)

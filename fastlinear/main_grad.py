@@ -17,7 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from fastlinear import _torch_internals as internals
 from fastlinear.choice import backend, known
-from fastlinear.functional import linear, observe, of_operands, tables_say_so
+from fastlinear.choice.auto import tables_say_so
+from fastlinear.choice.launchers import kernels_run_on, launchers
+from fastlinear.functional import linear, observe, of_operands
 from fastlinear.kernels.launching.operands import FROM_OUTPUT, check_main_grad
 from fastlinear.ops import implementations
 from fastlinear.ops.arguments import why_not
@@ -104,7 +106,7 @@ _without_kernels: set[torch.device] = set()  # where "auto" has found that Trito
 def by_the_kernels(input: Tensor) -> bool:
     """Whether the kernels compute grad_weight."""
     if backend.current == "auto" and input.is_cuda and input.device not in _without_kernels:
-        return backend.kernels_run_on(input.device)
+        return kernels_run_on(input.device)
     return backend.current == "triton"
 
 
@@ -183,7 +185,7 @@ def _together(
     grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: bool, main_grad: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """grad_input and grad_bias by the kernels, which add to main_grad, if it is there."""
-    grad_input, _, grad_bias = backend.launchers().backward.linear_backward(
+    grad_input, _, grad_bias = launchers().backward.linear_backward(
         grad_output,
         None if main_grad is None else input,
         weight,
@@ -203,20 +205,20 @@ def _grad_input(grad_output: Tensor, weight: Tensor, by_table: bool) -> Tensor:
 
 
 def _add(
-    grad_output: Tensor, input: Tensor, bias: bool, main_grad: Tensor, kernels: bool
+    grad_output: Tensor, input: Tensor, bias: bool, main_grad: Tensor, by_kernel: bool
 ) -> Tensor | None:
-    """Adds to main_grad by the kernel if `kernels`, unless Triton cannot launch it, or by PyTorch.
+    """Adds to main_grad, if `by_kernel` by that, unless Triton cannot launch it, or by PyTorch.
 
     Returns grad_bias where the kernel sums it too.
     """
-    if kernels:
-        launchers, precision = backend.launchers(), backend.float32_precision()
+    if by_kernel:
+        kernels, precision = launchers(), backend.float32_precision()
         try:
-            _, grad_bias = launchers.backward_weight.linear_backward_weight(
+            _, grad_bias = kernels.backward_weight.linear_backward_weight(
                 grad_output, input, bias, main_grad=main_grad, precision=precision
             )
             return grad_bias
-        except launchers.forward.launch.CannotLaunch:
+        except kernels.forward.launch.CannotLaunch:
             _without_kernels.add(input.device)
     _add_by_pytorch(grad_output, input, main_grad)
     return None

@@ -434,13 +434,13 @@ def test_table_is_never_unpickled(folder: Path, monkeypatch: pytest.MonkeyPatch)
 TUNERS = """
 import contextlib, os, random, resource, signal, sys, time
 from fastlinear import __main__ as command
-from fastlinear.choice import backend
+from fastlinear.choice import launchers
 from fastlinear.tuning import measure
 from fastlinear.choice import table as tables
 from pathlib import Path
 
 sys.modules["tqdm"] = None  # a line a layer
-backend.launchers()
+launchers.launchers()
 signal.signal(signal.SIGINT, signal.default_int_handler)
 path = Path(sys.argv[1])
 measure.exact_calls = lambda products, product: {}

@@ -1,13 +1,11 @@
-"""The settings of the process, and what kernels need of the machine."""
+"""The settings of the process, and which of them the op that runs now goes by."""
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 from collections.abc import Callable, Hashable
-from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -165,48 +163,6 @@ def dtype_under(autocast: torch.dtype | None, dtype: torch.dtype) -> torch.dtype
     """What autocast makes of `dtype`: float64, and what is no float, it lets be."""
     cast = autocast is not None and dtype in DTYPES and dtype != torch.float64
     return autocast if cast and autocast is not None else dtype
-
-
-class Launchers(NamedTuple):
-    """The kernels' modules."""
-
-    forward: ModuleType
-    backward: ModuleType
-    backward_weight: ModuleType
-    activation: ModuleType
-    gated: ModuleType
-    gated_backward: ModuleType
-
-
-@functools.cache
-def launchers() -> Launchers:
-    """The modules of the launchers, imported when a kernel is first needed.
-
-    Raises:
-        RuntimeError: Triton is not installed.
-    """
-    try:
-        from fastlinear.kernels.backward import activation
-        from fastlinear.kernels.backward import gated as gated_backward
-        from fastlinear.kernels.backward import grad_weight as backward_weight
-        from fastlinear.kernels.backward import linear as backward
-        from fastlinear.kernels.forward import gated
-        from fastlinear.kernels.forward import linear as forward
-    except (ImportError, OSError) as error:
-        raise RuntimeError(
-            f"backend 'triton' needs the package triton, 3.6 or newer ({error}); "
-            "install it with `pip install 'fastlinear[triton]'`, or use backend 'auto'"
-        ) from error
-    return Launchers(forward, backward, backward_weight, activation, gated, gated_backward)
-
-
-def kernels_run_on(device: torch.device) -> bool:
-    """Whether Triton is there, and knows the device."""
-    try:
-        launchers().forward.launch.target_of(device)
-    except RuntimeError:
-        return False
-    return True
 
 
 def float32_precision() -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastlinear import _torch_internals as internals
 from fastlinear.choice import backend, way
+from fastlinear.choice.launchers import launchers
 from fastlinear.choice.table import LIBRARIES, PYTORCH
 from fastlinear.kernels.launching.operands import (
     FROM_OUTPUT,
@@ -52,7 +53,7 @@ def straight(
         return output, functools.partial(_with_preactivation, candidate)
     if isinstance(candidate, str):
         return (functools.partial(_output, candidate),) * 2
-    kernels = backend.launchers().forward
+    kernels = launchers().forward
     plan = kernels.plan_forward(
         kernels.launch.describe(input, weight, bias),
         backend.float32_precision(),
@@ -82,7 +83,7 @@ def _output(
 ) -> Tensor:
     if isinstance(candidate, str):
         return _by_pytorch(candidate, input, weight, bias, activation)
-    kernels = backend.launchers().forward
+    kernels = launchers().forward
     if activation is not None:
         operands = input, weight, bias, activation
         return kernels.linear_activation_forward(*operands, False, **in_force(candidate))[0]
@@ -106,7 +107,7 @@ def _with_preactivation(
     keep, operands = activation not in FROM_OUTPUT, (input, weight, bias)
     preactivation: Tensor | None = None
     if not isinstance(candidate, str):
-        kernels, options = backend.launchers().forward, in_force(candidate)
+        kernels, options = launchers().forward, in_force(candidate)
         output, preactivation = kernels.linear_activation_forward(
             *operands, activation, keep, **options
         )
@@ -165,7 +166,7 @@ def backward(
     if by_tables:
         pair, of_input, of_weight = _by_table(grad_output, input, weight, bias, batched)
     if of_input is None and of_weight is None:
-        gradients = backend.launchers().backward.linear_backward(
+        gradients = launchers().backward.linear_backward(
             grad_output, input, weight, bias, batched=batched, **in_force(pair)
         )
     else:
@@ -194,7 +195,7 @@ def grad_preactivation(
         if activation == "silu":  # which has no derivative, and needs none here
             return torch.ops.aten.silu_backward(grad_output, saved)
         return GRADIENTS[activation](grad_output, saved)
-    kernels = backend.launchers().activation
+    kernels = launchers().activation
     return kernels.activation_backward(grad_output, saved.contiguous(), activation)
 
 
@@ -238,7 +239,7 @@ def _grad_input(
     if weight is None:
         return None
     if not isinstance(candidate, str):
-        kernels = backend.launchers().backward
+        kernels = launchers().backward
         return kernels.linear_backward_input(grad_output, weight, **in_force(candidate))
     if candidate in LIBRARIES:
         return LIBRARIES[candidate].grad_input(grad_output, weight)
@@ -252,7 +253,7 @@ def _grad_weight(
     if input is None:
         return None, None
     if not isinstance(candidate, str):
-        kernels, precision = backend.launchers().backward_weight, backend.float32_precision()
+        kernels, precision = launchers().backward_weight, backend.float32_precision()
         return kernels.linear_backward_weight(
             grad_output, input, bias, precision=precision, config=candidate
         )
@@ -287,20 +288,20 @@ def _with_empty(
 
 def gated_output(*arguments: Any) -> Tensor:
     """The op `gated_linear`."""
-    kernels = backend.launchers().gated
+    kernels = launchers().gated
     return kernels.gated_linear_forward(*arguments, False, **in_force())[0]
 
 
 def gated_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The op `gated_linear_forward`."""
-    return backend.launchers().gated.gated_linear_forward(*arguments, True, **in_force())
+    return launchers().gated.gated_linear_forward(*arguments, True, **in_force())
 
 
 def gated_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The op `gated_linear_backward`; what is not wanted comes back empty."""
     *operands, bias, activation = arguments
     check_gated_backward_shapes(*shapes_of(*operands))
-    *gradients, grad_products = backend.launchers().gated_backward.gated_linear_backward(
+    *gradients, grad_products = launchers().gated_backward.gated_linear_backward(
         *operands, bias, activation, **in_force()
     )
     return _with_empty(grad_products, gradients, bias, False)
