@@ -312,13 +312,12 @@ def _products(
         found.append(("grad_weight", product, rows * n + rows * k + n * k + bias_wanted * n))
     elif bias_wanted:
         found.append(("grad_bias", rows * n, rows * n + n))  # a sum of PyTorch's
+    by_pytorch = {"kernel": None, "config": None, "splits": 1, "precision": None}
     products = []
     for name, operations, elements in found:
+        planned: Any = plans[name]._asdict() if name in plans else by_pytorch
         moved = elements * dtype.itemsize
-        one = Product(name, None, None, 1, None, operations, moved)
-        if name in plans:
-            one = dataclasses.replace(one, **plans[name]._asdict())
-        products.append(one)
+        products.append(Product(name, operations=operations, bytes=moved, **planned))
     return tuple(products)
 
 
