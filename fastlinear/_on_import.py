@@ -14,7 +14,7 @@ class _OnImport(importlib.abc.MetaPathFinder):
     It calls back once the module has been executed.
     """
 
-    def __init__(self, name: str, callback: Callable[[], None]) -> None:
+    def __init__(self, name: str, callback: Callable[[], object]) -> None:
         self.name, self.callback, self.searching = name, callback, False
 
     def find_spec(
@@ -40,7 +40,7 @@ class _OnImport(importlib.abc.MetaPathFinder):
         return spec
 
 
-def when_imported(name: str, callback: Callable[[], None]) -> None:
+def when_imported(name: str, callback: Callable[[], object]) -> None:
     """Calls `callback` now if the module `name` has been imported, else as soon as it is.
 
     For registrations with modules that are slow to import: torch.utils.flop_counter takes 0.2 s and

@@ -52,12 +52,11 @@ def linear(
 ) -> Tensor:
     """Computes `output = activation(input @ weight.T + bias)`.
 
-    Without an activation that is `torch.nn.functional.linear`.
-
-    Which path computes it is `fastlinear.use_backend`'s to say. The kernels accumulate in float32
-    (float64 for float64) and add the bias before the one rounding to the output's dtype; float32
-    products follow `torch.set_float32_matmul_precision`. Gradients of every order, forward and
-    reverse, are defined.
+    Without an activation that is `torch.nn.functional.linear`. Which path computes it is
+    `fastlinear.use_backend`'s to say. The kernels accumulate in float32 (float64 for float64) and
+    add the bias before the one rounding to the output's dtype; float32 products follow
+    `torch.set_float32_matmul_precision`. Gradients of every order, forward and reverse, are
+    defined.
 
     Args:
         input: (*, in_features); the kernels take float16, bfloat16, float32 and float64, with any
@@ -220,7 +219,7 @@ def gated_linear(
             expands = broadcasts(gate_weight, gate_bias) or broadcasts(up_weight, up_bias)
             if why_not_gated(*operands) is None and not expands:
                 raise
-    by_pytorch = functools.partial(_gated_apart, _by_pytorch, *operands, activation)
+    by_pytorch = functools.partial(_gated_apart, torchscript.linear, *operands, activation)
     _raise_if(why_not_gated(*operands), by_pytorch)
     biases = _expanded(gate_weight, gate_bias), _expanded(up_weight, up_bias)
     return gated_linear_op(*operands[:3], *biases, activation)
@@ -245,12 +244,6 @@ def of_operands(
         if backend.current == "triton":
             raise
         return NotImplemented
-
-
-def _by_pytorch(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
-) -> Tensor:
-    return activated(F.linear(input, weight, bias), activation)
 
 
 def _gated_apart(
@@ -339,9 +332,6 @@ internals.compiled_by_torchscript(batched_linear, torchscript.batched_linear)
 internals.compiled_by_torchscript(gated_linear, torchscript.gated_linear)
 
 
-def _register_shardings() -> None:
-    importlib.import_module("fastlinear.ops.sharding")
-
-
 # It takes most of a second to import, and before that there are no DTensors.
-when_imported("torch.distributed.tensor", _register_shardings)
+_sharding = functools.partial(importlib.import_module, "fastlinear.ops.sharding")
+when_imported("torch.distributed.tensor", _sharding)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastlinear import _torch_internals as internals
-from fastlinear.choice import backend, known
+from fastlinear.choice import backend, known, running
 from fastlinear.choice.auto import tables_say_so
 from fastlinear.choice.launchers import kernels_run_on, launchers
 from fastlinear.functional import linear, observe, of_operands
@@ -200,7 +200,7 @@ def _grad_input(grad_output: Tensor, weight: Tensor, by_table: bool) -> Tensor:
     """By PyTorch, or, where "auto" goes by a table, as the op that the table decides about."""
     if not by_table:
         return torch.matmul(grad_output, weight)
-    with backend.as_its_forward(True):
+    with running.as_its_forward(True):
         return implementations.backward(grad_output, None, weight, False, False)[0]
 
 

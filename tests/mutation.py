@@ -573,8 +573,8 @@ MUTANTS = [
     Mutant(
         "shortcut past the precision that is set",
         "fastlinear/choice/backend.py",
-        "    return internals.float32_matmul_precision if default",
-        "    return list().__len__ if default",
+        "    settings = internals.float32_matmul_precision if default",
+        "    settings = list().__len__ if default",
         ("tests/test_shortcut.py::test_products_follow_the_precision_that_is_set",),
     ),
     Mutant(
@@ -969,9 +969,9 @@ MUTANTS = [
     ),
     Mutant(
         "a backward goes by the backend in force",
-        "fastlinear/choice/backend.py",
-        'return current != "triton" if _forward.auto is None else _forward.auto',
-        'return current != "triton"',
+        "fastlinear/choice/running.py",
+        'return backend.current != "triton" if _forward.auto is None else _forward.auto',
+        'return backend.current != "triton"',
         TABLES,
     ),
     Mutant(
@@ -998,8 +998,8 @@ MUTANTS = [
     Mutant(
         "a second backward goes by the backend in force",
         "fastlinear/ops/linear.py",
-        "            ctx.auto = backend.takes_pytorch()\n        ctx.set_materialize",
-        '            ctx.auto = backend.current == "auto"\n        ctx.set_materialize',
+        "            ctx.auto = running.takes_pytorch()\n        ctx.set_materialize",
+        '            ctx.auto = running.backend.current == "auto"\n        ctx.set_materialize',
         TABLES,
     ),
     Mutant(
@@ -1130,9 +1130,9 @@ MUTANTS = [
     ),
     Mutant(
         "a backward needs the table of its forward",
-        "fastlinear/choice/backend.py",
-        "known.seen and not invariant and (known.available or _forward.auto is not None)",
-        "known.available and not invariant",
+        "fastlinear/choice/running.py",
+        "known.seen and not backend.invariant and (known.available or _forward.auto is not None)",
+        "known.available and not backend.invariant",
         ONEDNN,
     ),
     Mutant(
@@ -1469,7 +1469,7 @@ MUTANTS = [
     ),
     Mutant(
         "compiled autograd traces what its thread goes by",
-        "fastlinear/choice/backend.py",
+        "fastlinear/choice/running.py",
         "None if torch.compiler.is_dynamo_compiling() else auto",
         "auto",
         ("tests/test_transforms.py::test_compiled_autograd_has_one_graph",),

@@ -1,9 +1,8 @@
-"""The settings of the process, and which of them the op that runs now goes by."""
+"""The settings of the process."""
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
@@ -161,8 +160,8 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 def dtype_under(autocast: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
     """What autocast makes of `dtype`: float64, and what is no float, it lets be."""
-    cast = autocast is not None and dtype in DTYPES and dtype != torch.float64
-    return autocast if cast and autocast is not None else dtype
+    spared = dtype == torch.float64 or dtype not in DTYPES
+    return dtype if autocast is None or spared else autocast
 
 
 def float32_precision() -> str:
@@ -181,20 +180,15 @@ def _all_settings() -> Hashable:
     return internals.product_settings(), ours
 
 
-def _settings_now() -> Callable[[], Hashable]:
+def _choose_settings() -> None:
+    global settings
     default = not invariant and float32_products == "ieee" and not known.available
-    return internals.float32_matmul_precision if default else _all_settings
+    settings = internals.float32_matmul_precision if default else _all_settings
 
 
 # What plans depend on besides operands: called in every call, and so asked no more than it has to.
-settings: Callable[[], Hashable] = _settings_now()
-
-
-def _choose_settings() -> None:
-    global settings
-    settings = _settings_now()
-
-
+settings: Callable[[], Hashable]
+_choose_settings()
 known.watchers.append(_choose_settings)
 
 
@@ -216,48 +210,3 @@ def table_precision(dtype: torch.dtype, device: torch.device) -> str:
     if device.type == "cpu" and known.device_name(device) != known.INTERPRETER:
         return internals.float32_precision_on_cpu()
     return float32_precision()
-
-
-class _Forward(threading.local):
-    """Within a backward, whether its forward ran in "auto"; None where no forward says so."""
-
-    auto: bool | None = None
-
-
-_forward = _Forward()
-
-
-def by_tables() -> bool:
-    """Whether tables have a say in the ops that run now."""
-    return known.seen and not invariant and (known.available or _forward.auto is not None)
-
-
-def takes_pytorch() -> bool:
-    """Whether the ops that run now may take PyTorch's products: but for those of "triton" they may.
-
-    A backward goes by the backend of its forward.
-    """
-    return current != "triton" if _forward.auto is None else _forward.auto
-
-
-def only_pytorch() -> bool:
-    """Whether they have to: a compiled function's, in "torch"."""
-    return current == "torch" and _forward.auto is None
-
-
-class as_its_forward:
-    """Context manager within which a backward goes as its forward did, in "auto" or not.
-
-    One that compiled autograd traces follows the backend in force when it runs.
-    """
-
-    def __init__(self, auto: bool) -> None:
-        self.auto = None if torch.compiler.is_dynamo_compiling() else auto
-
-    def __enter__(self) -> None:
-        if self.auto is not None:
-            self.before, _forward.auto = _forward.auto, self.auto
-
-    def __exit__(self, *error: object) -> None:
-        if self.auto is not None:
-            _forward.auto = self.before

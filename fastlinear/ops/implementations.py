@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlinear import _torch_internals as internals
-from fastlinear.choice import backend, way
+from fastlinear.choice import backend, running, way
 from fastlinear.choice.launchers import launchers
 from fastlinear.choice.table import LIBRARIES, PYTORCH
 from fastlinear.kernels.launching.operands import (
@@ -35,7 +35,7 @@ def _of_output(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
 ) -> Any:
     """What a table says of the output; None for the kernel that the launcher chooses."""
-    if not backend.by_tables():
+    if not running.by_tables():
         return None
     return way.of_output(input, weight, bias, activation)
 
@@ -157,10 +157,10 @@ def backward(
     A gradient that is not wanted is not computed, and comes back empty.
     """
     check_backward_shapes(*shapes_of(grad_output, input, weight), batched)
-    by_tables = backend.by_tables()
+    by_tables = running.by_tables()
     if saved is not None:
         check_saved_shape(saved.shape, grad_output.shape)
-        by_pytorch = by_tables and backend.takes_pytorch() and grad_output.device.type == "cpu"
+        by_pytorch = by_tables and running.takes_pytorch() and grad_output.device.type == "cpu"
         grad_output = grad_preactivation(grad_output, saved, activation, by_pytorch)
     pair = of_input = of_weight = None
     if by_tables:
@@ -207,7 +207,7 @@ def _by_table(
     As `way.of_product` has it. One launch does where the others are None.
     """
     neither = weight is None and input is None
-    if backend.takes_pytorch() and (
+    if running.takes_pytorch() and (
         batched or neither or not way.any_gradients(grad_output.device)
     ):
         return None, PYTORCH, PYTORCH

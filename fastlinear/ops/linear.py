@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastlinear import _torch_internals as internals
-from fastlinear.choice import backend, known
+from fastlinear.choice import known, running
 from fastlinear.kernels.launching.operands import (
     FROM_OUTPUT,
     check_activation,
@@ -120,7 +120,7 @@ class LinearFunction(internals.SingleLevelFunction):
         if internals.forward_ad_active():
             ctx.save_for_forward(input, weight, saved)
         if known.seen:
-            ctx.auto = backend.takes_pytorch()
+            ctx.auto = running.takes_pytorch()
         ctx.set_materialize_grads(False)  # no gradient of the output is none of a parameter either
         return results
 
@@ -141,7 +141,7 @@ class LinearFunction(internals.SingleLevelFunction):
         arguments = (grad_output, input, weight, wanted, batched, saved, activation)
         if not known.seen:
             return None, *wanted_gradients(*arguments), *of_activation
-        with backend.as_its_forward(getattr(ctx, "auto", False)):
+        with running.as_its_forward(getattr(ctx, "auto", False)):
             return None, *wanted_gradients(*arguments), *of_activation
 
     @staticmethod
