@@ -17,11 +17,16 @@ def tables_say_so(
 
     By which way, if one is remembered.
     """
-    operands = (input, weight) if bias is None else (input, weight, bias)
-    if backend.current != "auto" or any(type(one) not in PLAIN for one in operands):
+    if (
+        backend.current != "auto"
+        or type(input) not in PLAIN
+        or type(weight) not in PLAIN
+        or (bias is not None and type(bias) not in PLAIN)
+    ):
         return False
     if is_dynamo_compiling():
         return takes_ours(input, weight, bias, activation)
+    operands = (input, weight) if bias is None else (input, weight, bias)
     if any(one.is_nested or one.layout != torch.strided for one in operands):
         return False
     found = find(input, weight, bias, activation)
