@@ -157,8 +157,12 @@ class IntoMainGrad(torch.autograd.Function):
                     grad_output, saved, ctx.activation, by_pytorch=not all_by_kernels
                 )
             if all_by_kernels:
+                rows = None if main_grad is None else input
+                options = implementations.in_force() | {"main_grad": main_grad}
                 with _adding:
-                    grad_input, grad_bias = _together(grad_output, input, used, bias, main_grad)
+                    grad_input, _, grad_bias = launchers().backward.linear_backward(
+                        grad_output, rows, used, bias, **options
+                    )
             else:
                 if used is not None:
                     grad_input = _grad_input(grad_output, used, ctx.auto and known.available)
@@ -179,21 +183,6 @@ class IntoMainGrad(torch.autograd.Function):
 internals.hide_from_dynamo(IntoMainGrad.backward)
 _adding = threading.Lock()  # two that read one sum would lose what the first of them adds
 _apply: Callable[..., Tensor] = IntoMainGrad.apply
-
-
-def _together(
-    grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: bool, main_grad: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """grad_input and grad_bias by the kernels, which add to main_grad, if it is there."""
-    grad_input, _, grad_bias = launchers().backward.linear_backward(
-        grad_output,
-        None if main_grad is None else input,
-        weight,
-        bias,
-        main_grad=main_grad,
-        **implementations.in_force(),
-    )
-    return grad_input, grad_bias
 
 
 def _grad_input(grad_output: Tensor, weight: Tensor, by_table: bool) -> Tensor:
