@@ -5,12 +5,8 @@ What a torch upgrade may break stands here.
 
 import contextlib
 import functools
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -27,9 +23,7 @@ _innermost_transform = torch._C._functorch.peek_interpreter_stack
 
 
 class SingleLevelFunction(_SingleLevelFunction):
-    """`autograd.Function` for one level of torch.func.
-
-    That is how an Autograd-key kernel is called.
+    """`autograd.Function` for one level of torch.func, as an Autograd-key kernel is called.
 
     Its apply takes 11 us where Function's takes 30: it does not inspect signatures.
     """
@@ -41,10 +35,7 @@ class SingleLevelFunction(_SingleLevelFunction):
 
 
 def below_autograd() -> contextlib.AbstractContextManager[object]:
-    """Dispatches ops below the Autograd key.
-
-    They go to the next level of torch.func or to the device's kernel.
-    """
+    """Dispatches ops below the Autograd key: to the next level of torch.func or to a kernel."""
     return torch._C._AutoDispatchBelowAutograd()
 
 
@@ -150,8 +141,6 @@ BEYOND_PLAIN = ~_bits(
     DispatchKey.AutogradCUDA,
     DispatchKey.ADInplaceOrView,
 )
-
-
 _BEYOND_PLAIN_BY_THREAD = BEYOND_PLAIN & ~_bits(DispatchKey.BackendSelect)  # always there
 _AUTOGRAD = _bits(DispatchKey.AutogradCPU, DispatchKey.AutogradCUDA)
 
@@ -207,7 +196,7 @@ def autocast_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         dtype == tensor.dtype
         or tensor.dtype != torch.float32
         or not (tensor.requires_grad and tensor.is_leaf)
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or type(tensor) not in PLAIN
         or tensor.dim() not in (2, 3)
         or not tensor.numel()
         or not torch.is_autocast_cache_enabled()
@@ -245,16 +234,9 @@ _onednn_enabled: Callable[[], bool] = torch._C._get_mkldnn_enabled
 
 
 def product_settings() -> tuple[str, str, bool, int]:
-    """What PyTorch's products depend on.
-
-    How float32 ones are formed on GPUs and on CPUs, whether oneDNN may, and a CPU's threads.
-    """
-    return (
-        float32_matmul_precision(),
-        _onednn_precision(),
-        _onednn_enabled(),
-        torch.get_num_threads(),
-    )
+    """How float32 products are formed on GPUs and on CPUs, whether oneDNN may, a CPU's threads."""
+    threads = torch.get_num_threads()
+    return float32_matmul_precision(), _onednn_precision(), _onednn_enabled(), threads
 
 
 def float32_precision_on_cpu() -> str:
@@ -302,15 +284,15 @@ def has_hooks(module: torch.nn.Module) -> bool:
 @contextlib.contextmanager
 def without_accumulation_hooks(parameters: Sequence[Tensor]) -> Any:
     """Within it, no hook is called when a parameter's gradient is there: some step optimizers."""
-    hooks = [(one._post_accumulate_grad_hooks or {}) for one in parameters]
-    kept = [dict(one) for one in hooks]
-    for one in hooks:
-        one.clear()
+    found = [one._post_accumulate_grad_hooks for one in parameters]
+    kept = [(hooks, dict(hooks)) for hooks in found if hooks]
+    for hooks, _ in kept:
+        hooks.clear()
     try:
         yield
     finally:
-        for one, before in zip(hooks, kept, strict=True):
-            one.update(before)
+        for hooks, before in kept:
+            hooks.update(before)
 
 
 def own_random_state(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -336,6 +318,8 @@ any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
 tracing: Callable[[], object] = torch._C._get_tracing_state
 
 
+# Tensors that are what they seem.
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
 # Subclasses of Tensor that pass an op on to plain tensors of this rank: filled by
 # `know_distributed`, as to import them takes most of a second.
 DISTRIBUTED: set[type] = set()
@@ -410,47 +394,3 @@ def one_level_allowed() -> Any:
         yield
     finally:
         torch._C._functorch.set_single_level_autograd_function_allowed(previous)
-
-
-class _OnImport(importlib.abc.MetaPathFinder):
-    """Finds one module as the rest of the import system does.
-
-    It calls back once the module has been executed.
-    """
-
-    def __init__(self, name: str, callback: Callable[[], None]) -> None:
-        self.name, self.callback, self.searching = name, callback, False
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name != self.name or self.searching:
-            return None
-        self.searching = True  # the search below asks this finder too
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self.searching = False
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_call(module: ModuleType) -> None:
-                execute(module)
-                if self in sys.meta_path:
-                    sys.meta_path.remove(self)
-                    self.callback()
-
-            spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
-        return spec
-
-
-def when_imported(name: str, callback: Callable[[], None]) -> None:
-    """Calls `callback` now if the module `name` has been imported, else as soon as it is.
-
-    For registrations with modules that are slow to import: torch.utils.flop_counter takes 0.2 s and
-    brings Triton.
-    """
-    if name in sys.modules:
-        callback()
-    else:
-        sys.meta_path.insert(0, _OnImport(name, callback))

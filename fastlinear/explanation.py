@@ -15,8 +15,9 @@ from fastlinear import _torch_internals as internals
 from fastlinear import main_grad
 from fastlinear._torch_internals import Linear as TorchLinear
 from fastlinear.choice import backend, known
+from fastlinear.choice.auto import tables_say_so
+from fastlinear.choice.launchers import launchers
 from fastlinear.choice.table import LIBRARIES
-from fastlinear.functional import tables_say_so
 from fastlinear.kernels.configs.config import Config
 from fastlinear.kernels.launching.operands import FROM_OUTPUT
 from fastlinear.modules import Linear, activation_of, is_as_written
@@ -245,7 +246,7 @@ def info() -> dict[str, Any]:
 def _launches() -> dict[str, str]:
     """How kernels are launched, where that takes longer than it could."""
     try:
-        backend.launchers()
+        launchers()
     except RuntimeError:
         return {}
     import triton
@@ -269,7 +270,7 @@ def _tables_of(device: torch.device) -> str:
 
 def _kernels_on(device: torch.device) -> str:
     try:
-        target = backend.launchers().forward.launch.target_of(device)
+        target = launchers().forward.launch.target_of(device)
     except RuntimeError as error:
         return str(error)
     if target.family == "interpreter":
@@ -311,13 +312,12 @@ def _products(
         found.append(("grad_weight", product, rows * n + rows * k + n * k + bias_wanted * n))
     elif bias_wanted:
         found.append(("grad_bias", rows * n, rows * n + n))  # a sum of PyTorch's
+    by_pytorch = {"kernel": None, "config": None, "splits": 1, "precision": None}
     products = []
     for name, operations, elements in found:
+        planned: Any = plans[name]._asdict() if name in plans else by_pytorch
         moved = elements * dtype.itemsize
-        one = Product(name, None, None, 1, None, operations, moved)
-        if name in plans:
-            one = dataclasses.replace(one, **plans[name]._asdict())
-        products.append(one)
+        products.append(Product(name, operations=operations, bytes=moved, **planned))
     return tuple(products)
 
 

@@ -3,6 +3,7 @@
 `linear`, `batched_linear`, `gated_linear`, and what they can take.
 """
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,18 +19,16 @@ from torch.overrides import (
 )
 
 from fastlinear import _torch_internals as internals
+from fastlinear._on_import import when_imported
+from fastlinear._torch_internals import PLAIN
 from fastlinear.choice import backend, known, way
+from fastlinear.choice.auto import tables_say_so
 from fastlinear.kernels.launching.operands import check_activation
 from fastlinear.ops import implementations, torchscript
-from fastlinear.ops.arguments import PLAIN, broadcasts, named, unlike_layers, why_not, why_not_gated
-from fastlinear.ops.elementwise import ACTIVATIONS
+from fastlinear.ops.arguments import broadcasts, named, unlike_layers, why_not, why_not_gated
+from fastlinear.ops.elementwise import ACTIVATIONS, activated
 from fastlinear.ops.gated import gated_linear_op
-from fastlinear.ops.linear import (
-    LinearActivationFunction,
-    LinearFunction,
-    linear_activation_op,
-    linear_op,
-)
+from fastlinear.ops.linear import LinearFunction, linear_activation_op, linear_op
 
 _linear = internals.unwrapped(linear_op)
 _linear_activation = internals.unwrapped(linear_activation_op)
@@ -53,12 +52,11 @@ def linear(
 ) -> Tensor:
     """Computes `output = activation(input @ weight.T + bias)`.
 
-    Without an activation that is `torch.nn.functional.linear`.
-
-    Which path computes it is `fastlinear.use_backend`'s to say. The kernels accumulate in float32
-    (float64 for float64) and add the bias before the one rounding to the output's dtype; float32
-    products follow `torch.set_float32_matmul_precision`. Gradients of every order, forward and
-    reverse, are defined.
+    Without an activation that is `torch.nn.functional.linear`. Which path computes it is
+    `fastlinear.use_backend`'s to say. The kernels accumulate in float32 (float64 for float64) and
+    add the bias before the one rounding to the output's dtype; float32 products follow
+    `torch.set_float32_matmul_precision`. Gradients of every order, forward and reverse, are
+    defined.
 
     Args:
         input: (*, in_features); the kernels take float16, bfloat16, float32 and float64, with any
@@ -113,10 +111,8 @@ def linear(
                 if not (found.requires_grad and torch.is_grad_enabled()):
                     return found.output(input, weight, bias)
                 if activation is None:
-                    return LinearFunction.apply(input, weight, bias, found.recorded)
-                return LinearActivationFunction.apply(
-                    input, weight, bias, activation, found.recorded
-                )[0]
+                    return LinearFunction.apply(found.recorded, input, weight, bias)
+                return LinearFunction.apply(found.recorded, input, weight, bias, activation)[0]
             if (
                 weight.dim() == 2
                 and not internals.transforming()
@@ -142,44 +138,33 @@ def batched_linear(
     Without an activation that is `torch.baddbmm(bias.unsqueeze(1), input, weight.mT)`, or
     `torch.bmm` where there is no bias. Operands may have a stride of 0 over B, and are then read as
     they are: `input.expand(B, -1, -1)` gives one input to B layers, `weight.expand(B, -1, -1)` B
-    inputs to one layer.
-
-    Which path computes it is `fastlinear.use_backend`'s to say: the kernels, in one launch, or
-    these functions of torch. The kernels accumulate in float32 (float64 for float64) and add the
-    bias before the one rounding to the output's dtype; float32 products follow
-    `torch.set_float32_matmul_precision`. Gradients of every order, forward and reverse, are
-    defined.
+    inputs to one layer. The kernels take one launch for all. Backends, dtypes, strides, precision
+    and derivatives are those of `fastlinear.linear`.
 
     Args:
-        input: (B, M, in_features); the kernels take float16, bfloat16, float32 and float64, with
-            any strides.
-        weight: (B, out_features, in_features), in input's dtype and on its device.
-        bias: None or (B, out_features), in input's dtype and on its device. As for
-            `torch.baddbmm`, a dimension may have size 1 and is then expanded.
+        input: (B, M, in_features).
+        weight: (B, out_features, in_features).
+        bias: None or (B, out_features). As for `torch.baddbmm`, a dimension may have size 1 and is
+            then expanded.
         activation: None or a name, as in `fastlinear.linear`.
 
     Returns:
-        (B, M, out_features), contiguous, in input's dtype (under autocast, in autocast's).
+        (B, M, out_features), as from `fastlinear.linear`.
 
     Raises:
-        ValueError: activation is none of these.
         RuntimeError: shapes are none of these, and the message names those that came; or dtypes
-            differ, in PyTorch's words; or backend "triton" cannot run on this machine, and the
-            message says what is missing.
-        TypeError: an argument is no tensor, or backend "triton" cannot take the arguments, though
-            PyTorch can; the message says why.
+            differ, in PyTorch's words.
+        TypeError: an argument is no tensor.
+        Exception: what `fastlinear.linear` raises for the activation, and with backend "triton".
     """
-    if activation is not None:
-        check_activation(activation)
+    check_activation(activation)
     operands = (input, weight, bias)
     observe(batched_linear, operands, activation)
-    if has_torch_function(operands):
-        output = of_operands(batched_linear, operands, activation)
-        if output is not NotImplemented:
-            return output
+    output = of_operands(batched_linear, operands, activation)
+    if output is not NotImplemented:
+        return output
     if backend.current != "triton":
-        output = _batched_by_pytorch(input, weight, bias)
-        return output if activation is None else ACTIVATIONS[activation](output)
+        return activated(_batched_by_pytorch(input, weight, bias), activation)
     return _by_the_kernels(input, weight, bias, activation, batched=True)
 
 
@@ -196,37 +181,29 @@ def gated_linear(
     gate is `input @ gate_weight.T + gate_bias` and up is `input @ up_weight.T + up_bias`: with
     "silu" that is SwiGLU, with "gelu" GEGLU, with "relu" ReGLU, with "sigmoid" GLU.
 
-    Which path computes it is `fastlinear.use_backend`'s to say: the kernels, in one launch that
-    reads input once, or `fastlinear.linear` twice. The kernels accumulate in float32
-    (float64 for float64), and activate and multiply there, before the one rounding to the output's
-    dtype; float32 products follow `torch.set_float32_matmul_precision`. For backward they keep gate
-    and up, where PyTorch also keeps `activation(gate)`. Gradients of every order, forward and
-    reverse, are defined; those of both weights are halves of one tensor.
+    By the kernels that is one launch, which reads input once, else `fastlinear.linear` twice, whose
+    backends, dtypes, strides, precision and derivatives it has. The kernels also multiply before
+    the one rounding. For backward they keep gate and up, where PyTorch also keeps
+    `activation(gate)`; the gradients of both weights are halves of one tensor.
 
     Args:
-        input: (*, in_features); the kernels take float16, bfloat16, float32 and float64, with any
-            strides.
-        gate_weight, up_weight: (out_features, in_features), in input's dtype and on its device.
-        gate_bias, up_bias: None or (out_features,), in input's dtype and on its device.
+        input: (*, in_features).
+        gate_weight, up_weight: (out_features, in_features).
+        gate_bias, up_bias: None or (out_features,).
         activation: a name, as in `fastlinear.linear`.
 
     Returns:
-        (*, out_features), contiguous, in input's dtype (under autocast, in autocast's).
+        (*, out_features), as from `fastlinear.linear`.
 
     Raises:
-        ValueError: activation is none of these.
         RuntimeError: the weights have not the same out_features.
-        Exception: whatever `torch.nn.functional.linear` raises for input and either weight and
-            bias.
-        TypeError: backend "triton" cannot take the arguments, though PyTorch can; the message says
-            why.
+        Exception: whatever `fastlinear.linear` raises for input and either weight and bias.
     """
     check_activation(activation, optional=False)
     operands = (input, gate_weight, up_weight, gate_bias, up_bias)
-    if has_torch_function(operands):
-        output = of_operands(gated_linear, operands, activation)
-        if output is not NotImplemented:
-            return output
+    output = of_operands(gated_linear, operands, activation)
+    if output is not NotImplemented:
+        return output
     if backend.current != "triton":
         return _gated_apart(linear, *operands, activation)  # each as a table says, if one does
     if (
@@ -242,18 +219,10 @@ def gated_linear(
             expands = broadcasts(gate_weight, gate_bias) or broadcasts(up_weight, up_bias)
             if why_not_gated(*operands) is None and not expands:
                 raise
-    _refuse_onnx()
-    reason = why_not_gated(*operands)
-    if reason is not None:
-        _gated_apart(_by_pytorch, *operands, activation)
-        raise TypeError(
-            f"backend 'triton' takes {reason}; backend 'auto' hands this call to PyTorch"
-        )
-    if gate_bias is not None:
-        gate_bias = gate_bias.expand(gate_weight.shape[:1])
-    if up_bias is not None:
-        up_bias = up_bias.expand(up_weight.shape[:1])
-    return gated_linear_op(input, gate_weight, up_weight, gate_bias, up_bias, activation)
+    by_pytorch = functools.partial(_gated_apart, torchscript.linear, *operands, activation)
+    _raise_if(why_not_gated(*operands), by_pytorch)
+    biases = _expanded(gate_weight, gate_bias), _expanded(up_weight, up_bias)
+    return gated_linear_op(*operands[:3], *biases, activation)
 
 
 def of_operands(
@@ -265,7 +234,9 @@ def of_operands(
     "triton", where it does not know the function: it may know PyTorch's, as subclasses of Tensor
     do.
     """
-    if all(operand is None or isinstance(operand, Tensor) for operand in operands):
+    if not has_torch_function(operands) or all(
+        operand is None or isinstance(operand, Tensor) for operand in operands
+    ):
         return NotImplemented
     try:
         return handle_torch_function(function, operands, *operands, activation)
@@ -273,13 +244,6 @@ def of_operands(
         if backend.current == "triton":
             raise
         return NotImplemented
-
-
-def _by_pytorch(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
-) -> Tensor:
-    output = F.linear(input, weight, bias)
-    return output if activation is None else ACTIVATIONS[activation](output)
 
 
 def _gated_apart(
@@ -302,32 +266,20 @@ def _gated_apart(
     return gate * up
 
 
-def _refuse_onnx() -> None:
-    if internals.exporting_to_onnx():
-        raise RuntimeError(
-            "backend 'triton' has no kernels for ONNX; "
-            "export within `with fastlinear.use_backend('torch'):`"
-        )
-
-
 def _batched_by_pytorch(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`batched_linear` by PyTorch, whose errors name neither these arguments nor all shapes."""
     try:
-        if bias is None:
-            return torch.bmm(input, weight.transpose(1, 2))
         # A bias (N,) would be added along the rows, were there N of them.
-        if bias.dim() == 2:
-            return torch.baddbmm(bias.unsqueeze(1), input, weight.transpose(1, 2))
+        if bias is None or bias.dim() == 2:
+            return implementations.batched_product(input, weight, bias)
     except Exception:
         for name, operand in named(input, weight, bias).items():
             if not isinstance(operand, Tensor):
                 raise TypeError(
                     f"batched_linear takes tensors, but {name} is {type(operand).__name__}"
                 ) from None
-        reason = unlike_layers(input, weight, bias)
-        if reason is None:
+        if unlike_layers(input, weight, bias) is None:
             raise
-        raise RuntimeError(f"batched_linear takes {reason}") from None
     raise RuntimeError(f"batched_linear takes {unlike_layers(input, weight, bias)}")
 
 
@@ -340,49 +292,39 @@ def _by_the_kernels(
     batched: bool = False,
 ) -> Tensor:
     """`linear`, or `batched_linear`, by the kernels, or an error that says why not."""
-    _refuse_onnx()
-    reason = why_not(input, weight, bias, batched=batched)
-    if reason is not None:
-        # Raises PyTorch's own error where PyTorch cannot take the arguments either.
-        (_batched_by_pytorch if batched else F.linear)(input, weight, bias)
-        raise TypeError(
-            f"backend 'triton' takes {reason}; backend 'auto' hands this call to PyTorch"
-        )
-    if bias is not None and (internals.tracing() is not None or broadcasts(weight, bias)):
-        bias = bias.expand(weight.shape[:-1])
+    by_pytorch = _batched_by_pytorch if batched else F.linear
+    _raise_if(
+        why_not(input, weight, bias, batched=batched),
+        functools.partial(by_pytorch, input, weight, bias),
+    )
+    bias = _expanded(weight, bias)
     if activation is None:
         return linear_op(input, weight, bias)
     return linear_activation_op(input, weight, bias, activation)
 
 
-def tables_say_so(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
-) -> way.Way | bool:
-    """Whether backend "auto" takes the op: for plain operands, if a table says so.
+def _raise_if(unsupported: str | None, by_pytorch: Callable[[], object]) -> None:
+    """Raises where the kernels cannot take a call, for `unsupported` or where it is for ONNX.
 
-    By which way, if one is remembered.
+    That is PyTorch's own error where it, too, cannot take the arguments.
     """
-    if (
-        backend.current != "auto"
-        or type(input) not in PLAIN
-        or type(weight) not in PLAIN
-        or (bias is not None and type(bias) not in PLAIN)
-    ):
-        return False
-    if is_dynamo_compiling():
-        return way.takes_ours(input, weight, bias, activation)
-    operands = (input, weight) if bias is None else (input, weight, bias)
-    if any(one.is_nested or one.layout != torch.strided for one in operands):
-        return False
-    found = way.find(input, weight, bias, activation)
-    if found is not None:
-        return False if found.output is None else found
-    if internals.transforming() or internals.tracing() is not None:
-        return False
-    ours = way.takes_ours(input, weight, bias, activation)
-    if not ours:
-        way.remember(input, weight, bias, activation, None)
-    return ours
+    if internals.exporting_to_onnx():
+        raise RuntimeError(
+            "backend 'triton' has no kernels for ONNX; "
+            "export within `with fastlinear.use_backend('torch'):`"
+        )
+    if unsupported is not None:
+        by_pytorch()
+        raise TypeError(
+            f"backend 'triton' takes {unsupported}; backend 'auto' hands this call to PyTorch"
+        )
+
+
+def _expanded(weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """`bias` in the shape that the ops take; sizes are tensors, and not compared, in a trace."""
+    if bias is not None and (internals.tracing() is not None or broadcasts(weight, bias)):
+        return bias.expand(weight.shape[:-1])
+    return bias
 
 
 internals.compiled_by_torchscript(linear, torchscript.linear)
@@ -390,9 +332,6 @@ internals.compiled_by_torchscript(batched_linear, torchscript.batched_linear)
 internals.compiled_by_torchscript(gated_linear, torchscript.gated_linear)
 
 
-def _register_shardings() -> None:
-    importlib.import_module("fastlinear.ops.sharding")
-
-
 # It takes most of a second to import, and before that there are no DTensors.
-internals.when_imported("torch.distributed.tensor", _register_shardings)
+_sharding = functools.partial(importlib.import_module, "fastlinear.ops.sharding")
+when_imported("torch.distributed.tensor", _sharding)

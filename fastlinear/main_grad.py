@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.overrides import has_torch_function
 
 from fastlinear import _torch_internals as internals
-from fastlinear.choice import backend, known
-from fastlinear.functional import linear, observe, of_operands, tables_say_so
+from fastlinear.choice import backend, known, running
+from fastlinear.choice.auto import tables_say_so
+from fastlinear.choice.launchers import kernels_run_on, launchers
+from fastlinear.functional import linear, observe, of_operands
 from fastlinear.kernels.launching.operands import FROM_OUTPUT, check_main_grad
 from fastlinear.ops import implementations
 from fastlinear.ops.arguments import why_not
-from fastlinear.ops.elementwise import ACTIVATIONS, GRADIENTS
+from fastlinear.ops.elementwise import ACTIVATIONS
 from fastlinear.ops.linear import activation_forward_op
 
 
@@ -57,10 +58,9 @@ def linear_into_main_grad(
     """
     operands = (input, weight, bias)
     observe(linear_into_main_grad, operands, activation)
-    if has_torch_function(operands):
-        output = of_operands(linear_into_main_grad, operands, activation)
-        if output is not NotImplemented:
-            return output
+    output = of_operands(linear_into_main_grad, operands, activation)
+    if output is not NotImplemented:
+        return output
     if not (torch.is_grad_enabled() and weight.requires_grad):
         return linear(input, weight, bias, activation)
     reason = why_not(input, weight, bias) or _why_distributed(input, weight)
@@ -106,7 +106,7 @@ _without_kernels: set[torch.device] = set()  # where "auto" has found that Trito
 def by_the_kernels(input: Tensor) -> bool:
     """Whether the kernels compute grad_weight."""
     if backend.current == "auto" and input.is_cuda and input.device not in _without_kernels:
-        return backend.kernels_run_on(input.device)
+        return kernels_run_on(input.device)
     return backend.current == "triton"
 
 
@@ -152,14 +152,17 @@ class IntoMainGrad(torch.autograd.Function):
         used, all_by_kernels = used if of_input else None, ctx.kernels and not ctx.auto
         grad_input = grad_bias = None
         with torch.autocast(input.device.type, enabled=False):
-            if saved is not None and all_by_kernels:
-                of_activation = backend.launchers().activation.activation_backward
-                grad_output = of_activation(grad_output, saved.contiguous(), ctx.activation)
-            elif saved is not None:
-                grad_output = GRADIENTS[ctx.activation](grad_output, saved)
+            if saved is not None:
+                grad_output = implementations.grad_preactivation(
+                    grad_output, saved, ctx.activation, by_pytorch=not all_by_kernels
+                )
             if all_by_kernels:
+                rows = None if main_grad is None else input
+                options = implementations.in_force() | {"main_grad": main_grad}
                 with _adding:
-                    grad_input, grad_bias = _together(grad_output, input, used, bias, main_grad)
+                    grad_input, _, grad_bias = launchers().backward.linear_backward(
+                        grad_output, rows, used, bias, **options
+                    )
             else:
                 if used is not None:
                     grad_input = _grad_input(grad_output, used, ctx.auto and known.available)
@@ -182,45 +185,29 @@ _adding = threading.Lock()  # two that read one sum would lose what the first of
 _apply: Callable[..., Tensor] = IntoMainGrad.apply
 
 
-def _together(
-    grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: bool, main_grad: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """grad_input and grad_bias by the kernels, which add to main_grad, if it is there."""
-    grad_input, _, grad_bias = backend.launchers().backward.linear_backward(
-        grad_output,
-        None if main_grad is None else input,
-        weight,
-        bias,
-        main_grad=main_grad,
-        precision=backend.float32_precision(),
-        batch_invariant=backend.invariant,
-    )
-    return grad_input, grad_bias
-
-
 def _grad_input(grad_output: Tensor, weight: Tensor, by_table: bool) -> Tensor:
     """By PyTorch, or, where "auto" goes by a table, as the op that the table decides about."""
     if not by_table:
         return torch.matmul(grad_output, weight)
-    with backend.as_its_forward(True):
+    with running.as_its_forward(True):
         return implementations.backward(grad_output, None, weight, False, False)[0]
 
 
 def _add(
-    grad_output: Tensor, input: Tensor, bias: bool, main_grad: Tensor, kernels: bool
+    grad_output: Tensor, input: Tensor, bias: bool, main_grad: Tensor, by_kernel: bool
 ) -> Tensor | None:
-    """Adds to main_grad by the kernel if `kernels`, unless Triton cannot launch it, or by PyTorch.
+    """Adds to main_grad, if `by_kernel` by that, unless Triton cannot launch it, or by PyTorch.
 
     Returns grad_bias where the kernel sums it too.
     """
-    if kernels:
-        launchers, precision = backend.launchers(), backend.float32_precision()
+    if by_kernel:
+        kernels, precision = launchers(), backend.float32_precision()
         try:
-            _, grad_bias = launchers.backward_weight.linear_backward_weight(
+            _, grad_bias = kernels.backward_weight.linear_backward_weight(
                 grad_output, input, bias, main_grad=main_grad, precision=precision
             )
             return grad_bias
-        except launchers.forward.launch.CannotLaunch:
+        except kernels.forward.launch.CannotLaunch:
             _without_kernels.add(input.device)
     _add_by_pytorch(grad_output, input, main_grad)
     return None

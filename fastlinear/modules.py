@@ -6,7 +6,7 @@ BatchedLinear is many layers at once, GatedLinear the two layers of a gated pair
 import math
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from fastlinear.choice import backend
 from fastlinear.functional import batched_linear, gated_linear, linear
 from fastlinear.kernels.launching.operands import check_activation
 from fastlinear.main_grad import linear_into_main_grad
-from fastlinear.ops.elementwise import ACTIVATIONS
+from fastlinear.ops.elementwise import ACTIVATIONS, activated
 
 
 class _Activation:
@@ -138,9 +138,7 @@ class Linear(TorchLinear):
                 "accumulate_into_main_grad takes layers whose forward is theirs, but the forward "
                 "of nn.Linear has been replaced on the class"
             )
-        output = super().forward(input)
-        activation = self._fastlinear_activation
-        return output if activation is None else ACTIVATIONS[activation](output)
+        return activated(super().forward(input), self._fastlinear_activation)
 
     def extra_repr(self) -> str:
         applied = self._fastlinear_activation
@@ -149,7 +147,19 @@ class Linear(TorchLinear):
         return super().extra_repr() + activation + accumulate
 
 
-class BatchedLinear(nn.Module):
+class _Activated(nn.Module):
+    """A module with an `activation` that is a name."""
+
+    __constants__ = ["activation"]  # noqa: RUF012  as in Linear
+    _may_have_none: ClassVar[bool]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "activation":  # a module of that name would be registered, and never called
+            check_activation(value, optional=self._may_have_none)
+        super().__setattr__(name, value)
+
+
+class BatchedLinear(_Activated):
     """`num_linears` independent layers at once: `output[b] = layer_b(input[b])`.
 
     Layer b is `activation(input[b] @ weight[b].T + bias[b])`. Dtypes, strides, errors and the path
@@ -174,7 +184,7 @@ class BatchedLinear(nn.Module):
         ValueError: activation is none of these.
     """
 
-    __constants__ = ["activation"]  # noqa: RUF012  as in Linear
+    _may_have_none = True
 
     def __init__(
         self,
@@ -187,7 +197,6 @@ class BatchedLinear(nn.Module):
         *,
         activation: str | None = None,
     ) -> None:
-        check_activation(activation)
         super().__init__()
         self.num_linears = num_linears
         self.in_features = in_features
@@ -229,7 +238,7 @@ class BatchedLinear(nn.Module):
             ValueError: there are none, or two are not alike, the message says in what; or one
                 accumulates into main_grad.
         """
-        layers = list(linears)
+        layers: list[Any] = list(linears)
         if not layers:
             raise ValueError("from_linears() takes one or more layers, but linears has none")
         for position, layer in enumerate(layers):
@@ -250,45 +259,26 @@ class BatchedLinear(nn.Module):
                     "from_linears() takes layers that leave gradients to autograd, "
                     f"but layer {position} accumulates into main_grad"
                 )
-        weights: list[Tensor] = [layer.weight for layer in layers]
-        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-        out_features, in_features = weights[0].shape
-        batch = cls(
-            len(layers),
-            in_features,
-            out_features,
-            bias=bool(biases),
-            device="meta",  # nothing is drawn or filled
-            dtype=weights[0].dtype,
-            activation=activation_of(layers[0]),
-        )
-        batch.weight = _parameter(torch.stack(weights), like=weights[0])
-        if biases:
-            batch.bias = _parameter(torch.stack(biases), like=biases[0])
-        return batch.train(layers[0].training)
+        weight = torch.stack([layer.weight for layer in layers])
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        # On "meta" nothing is drawn or filled.
+        options: Any = {"bias": bool(biases), "device": "meta", "dtype": weight.dtype}
+        options["activation"] = activation_of(layers[0])
+        batch = cls(len(layers), weight.shape[2], weight.shape[1], **options)
+        _fill(batch, weight, torch.stack(biases) if biases else None, like=layers[0])
+        return batch
 
     def to_linears(self) -> list[Linear]:
         """The layers one by one, with copies of their parameters."""
-        layers = []
-        for index in range(self.num_linears):
-            layer = Linear(
-                self.in_features,
-                self.out_features,
-                bias=self.bias is not None,
-                device="meta",
-                dtype=self.weight.dtype,
-                activation=self.activation,
-            )
-            layer.weight = _parameter(self.weight[index].clone(), like=self.weight)
-            if self.bias is not None:
-                layer.bias = _parameter(self.bias[index].clone(), like=self.bias)
-            layers.append(layer.train(self.training))
+        options: Any = {"bias": self.bias is not None, "dtype": self.weight.dtype}
+        options |= {"device": "meta", "activation": self.activation}
+        layers = [
+            Linear(self.in_features, self.out_features, **options) for _ in range(self.num_linears)
+        ]
+        for index, layer in enumerate(layers):
+            bias = None if self.bias is None else self.bias[index].clone()
+            _fill(layer, self.weight[index].clone(), bias, like=self)
         return layers
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "activation":  # a module of that name would be registered, and never called
-            check_activation(value)
-        super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
         return batched_linear(input, self.weight, self.bias, self.activation)
@@ -301,7 +291,7 @@ class BatchedLinear(nn.Module):
         )
 
 
-class GatedLinear(nn.Module):
+class GatedLinear(_Activated):
     """`output = activation(gate_proj(input)) * up_proj(input)`.
 
     With "silu" that is SwiGLU, with "gelu" GEGLU. Dtypes, errors and the path that computes it are
@@ -324,7 +314,7 @@ class GatedLinear(nn.Module):
         ValueError: activation is none of these.
     """
 
-    __constants__ = ["activation"]  # noqa: RUF012  as in Linear
+    _may_have_none = False
 
     def __init__(
         self,
@@ -336,16 +326,10 @@ class GatedLinear(nn.Module):
         *,
         activation: str = "silu",
     ) -> None:
-        check_activation(activation, optional=False)
         super().__init__()
         self.activation = activation
         self.gate_proj = Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.up_proj = Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "activation":  # a module of that name would be registered, and never called
-            check_activation(value, optional=False)
-        super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
         gate, up = self.gate_proj, self.up_proj
@@ -407,5 +391,9 @@ def _traits(layer: TorchLinear) -> dict[str, Any]:
     return traits | {"the activation": activation_of(layer)}
 
 
-def _parameter(values: Tensor, like: Tensor) -> nn.Parameter:
-    return nn.Parameter(values.detach(), requires_grad=like.requires_grad)
+def _fill(layer: Any, weight: Tensor, bias: Tensor | None, like: Any) -> None:
+    """Has `layer` take these for its parameters, and be in the mode of the layer `like`."""
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=like.weight.requires_grad)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=like.bias.requires_grad)
+    layer.train(like.training)

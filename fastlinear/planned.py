@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastlinear.choice import backend, known, way
 from fastlinear.choice.known import Found
+from fastlinear.choice.launchers import launchers
 from fastlinear.choice.table import KERNEL_OF, PYTORCH
 from fastlinear.kernels.configs.config import BackwardConfig, Config, Traits
 from fastlinear.kernels.configs.model import modelled_time
@@ -72,7 +73,7 @@ def plans_of(
 
 def _operand(tensor: Tensor, dtype: torch.dtype) -> Any:
     """As the op would get it: under autocast a copy, which lies as torch likes it."""
-    launch = backend.launchers().forward.launch
+    launch = launchers().forward.launch
     if tensor.dtype != dtype:
         like = torch.empty_like(tensor, dtype=dtype, device="meta")
         return launch.Operand(like.shape, like.stride(), dtype, tensor.device, True)
@@ -89,7 +90,7 @@ def _by_kernels(
     pair: BackwardConfig | None,
 ) -> dict[str, Plan]:
     """The launchers' plans for the products whose candidate is a kernel, chosen or not."""
-    kernels, precision = backend.launchers(), backend.float32_precision()
+    kernels, precision = launchers(), backend.float32_precision()
     operands = [_operand(input, dtype), _operand(weight, dtype), None]
     if bias is not None:
         rows = _operand(bias, dtype)
@@ -159,7 +160,7 @@ def _modelled(
     dtype: torch.dtype,
 ) -> float | None:
     """The model's microseconds for a kernel; None in the interpreter, and of what is no product."""
-    launch, plan = backend.launchers().forward.launch, plans[product]
+    launch, plan = launchers().forward.launch, plans[product]
     target = launch.target_of(input.device)
     if plan.config is None or plan.precision is None or target.family == "interpreter":
         return None

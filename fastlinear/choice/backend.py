@@ -1,13 +1,10 @@
-"""The settings of the process, and what kernels need of the machine."""
+"""The settings of the process."""
 
 from __future__ import annotations
 
-import functools
 import os
-import threading
 from collections.abc import Callable, Hashable
-from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,12 +18,12 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "triton", "torch")
 
 
-def _checked(backend: str, source: str) -> str:
-    if backend not in BACKENDS:
+def _checked(given: str, source: str, choices: tuple[str, ...] = BACKENDS) -> str:
+    if given not in choices:
         raise ValueError(
-            f"{source} must be one of {', '.join(map(repr, BACKENDS))}, but is {backend!r}"
+            f"{source} must be one of {', '.join(map(repr, choices))}, but is {given!r}"
         )
-    return backend
+    return given
 
 
 # Process-wide, as torch.set_float32_matmul_precision is: the layer's forward
@@ -76,7 +73,29 @@ class use_backend:
         current = self.previous.pop()
 
 
-class batch_invariant(use_backend):
+class _SettingOfKernels:
+    """Context manager within which a global of this module, which kernels read, is another."""
+
+    def __init__(self, name: str, value: object) -> None:
+        self.name, self.value = name, value
+        self.previous: list[object] = []  # a stack, as use_backend's
+
+    def __enter__(self) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            raise RuntimeError(
+                f"{type(self).__name__}() cannot be entered within a compiled function; "
+                "enter it around the call"
+            )
+        self.previous.append(globals()[self.name])
+        globals()[self.name] = self.value
+        _choose_settings()
+
+    def __exit__(self, *error: object) -> None:
+        globals()[self.name] = self.previous.pop()
+        _choose_settings()
+
+
+class batch_invariant(_SettingOfKernels):
     """Context manager within which a row's results do not depend on the rows beside it.
 
     Output and grad_input of a row come out bit for bit the same for every batch size, alone or
@@ -94,30 +113,24 @@ class batch_invariant(use_backend):
     """
 
     def __init__(self) -> None:
-        super().__init__("triton")
-        self.outer: list[bool] = []
+        super().__init__("invariant", True)
+        self.kernels = use_backend("triton")
 
     def __enter__(self) -> None:
-        global invariant
         if current == "torch":
             raise RuntimeError(
                 "batch_invariant() needs the kernels, which backend 'auto' and 'triton' can take, "
                 "but backend is 'torch'"
             )
-        _refuse_compilation("batch_invariant()")
         super().__enter__()
-        self.outer.append(invariant)
-        invariant = True
-        _choose_settings()
+        self.kernels.__enter__()
 
     def __exit__(self, *error: object) -> None:
-        global invariant
-        super().__exit__(*error)
-        invariant = self.outer.pop()
-        _choose_settings()
+        self.kernels.__exit__()
+        super().__exit__()
 
 
-class use_float32_products:
+class use_float32_products(_SettingOfKernels):
     """Context manager that says how the kernels form float32 products at PyTorch's "highest".
 
     Like PyTorch's own precision settings it is the process's, and in force for the calls that run
@@ -135,32 +148,7 @@ class use_float32_products:
     """
 
     def __init__(self, products: str) -> None:
-        choices = ("ieee", "bf16x6")
-        if products not in choices:
-            raise ValueError(
-                f"products must be one of {', '.join(map(repr, choices))}, but is {products!r}"
-            )
-        self.products = products
-        self.previous: list[str] = []  # a stack, as use_backend's
-
-    def __enter__(self) -> None:
-        global float32_products
-        _refuse_compilation("use_float32_products()")
-        self.previous.append(float32_products)
-        float32_products = self.products
-        _choose_settings()
-
-    def __exit__(self, *error: object) -> None:
-        global float32_products
-        float32_products = self.previous.pop()
-        _choose_settings()
-
-
-def _refuse_compilation(manager: str) -> None:
-    if torch.compiler.is_dynamo_compiling():
-        raise RuntimeError(
-            f"{manager} cannot be entered within a compiled function; enter it around the call"
-        )
+        super().__init__("float32_products", _checked(products, "products", ("ieee", "bf16x6")))
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -172,50 +160,8 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 def dtype_under(autocast: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
     """What autocast makes of `dtype`: float64, and what is no float, it lets be."""
-    cast = autocast is not None and dtype in DTYPES and dtype != torch.float64
-    return autocast if cast and autocast is not None else dtype
-
-
-class Launchers(NamedTuple):
-    """The kernels' modules."""
-
-    forward: ModuleType
-    backward: ModuleType
-    backward_weight: ModuleType
-    activation: ModuleType
-    gated: ModuleType
-    gated_backward: ModuleType
-
-
-@functools.cache
-def launchers() -> Launchers:
-    """The modules of the launchers, imported when a kernel is first needed.
-
-    Raises:
-        RuntimeError: Triton is not installed.
-    """
-    try:
-        from fastlinear.kernels.backward import elementwise as activation
-        from fastlinear.kernels.backward import gated as gated_backward
-        from fastlinear.kernels.backward import grad_weight as backward_weight
-        from fastlinear.kernels.backward import linear as backward
-        from fastlinear.kernels.forward import gated
-        from fastlinear.kernels.forward import linear as forward
-    except (ImportError, OSError) as error:
-        raise RuntimeError(
-            f"backend 'triton' needs the package triton, 3.6 or newer ({error}); "
-            "install it with `pip install 'fastlinear[triton]'`, or use backend 'auto'"
-        ) from error
-    return Launchers(forward, backward, backward_weight, activation, gated, gated_backward)
-
-
-def kernels_run_on(device: torch.device) -> bool:
-    """Whether Triton is there, and knows the device."""
-    try:
-        launchers().forward.launch.target_of(device)
-    except RuntimeError:
-        return False
-    return True
+    spared = dtype == torch.float64 or dtype not in DTYPES
+    return dtype if autocast is None or spared else autocast
 
 
 def float32_precision() -> str:
@@ -234,20 +180,15 @@ def _all_settings() -> Hashable:
     return internals.product_settings(), ours
 
 
-def _settings_now() -> Callable[[], Hashable]:
+def _choose_settings() -> None:
+    global settings
     default = not invariant and float32_products == "ieee" and not known.available
-    return internals.float32_matmul_precision if default else _all_settings
+    settings = internals.float32_matmul_precision if default else _all_settings
 
 
 # What plans depend on besides operands: called in every call, and so asked no more than it has to.
-settings: Callable[[], Hashable] = _settings_now()
-
-
-def _choose_settings() -> None:
-    global settings
-    settings = _settings_now()
-
-
+settings: Callable[[], Hashable]
+_choose_settings()
 known.watchers.append(_choose_settings)
 
 
@@ -269,48 +210,3 @@ def table_precision(dtype: torch.dtype, device: torch.device) -> str:
     if device.type == "cpu" and known.device_name(device) != known.INTERPRETER:
         return internals.float32_precision_on_cpu()
     return float32_precision()
-
-
-class _Forward(threading.local):
-    """Within a backward, whether its forward ran in "auto"; None where no forward says so."""
-
-    auto: bool | None = None
-
-
-_forward = _Forward()
-
-
-def by_tables() -> bool:
-    """Whether tables have a say in the ops that run now."""
-    return known.seen and not invariant and (known.available or _forward.auto is not None)
-
-
-def takes_pytorch() -> bool:
-    """Whether the ops that run now may take PyTorch's products: but for those of "triton" they may.
-
-    A backward goes by the backend of its forward.
-    """
-    return current != "triton" if _forward.auto is None else _forward.auto
-
-
-def only_pytorch() -> bool:
-    """Whether they have to: a compiled function's, in "torch"."""
-    return current == "torch" and _forward.auto is None
-
-
-class as_its_forward:
-    """Context manager within which a backward goes as its forward did, in "auto" or not.
-
-    One that compiled autograd traces follows the backend in force when it runs.
-    """
-
-    def __init__(self, auto: bool) -> None:
-        self.auto = None if torch.compiler.is_dynamo_compiling() else auto
-
-    def __enter__(self) -> None:
-        if self.auto is not None:
-            self.before, _forward.auto = _forward.auto, self.auto
-
-    def __exit__(self, *error: object) -> None:
-        if self.auto is not None:
-            _forward.auto = self.before

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastlinear import _torch_internals as internals
-from fastlinear.choice import backend, known
+from fastlinear.choice import backend, known, running
 from fastlinear.choice.known import LARGEST_CACHE, Found
 from fastlinear.choice.table import LIBRARIES, PYTORCH, Candidate, Key
 from fastlinear.kernels.configs.config import BackwardConfig
@@ -259,13 +259,13 @@ def of_product(
     PYTORCH, a library's name, a kernel in a configuration of a table's, or, with None, in that
     which the launcher chooses.
     """
-    if backend.only_pytorch():
+    if running.only_pytorch():
         return PYTORCH
     found = row_of(product, first, second, n, k, activation, bias)
     candidate = None if found is None else found.row.candidate
     if candidate and not _is_there(candidate, product, first.device, first.dtype, activation, bias):
         candidate = None
-    if backend.takes_pytorch():
+    if running.takes_pytorch():
         return PYTORCH if candidate is None else candidate
     return None if isinstance(candidate, str) else candidate
 
@@ -289,7 +289,7 @@ def of_output(
 ) -> Candidate | None:
     """`of_product` of the output of a layer, or of B layers."""
     if weight.dim() != 2 or input.dim() == 0:
-        return PYTORCH if backend.takes_pytorch() else None
+        return PYTORCH if running.takes_pytorch() else None
     n, k = weight.shape
     return of_product("output", input, weight, n, k, activation, bias is not None)
 

@@ -4,7 +4,6 @@ import ast
 import copyreg
 import functools
 import inspect
-import textwrap
 from types import FunctionType
 from typing import Any, ClassVar
 
@@ -14,6 +13,7 @@ from torch.nn.modules import activation as torchs
 from torch.nn.utils import parametrize
 
 from fastlinear import _torch_internals as internals
+from fastlinear.conversion.source import tree_of
 from fastlinear.functional import gated_linear
 from fastlinear.modules import GatedLinear, Linear, is_as_written, is_pair
 
@@ -173,10 +173,7 @@ def _says_gated(forward: Any) -> bool:
     """
     if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
         return False
-    try:
-        (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
-    except (OSError, SyntaxError, ValueError):
-        return False
+    function = tree_of(forward)
     if not isinstance(function, ast.FunctionDef):
         return False
     names = [argument.arg for argument in function.args.args]

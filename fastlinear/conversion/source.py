@@ -76,6 +76,14 @@ def read(kind: type[nn.Module]) -> Source:
     return source
 
 
+def tree_of(function: FunctionType) -> Any:
+    """What the source of `function` says; None where there is none that can be read."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, SyntaxError, TypeError, ValueError, IndexError):
+        return None
+
+
 def _read_function(function: Any, source: Source) -> str | None:
     """Adds to `source` what a method says, or returns why that cannot be told."""
     if isinstance(function, (type, staticmethod, classmethod)):
@@ -86,10 +94,7 @@ def _read_function(function: Any, source: Source) -> str | None:
     code = function.__code__
     if code.co_freevars not in ((), ("__class__",)) or hasattr(function, "__wrapped__"):
         return "is decorated, or has variables of a function around it"
-    try:
-        tree: Any = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, SyntaxError, TypeError, ValueError):
-        return "has no source that can be read"
+    tree = tree_of(function)
     if getattr(tree, "name", None) != code.co_name or not code.co_argcount:
         return "has no source that can be read"
     me = code.co_varnames[0]

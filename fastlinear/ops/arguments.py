@@ -3,14 +3,12 @@
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
-from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastlinear import _torch_internals as internals
+from fastlinear._torch_internals import PLAIN
 from fastlinear.choice import backend
 from fastlinear.kernels.launching.operands import DTYPES
-
-PLAIN = frozenset({Tensor, Parameter})
 
 
 def broadcasts(weight: Tensor, bias: Tensor | None) -> bool:

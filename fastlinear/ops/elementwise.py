@@ -18,6 +18,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def activated(output: Tensor, activation: str | None) -> Tensor:
+    """`activation(output)`; output itself where there is no activation."""
+    return output if activation is None else ACTIVATIONS[activation](output)
+
+
 def _silu_gradient(grad: Tensor, input: Tensor) -> Tensor:
     sigmoid = torch.sigmoid(input)
     return grad * sigmoid * (1 + input * (1 - sigmoid))

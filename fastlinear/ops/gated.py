@@ -9,7 +9,7 @@ graph of them is wanted: those of both weights as one matrix, and of both biases
 gate's before up's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from fastlinear.ops.linear import (
     tangent_of,
     wanted_gradients,
 )
-from fastlinear.ops.op import define, recorded, register
+from fastlinear.ops.op import Op, define, recorded, register
 
 Products = tuple[Tensor, Tensor, Tensor]  # output, gate, up
 
@@ -100,12 +100,10 @@ class GatedLinearFunction(internals.SingleLevelFunction):
     """Derivatives of the output, of gate and of up, in terms of the ops."""
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, gate_weight: Tensor, up_weight: Tensor, *others: Any
-    ) -> Products:
-        *biases, ctx.activation, compute = others
-        output, gate, up = compute(input, gate_weight, up_weight, *biases, ctx.activation)
-        needed = ctx.needs_input_grad
+    def forward(ctx: Any, compute: Callable[..., Products], *arguments: Any) -> Products:
+        input, gate_weight, up_weight, _, _, ctx.activation = arguments
+        output, gate, up = compute(*arguments)
+        needed = ctx.needs_input_grad[1:4]
         # Each operand is kept for the others' gradients alone, as in LinearFunction.
         ctx.save_for_backward(
             input if needed[1] or needed[2] else None,
@@ -126,7 +124,7 @@ class GatedLinearFunction(internals.SingleLevelFunction):
         if grad_output is None and grad_gate is None and grad_up is None:
             return (None,) * 7
         input, gate_weight, up_weight, gate, up = ctx.saved_tensors
-        wanted, activation = internals.wanted(ctx)[:5], ctx.activation
+        wanted, activation = internals.wanted(ctx)[1:6], ctx.activation
         by_parts = (
             torch.is_grad_enabled()
             or internals.forward_ad_active()
@@ -149,7 +147,7 @@ class GatedLinearFunction(internals.SingleLevelFunction):
             parts = grad_weight[:n], grad_weight[n:], grad_bias[:n], grad_bias[n:]
             gradients = grad_input, *parts
             given = (one if want else None for one, want in zip(gradients, wanted, strict=True))
-            return *given, None, None
+            return None, *given, None
         if grad_output is not None:
             through_gate, through_up = gate_gradients(grad_output, gate, up, activation)
             grad_gate, grad_up = added(through_gate, grad_gate), added(through_up, grad_up)
@@ -159,11 +157,11 @@ class GatedLinearFunction(internals.SingleLevelFunction):
         wants = wanted[0], wanted[2], wanted[4]
         of_up = wanted_gradients(grad_up, input, up_weight, wants, False)
         grad_input = added(of_gate[0], of_up[0])
-        return grad_input, of_gate[1], of_up[1], of_gate[2], of_up[2], None, None
+        return None, grad_input, of_gate[1], of_up[1], of_gate[2], of_up[2], None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Products:
-        of_input, of_gate_weight, of_up_weight, of_gate_bias, of_up_bias, *_ = tangents
+        _, of_input, of_gate_weight, of_up_weight, of_gate_bias, of_up_bias, _ = tangents
         with internals.next_level_in_forward_mode(*ctx.saved_tensors) as saved:
             input, gate_weight, up_weight, gate, up = saved
             of_gate = tangent_of(input, gate_weight, of_input, of_gate_weight, of_gate_bias)
@@ -194,32 +192,18 @@ def _backward_recorded(plain: bool, *arguments: Any) -> Gradients:
     return _of_both(of_gate, gradients_of(grad_up, input, up_weight, bias, False), (0, 0))
 
 
-def _forward_vmap(
-    info: Any,
-    in_dims: InDims,
-    input: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    *others: Any,
-) -> tuple[Products, int]:
-    if all(dim is None for dim in in_dims[1:5]):  # the vmapped dimension is one more of rows
-        input = to_front(input, in_dims[0], info.batch_size)
-        return forward_op(input, gate_weight, up_weight, *others), 0
-    gate_bias, up_bias, activation = others
+def _vmap(op: Op, info: Any, in_dims: InDims, *arguments: Any) -> tuple[Any, int]:
+    """Of `op` where the vmapped dimension is one more of rows, else of gate, of up and by them."""
+    input, gate_weight, up_weight, gate_bias, up_bias, activation = arguments
     of_input, of_gate_weight, of_up_weight, of_gate_bias, of_up_bias, _ = in_dims
+    if all(dim is None for dim in in_dims[1:5]):
+        return op(to_front(input, of_input, info.batch_size), *arguments[1:]), 0
     dims = of_input, of_gate_weight, of_gate_bias
     gate, _ = linear_vmap(info, dims, input, gate_weight, gate_bias)
     dims = of_input, of_up_weight, of_up_bias
     up, _ = linear_vmap(info, dims, input, up_weight, up_bias)
-    return (ACTIVATIONS[activation](gate) * up, gate, up), 0
-
-
-def _vmap(info: Any, in_dims: InDims, *arguments: Any) -> tuple[Tensor, int]:
-    if all(dim is None for dim in in_dims[1:5]):
-        input = to_front(arguments[0], in_dims[0], info.batch_size)
-        return gated_linear_op(input, *arguments[1:]), 0
-    (output, _, _), _ = _forward_vmap(info, in_dims, *arguments)
-    return output, 0
+    output = ACTIVATIONS[activation](gate) * up
+    return output if op is gated_linear_op else (output, gate, up), 0
 
 
 def _backward_vmap(info: Any, in_dims: InDims, *arguments: Any) -> tuple[Gradients, InDims]:
@@ -242,7 +226,7 @@ register(
     compute=implementations.gated_output,
     fake=_fake,
     record=lambda *arguments: _recorded(*arguments)[0],
-    vmap=_vmap,
+    vmap=lambda *arguments: _vmap(gated_linear_op, *arguments),
     flops=lambda *operands, **options: 2 * linear_flops(*operands),
     autocast=5,
 )
@@ -251,7 +235,7 @@ register(
     compute=implementations.gated_forward,
     fake=_forward_fake,
     record=_recorded,
-    vmap=_forward_vmap,
+    vmap=lambda *arguments: _vmap(forward_op, *arguments),
     flops=lambda *operands, **options: 2 * linear_flops(*operands),
 )
 register(

@@ -5,7 +5,7 @@ PyTorch where a table says so.
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlinear import _torch_internals as internals
-from fastlinear.choice import backend, way
+from fastlinear.choice import backend, running, way
+from fastlinear.choice.launchers import launchers
 from fastlinear.choice.table import LIBRARIES, PYTORCH
 from fastlinear.kernels.launching.operands import (
     FROM_OUTPUT,
@@ -21,16 +22,20 @@ from fastlinear.kernels.launching.operands import (
     check_gated_backward_shapes,
     check_saved_shape,
 )
-from fastlinear.ops.elementwise import ACTIVATIONS, GRADIENTS
+from fastlinear.ops.elementwise import ACTIVATIONS, GRADIENTS, activated
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+def in_force(config: Any = None) -> dict[str, Any]:
+    """The options of a launcher, by the settings of the process."""
+    precision, invariant = backend.float32_precision(), backend.invariant
+    return {"precision": precision, "config": config, "batch_invariant": invariant}
 
 
 def _of_output(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
 ) -> Any:
     """What a table says of the output; None for the kernel that the launcher chooses."""
-    if not backend.by_tables():
+    if not running.by_tables():
         return None
     return way.of_output(input, weight, bias, activation)
 
@@ -48,7 +53,7 @@ def straight(
         return output, functools.partial(_with_preactivation, candidate)
     if isinstance(candidate, str):
         return (functools.partial(_output, candidate),) * 2
-    kernels = backend.launchers().forward
+    kernels = launchers().forward
     plan = kernels.plan_forward(
         kernels.launch.describe(input, weight, bias),
         backend.float32_precision(),
@@ -78,16 +83,11 @@ def _output(
 ) -> Tensor:
     if isinstance(candidate, str):
         return _by_pytorch(candidate, input, weight, bias, activation)
+    kernels = launchers().forward
     if activation is not None:
-        return _activated_by_kernel(candidate, input, weight, bias, activation, False)[0]
-    return backend.launchers().forward.linear_forward(
-        input,
-        weight,
-        bias,
-        precision=backend.float32_precision(),
-        config=candidate,
-        batch_invariant=backend.invariant,
-    )
+        operands = input, weight, bias, activation
+        return kernels.linear_activation_forward(*operands, False, **in_force(candidate))[0]
+    return kernels.linear_forward(input, weight, bias, **in_force(candidate))
 
 
 def activation_forward(
@@ -107,23 +107,16 @@ def _with_preactivation(
     keep, operands = activation not in FROM_OUTPUT, (input, weight, bias)
     preactivation: Tensor | None = None
     if not isinstance(candidate, str):
-        output, preactivation = _activated_by_kernel(candidate, *operands, activation, keep)
+        kernels, options = launchers().forward, in_force(candidate)
+        output, preactivation = kernels.linear_activation_forward(
+            *operands, activation, keep, **options
+        )
     elif keep:
         preactivation = _by_pytorch(candidate, *operands)
         output = ACTIVATIONS[activation](preactivation)
     else:
         output = _by_pytorch(candidate, *operands, activation)
     return output, output.new_empty(0) if preactivation is None else preactivation
-
-
-def _activated_by_kernel(config: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-    """The output and, if the last argument says so, the pre-activation."""
-    return backend.launchers().forward.linear_activation_forward(
-        *arguments,
-        precision=backend.float32_precision(),
-        config=config,
-        batch_invariant=backend.invariant,
-    )
 
 
 def _by_pytorch(
@@ -137,19 +130,17 @@ def _by_pytorch(
     if candidate in LIBRARIES:
         output = LIBRARIES[candidate].output(input, weight, bias, activation)
     else:
-        output = _product(input, weight, bias)
-        if activation is not None:
-            output = ACTIVATIONS[activation](output)
+        product = F.linear if weight.dim() == 2 else batched_product
+        output = activated(product(input, weight, bias), activation)
     # A view could not change in place, were it the output of a Function.
     return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
 
-def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if weight.dim() == 2:
-        return F.linear(input, weight, bias)
+def batched_product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """B layers by PyTorch."""
     if bias is None:
-        return torch.bmm(input, weight.mT)
-    return torch.baddbmm(bias.unsqueeze(1), input, weight.mT)
+        return torch.bmm(input, weight.transpose(1, 2))
+    return torch.baddbmm(bias.unsqueeze(1), input, weight.transpose(1, 2))
 
 
 def backward(
@@ -166,25 +157,22 @@ def backward(
     A gradient that is not wanted is not computed, and comes back empty.
     """
     check_backward_shapes(*shapes_of(grad_output, input, weight), batched)
-    by_tables, gradients = backend.by_tables(), None
+    by_tables = running.by_tables()
     if saved is not None:
         check_saved_shape(saved.shape, grad_output.shape)
-        grad_output = _grad_preactivation(grad_output, saved, activation, by_tables)
+        by_pytorch = by_tables and running.takes_pytorch() and grad_output.device.type == "cpu"
+        grad_output = grad_preactivation(grad_output, saved, activation, by_pytorch)
+    pair = of_input = of_weight = None
     if by_tables:
-        if not batched:
-            gradients = _gradients_by_rows(grad_output, input, weight, bias)
-        elif backend.takes_pytorch():
-            gradients = _gradients_by_pytorch(grad_output, input, weight, bias, batched)
-    if gradients is None:
-        gradients = backend.launchers().backward.linear_backward(
-            grad_output,
-            input,
-            weight,
-            bias,
-            batched=batched,
-            precision=backend.float32_precision(),
-            batch_invariant=backend.invariant,
+        pair, of_input, of_weight = _by_table(grad_output, input, weight, bias, batched)
+    if of_input is None and of_weight is None:
+        gradients = launchers().backward.linear_backward(
+            grad_output, input, weight, bias, batched=batched, **in_force(pair)
         )
+    else:
+        with _without_autocast(grad_output.device.type):
+            grad_input = _grad_input(of_input, grad_output, weight, batched)
+            gradients = grad_input, *_grad_weight(of_weight, grad_output, input, bias, batched)
     return _with_empty(grad_output, gradients, bias, batched)
 
 
@@ -194,8 +182,8 @@ def activation_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return backward(*(grad_output, *operands, saved, activation))
 
 
-def _grad_preactivation(
-    grad_output: Tensor, saved: Tensor, activation: str, by_tables: bool
+def grad_preactivation(
+    grad_output: Tensor, saved: Tensor, activation: str, by_pytorch: bool
 ) -> Tensor:
     """In a pass of its own, whose result both products read, and grad_bias with them.
 
@@ -203,87 +191,80 @@ def _grad_preactivation(
     take the gradient where each product loads it would spare one of the five, but take it anew for
     every column of tiles.
     """
-    if by_tables and backend.takes_pytorch() and grad_output.device.type == "cpu":
+    if by_pytorch:
         if activation == "silu":  # which has no derivative, and needs none here
             return torch.ops.aten.silu_backward(grad_output, saved)
         return GRADIENTS[activation](grad_output, saved)
-    kernels = backend.launchers().activation
+    kernels = launchers().activation
     return kernels.activation_backward(grad_output, saved.contiguous(), activation)
 
 
-def _gradients_by_pytorch(
-    grad_output: Tensor,
-    input: Tensor | None,
-    weight: Tensor | None,
-    bias: bool,
-    batched: bool = False,
-    of_input: Any = PYTORCH,
-    of_weight: Any = PYTORCH,
-) -> Gradients:
-    """Of B layers all but their bias's; of one layer that too, if weight's is wanted.
+def _by_table(
+    grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool, batched: bool
+) -> tuple[Any, Any, Any]:
+    """By tables, what computes both gradients in one launch, grad_input and grad_weight.
 
-    By `of_input` and `of_weight` where they name a library.
+    As `way.of_product` has it. One launch does where the others are None.
     """
-    device_type = grad_output.device.type
-    product = torch.bmm if batched else torch.matmul
-    # A backward may run under autocast, and products take operands as they are.
-    cast = internals.autocasting() and backend.autocast_dtype(device_type) is not None
-    with torch.autocast(device_type, enabled=False) if cast else nullcontext():
-        grad_input = None
-        if of_input in LIBRARIES and weight is not None:
-            grad_input = LIBRARIES[of_input].grad_input(grad_output, weight)
-        elif weight is not None:
-            grad_input = product(grad_output, weight)
-        if input is None or batched:
-            return grad_input, None if input is None else product(grad_output.mT, input), None
-        if of_weight in LIBRARIES:
-            return grad_input, *LIBRARIES[of_weight].grad_weight(grad_output, input, bias)
-        m = input.shape[:-1].numel()
-        grad_columns = grad_output.reshape(m, grad_output.shape[-1]).mT
-        grad_weight = grad_columns @ input.reshape(m, input.shape[-1])
-        return grad_input, grad_weight, sum_rows(grad_output, batched) if bias else None
-
-
-def _gradients_by_rows(
-    grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool
-) -> Gradients | None:
-    """The gradients of one layer as tables say; None where they say nothing of them."""
-    takes_pytorch = backend.takes_pytorch()
-    if takes_pytorch and not way.any_gradients(grad_output.device):
-        return _gradients_by_pytorch(grad_output, input, weight, bias)
-    precision = backend.float32_precision()
+    neither = weight is None and input is None
+    if running.takes_pytorch() and (
+        batched or neither or not way.any_gradients(grad_output.device)
+    ):
+        return None, PYTORCH, PYTORCH
+    if batched:
+        return None, None, None
     if weight is not None and input is not None:
         pair = way.of_pair(grad_output, input, weight, bias)
         if pair is not None:
-            together = backend.launchers().backward.linear_backward
-            return together(grad_output, input, weight, bias, precision=precision, config=pair)
-    if weight is None and input is None:
-        return (None, None, None) if takes_pytorch else None
+            return pair, None, None
     n, of_input, of_weight = grad_output.shape[-1], None, None
     if weight is not None:
         of_input = way.of_product("grad_input", grad_output, weight, n, weight.shape[-1])
     if input is not None:
         k = input.shape[-1]
         of_weight = way.of_product("grad_weight", grad_output, input, n, k, bias=bias)
-    if of_input is None and of_weight is None:
+    return None, of_input, of_weight
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A backward may run under autocast, and products take operands as they are."""
+    if internals.autocasting() and backend.autocast_dtype(device_type) is not None:
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _grad_input(
+    candidate: Any, grad_output: Tensor, weight: Tensor | None, batched: bool
+) -> Tensor | None:
+    if weight is None:
         return None
-    grad_input, grad_weight, grad_bias = _gradients_by_pytorch(
-        grad_output,
-        input if isinstance(of_weight, str) else None,
-        weight if isinstance(of_input, str) else None,
-        bias,
-        of_input=of_input,
-        of_weight=of_weight,
-    )
-    if not isinstance(of_input, str) and weight is not None:
-        grad_input = backend.launchers().backward.linear_backward_input(
-            grad_output, weight, precision=precision, config=of_input
+    if not isinstance(candidate, str):
+        kernels = launchers().backward
+        return kernels.linear_backward_input(grad_output, weight, **in_force(candidate))
+    if candidate in LIBRARIES:
+        return LIBRARIES[candidate].grad_input(grad_output, weight)
+    return torch.bmm(grad_output, weight) if batched else torch.matmul(grad_output, weight)
+
+
+def _grad_weight(
+    candidate: Any, grad_output: Tensor, input: Tensor | None, bias: bool, batched: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """grad_weight, and with it, but of B layers by PyTorch, grad_bias."""
+    if input is None:
+        return None, None
+    if not isinstance(candidate, str):
+        kernels, precision = launchers().backward_weight, backend.float32_precision()
+        return kernels.linear_backward_weight(
+            grad_output, input, bias, precision=precision, config=candidate
         )
-    if not isinstance(of_weight, str) and input is not None:
-        grad_weight, grad_bias = backend.launchers().backward_weight.linear_backward_weight(
-            grad_output, input, bias, precision=precision, config=of_weight
-        )
-    return grad_input, grad_weight, grad_bias
+    if candidate in LIBRARIES:
+        return LIBRARIES[candidate].grad_weight(grad_output, input, bias)
+    if batched:
+        return torch.bmm(grad_output.mT, input), None
+    m = input.shape[:-1].numel()
+    grad_columns = grad_output.reshape(m, grad_output.shape[-1]).mT
+    grad_weight = grad_columns @ input.reshape(m, input.shape[-1])
+    return grad_weight, sum_rows(grad_output, batched) if bias else None
 
 
 def _with_empty(
@@ -307,27 +288,21 @@ def _with_empty(
 
 def gated_output(*arguments: Any) -> Tensor:
     """The op `gated_linear`."""
-    kernels, precision = backend.launchers().gated, backend.float32_precision()
-    return kernels.gated_linear_forward(
-        *arguments, False, precision=precision, batch_invariant=backend.invariant
-    )[0]
+    kernels = launchers().gated
+    return kernels.gated_linear_forward(*arguments, False, **in_force())[0]
 
 
 def gated_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The op `gated_linear_forward`."""
-    kernels, precision = backend.launchers().gated, backend.float32_precision()
-    return kernels.gated_linear_forward(
-        *arguments, True, precision=precision, batch_invariant=backend.invariant
-    )
+    return launchers().gated.gated_linear_forward(*arguments, True, **in_force())
 
 
 def gated_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The op `gated_linear_backward`; what is not wanted comes back empty."""
     *operands, bias, activation = arguments
     check_gated_backward_shapes(*shapes_of(*operands))
-    kernels, precision = backend.launchers().gated_backward, backend.float32_precision()
-    *gradients, grad_products = kernels.gated_linear_backward(
-        *operands, bias, activation, precision=precision, batch_invariant=backend.invariant
+    *gradients, grad_products = launchers().gated_backward.gated_linear_backward(
+        *operands, bias, activation, **in_force()
     )
     return _with_empty(grad_products, gradients, bias, False)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastlinear import _torch_internals as internals
-from fastlinear.choice import backend, known
+from fastlinear.choice import known, running
 from fastlinear.kernels.launching.operands import (
     FROM_OUTPUT,
     check_activation,
@@ -91,52 +91,67 @@ def _activation_backward_fake(grad_output: Tensor, saved: Tensor, *others: Any) 
 
 
 class LinearFunction(internals.SingleLevelFunction):
-    """Derivatives of the op, each in terms of the op. What is saved third is for an activation."""
+    """Derivatives of the ops, in terms of the ops: of the output, and of the pre-activation."""
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, compute: Callable[..., Any]
-    ) -> Tensor:
+        ctx: Any,
+        compute: Callable[..., Any],
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str | None = None,
+    ) -> Any:
+        saved = None
+        if activation is None:
+            results = compute(input, weight, bias)
+        else:
+            results = output, saved = compute(input, weight, bias, activation)
+            if activation in FROM_OUTPUT:
+                ctx.mark_non_differentiable(saved)  # the pre-activation, which is empty
+                saved = output
+            ctx.activation = activation
         needed = ctx.needs_input_grad
         # Each operand is kept for the other's gradient alone,
         # so that what is not kept may change in place.
-        ctx.save_for_backward(input if needed[1] else None, weight if needed[0] else None, None)
+        ctx.save_for_backward(input if needed[2] else None, weight if needed[1] else None, saved)
         if weight.dim() == 3:
             ctx.batched = True  # to set an attribute takes 0.1 us: of a single layer there is none
         if internals.forward_ad_active():
-            ctx.save_for_forward(input, weight, None)
+            ctx.save_for_forward(input, weight, saved)
         if known.seen:
-            ctx.auto = backend.takes_pytorch()
+            ctx.auto = running.takes_pytorch()
         ctx.set_materialize_grads(False)  # no gradient of the output is none of a parameter either
-        return compute(input, weight, bias)
+        return results
 
     @staticmethod
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_preactivation: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
         activation: Any = getattr(ctx, "activation", None)
-        of_others = (None,) if activation is None else (None, None)
+        of_activation = () if activation is None else (None,)
         if grad_output is None and grad_preactivation is None:
-            return None, None, None, *of_others
+            return None, None, None, None, *of_activation
         input, weight, saved = ctx.saved_tensors
         if grad_preactivation is not None:
             through = None if grad_output is None else GRADIENTS[activation](grad_output, saved)
             # Which is through the activation already.
             grad_output, activation = added(through, grad_preactivation), None
-        wanted, batched = internals.wanted(ctx), getattr(ctx, "batched", False)
+        wanted, batched = internals.wanted(ctx)[1:4], getattr(ctx, "batched", False)
         arguments = (grad_output, input, weight, wanted, batched, saved, activation)
         if not known.seen:
-            return *wanted_gradients(*arguments), *of_others
-        with backend.as_its_forward(getattr(ctx, "auto", False)):
-            return *wanted_gradients(*arguments), *of_others
+            return None, *wanted_gradients(*arguments), *of_activation
+        with running.as_its_forward(getattr(ctx, "auto", False)):
+            return None, *wanted_gradients(*arguments), *of_activation
 
     @staticmethod
     def jvp(
         ctx: Any,
+        _: None,
         input_tangent: Tensor | None,
         weight_tangent: Tensor | None,
         bias_tangent: Tensor | None,
-        *tangents_of_others: None,
+        *of_activation: None,
     ) -> Any:
         activation = getattr(ctx, "activation", None)
         with internals.next_level_in_forward_mode(*ctx.saved_tensors) as (input, weight, saved):
@@ -148,36 +163,6 @@ class LinearFunction(internals.SingleLevelFunction):
             # The derivative is elementwise: it takes a tangent forward as a gradient back.
             output_tangent = GRADIENTS[activation](tangent, saved)
         return output_tangent, None if activation in FROM_OUTPUT else tangent
-
-
-class LinearActivationFunction(LinearFunction):
-    """Derivatives of the output and of the pre-activation, in terms of the ops."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        activation: str,
-        compute: Callable[..., Any],
-    ) -> tuple[Tensor, Tensor]:
-        output, preactivation = compute(input, weight, bias, activation)
-        saved = preactivation
-        if activation in FROM_OUTPUT:
-            saved = output
-            ctx.mark_non_differentiable(preactivation)  # it is empty
-        needed = ctx.needs_input_grad
-        ctx.save_for_backward(input if needed[1] else None, weight if needed[0] else None, saved)
-        if weight.dim() == 3:
-            ctx.batched = True
-        if internals.forward_ad_active():
-            ctx.save_for_forward(input, weight, saved)
-        if known.seen:
-            ctx.auto = backend.takes_pytorch()
-        ctx.activation = activation
-        ctx.set_materialize_grads(False)
-        return output, preactivation
 
 
 def added(first: Tensor | None, second: Tensor | None) -> Tensor | None:
@@ -222,7 +207,7 @@ def wanted_gradients(
     """
     if grad_output is None:
         return None, None, None
-    of_input, of_weight, of_bias = wanted[:3]
+    of_input, of_weight, of_bias = wanted
     operands = input if of_weight else None, weight if of_input else None
     grad_input, grad_weight, grad_bias = gradients_of(
         grad_output, *operands, of_bias, batched, saved, activation
@@ -344,7 +329,7 @@ def linear_backward_flops(
 
 
 _activation_recorded = recorded(
-    LinearActivationFunction, activation_forward_op, implementations.activation_forward
+    LinearFunction, activation_forward_op, implementations.activation_forward
 )
 for _op, _record in (
     (linear_op, recorded(LinearFunction, linear_op, implementations.forward)),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlinear import _torch_internals as internals
+from fastlinear._on_import import when_imported
 from fastlinear.choice import backend
 from fastlinear.kernels.launching.operands import DTYPES
 
@@ -72,13 +73,13 @@ def register(
 
         register_flop_formula(op.overloadpacket)(flops)
 
-    internals.when_imported("torch.utils.flop_counter", register_flops)
+    when_imported("torch.utils.flop_counter", register_flops)
 
 
 def recorded(
     function: type[internals.SingleLevelFunction], op: Op, compute: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """What records a call of `op` as `function`, whose last argument is what computes the op."""
+    """What records a call of `op` as `function`, whose first argument is what computes the op."""
 
     def below_autograd(*arguments: Any) -> Any:
         with internals.below_autograd():
@@ -89,9 +90,9 @@ def recorded(
 
     def record(plain: bool, *arguments: Any) -> Any:
         if not internals.transforming():
-            return function.apply(*arguments, compute if plain else below_autograd)
+            return function.apply(compute if plain else below_autograd, *arguments)
         with internals.one_level_allowed():
-            return function.apply(*arguments, compute if plain else below_autograd)
+            return function.apply(compute if plain else below_autograd, *arguments)
 
     internals.hide_from_dynamo(function.backward)
     return record

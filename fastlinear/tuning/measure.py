@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlinear.choice import backend, table
+from fastlinear.choice.launchers import kernels_run_on, launchers
 from fastlinear.choice.table import BY_ROWS, LIBRARIES, OPERANDS, PYTORCH, Candidate, Key, Row
 from fastlinear.functional import linear
 from fastlinear.kernels.configs.choose import ranked
@@ -39,7 +40,7 @@ Results = Callable[[], tuple[Tensor, ...]]
 
 def on_cpu(device: torch.device) -> bool:
     """Whether there is one clock, the caller's, and no kernel."""
-    return device.type == "cpu" and not backend.kernels_run_on(device)
+    return device.type == "cpu" and not kernels_run_on(device)
 
 
 def keys_of(call: Key, device: torch.device) -> list[Key]:
@@ -54,7 +55,7 @@ def keys_of(call: Key, device: torch.device) -> list[Key]:
         "weight": with_bias._replace(product="grad_weight"),
     }
     keys = [key for name, key in gradients.items() if name in wanted]
-    if not backend.kernels_run_on(device):
+    if not kernels_run_on(device):
         keys = [key for key in keys if libraries_for(key, device)]
     elif len(keys) == 2:
         keys.append(with_bias._replace(product="gradients"))
@@ -143,7 +144,7 @@ class Products:
             if product == "grad_weight":
                 return lambda: library.grad_weight(self.grad, self.input, bias)[:last]
             return lambda: (library.output(*self.operands, activation),)
-        kernels = backend.launchers()
+        kernels = launchers()
         how: dict[str, Any] = {"precision": self.call.precision, "config": config}
         if product == "output" and activation is None:
             return lambda: (kernels.forward.linear_forward(*self.operands, **how),)
@@ -166,7 +167,7 @@ class Products:
     def candidates(self, product: str) -> list[Candidate]:
         """What else may compute a product: libraries, and the kernels' best, as modelled."""
         found = libraries_for(self._key(product), self.device)
-        return found + (self.configs(product) if backend.kernels_run_on(self.device) else [])
+        return found + (self.configs(product) if kernels_run_on(self.device) else [])
 
     def _key(self, product: str) -> Key:
         return next(key for key in keys_of(self.call, self.device) if key.product == product)
@@ -174,7 +175,7 @@ class Products:
     def configs(self, product: str) -> list[Candidate]:
         """The kernels' best, as modelled."""
         key = self._key(product)
-        target = backend.launchers().forward.launch.target_of(self.device)
+        target = launchers().forward.launch.target_of(self.device)
         traits, (n, k) = table.traits_of(key, target), (key.n, key.k)
         if product == "gradients":
             return [pair for pair, _ in ranked_pairs(1, self.rows, n, k, traits)[:PAIRS]]

@@ -76,8 +76,8 @@ MUTANTS = [
     Mutant(
         "one bias for all layers added along the rows",
         "fastlinear/functional.py",
-        "if bias.dim() == 2:",
-        "if bias.dim() > 0:",
+        "bias is None or bias.dim() == 2:",
+        "bias is None or bias.dim() > 0:",
         ("tests/ops/test_batched.py::test_bad_shapes_are_named",),
     ),
     Mutant(
@@ -97,7 +97,7 @@ MUTANTS = [
     Mutant(
         "tune steps an optimizer within backward",
         "fastlinear/_torch_internals.py",
-        "    for one in hooks:\n        one.clear()\n",
+        "    for hooks, _ in kept:\n        hooks.clear()\n",
         "",
         TUNE_MODEL,
     ),

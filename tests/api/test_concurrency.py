@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 import fastlinear
-from fastlinear.choice import backend as settings
-from fastlinear.choice import way
+from fastlinear.choice import running, way
 from fastlinear.kernels.backward import linear as backward
 from fastlinear.kernels.forward import linear as forward
 from fastlinear.kernels.launching import launch, shared_sums
@@ -164,14 +163,14 @@ def test_backend_of_a_backward_is_its_thread_s_alone() -> None:
     both = threading.Barrier(2)
 
     def work(index: int) -> bool | None:
-        with settings.as_its_forward(bool(index)):
+        with running.as_its_forward(bool(index)):
             both.wait(60)
-            found = settings._forward.auto
+            found = running._forward.auto
             both.wait(60)
         return found
 
     assert in_threads(work, 2) == [False, True]
-    assert settings._forward.auto is None
+    assert running._forward.auto is None
 
 
 # Processes.

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import fastlinear
 from fastlinear import __main__ as command
-from fastlinear.choice import backend
+from fastlinear.choice import backend, launchers
 from fastlinear.choice import table as tables
 from fastlinear.kernels.configs.config import BackwardConfig, Config
 from fastlinear.kernels.language.indexing import locate_tile
@@ -89,7 +89,7 @@ def tuned_with(said: str, *given: str, on_cpu: bool = True) -> Case:
 def without_triton(patch: Patch) -> None:
     patch.setitem(sys.modules, "fastlinear.kernels.forward.linear", None)
     patch.delattr(fastlinear.kernels.forward, "linear", raising=False)
-    backend.launchers.__wrapped__()
+    launchers.launchers.__wrapped__()
 
 
 def not_interpreted(patch: Patch) -> None:

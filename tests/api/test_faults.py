@@ -32,7 +32,7 @@ from torch import Tensor
 from triton.runtime.errors import PTXASError
 
 import fastlinear
-from fastlinear.choice import backend, known, way
+from fastlinear.choice import backend, known, running, way
 from fastlinear.choice import table as tables
 from fastlinear.choice.table import PYTORCH
 from fastlinear.kernels.backward import grad_weight as backward_weight
@@ -255,10 +255,10 @@ def test_interrupted_call_leaves_settings_and_caches_as_they_were(
     interrupt_at(1)
     with pytest.raises(KeyboardInterrupt):
         step()
-    with pytest.raises(KeyboardInterrupt), backend.as_its_forward(False):
+    with pytest.raises(KeyboardInterrupt), running.as_its_forward(False):
         result.sum().backward()
     interrupt_at(None)
-    assert (backend.current, backend.invariant, backend._forward.auto) == ("auto", False, None)
+    assert (backend.current, backend.invariant, running._forward.auto) == ("auto", False, None)
     assert len(way._ways) == remembered == 1
     assert torch.equal(step(), result)
     torch.testing.assert_close(result, F.linear(input, layer.weight, layer.bias))
@@ -436,13 +436,13 @@ def test_table_is_never_unpickled(folder: Path, monkeypatch: pytest.MonkeyPatch)
 TUNERS = """
 import contextlib, os, random, resource, signal, sys, time
 from fastlinear import __main__ as command
-from fastlinear.choice import backend
+from fastlinear.choice import launchers
 from fastlinear.tuning import measure
 from fastlinear.choice import table as tables
 from pathlib import Path
 
 sys.modules["tqdm"] = None  # a line a layer
-backend.launchers()
+launchers.launchers()
 signal.signal(signal.SIGINT, signal.default_int_handler)
 path = Path(sys.argv[1])
 measure.exact_calls = lambda products, product: {}

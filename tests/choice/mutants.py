@@ -35,8 +35,8 @@ MUTANTS = [
     Mutant(
         "shortcut past the precision that is set",
         "fastlinear/choice/backend.py",
-        "    return internals.float32_matmul_precision if default",
-        "    return list().__len__ if default",
+        "    settings = internals.float32_matmul_precision if default",
+        "    settings = list().__len__ if default",
         ("tests/api/test_shortcut.py::test_products_follow_the_precision_that_is_set",),
     ),
     Mutant(
@@ -56,8 +56,8 @@ MUTANTS = [
     Mutant(
         "batch invariance: shortcuts of the default mode are taken",
         "fastlinear/choice/backend.py",
-        "        invariant = True\n        _choose_settings()\n",
-        "        invariant = True\n",
+        "        globals()[self.name] = self.value\n        _choose_settings()\n",
+        "        globals()[self.name] = self.value\n",
         (
             "tests/choice/test_batch_invariant.py::test_a_call_like_one_outside_is_batch_invariant_within",
         ),
@@ -78,9 +78,9 @@ MUTANTS = [
     ),
     Mutant(
         "a backward goes by the backend in force",
-        "fastlinear/choice/backend.py",
-        'return current != "triton" if _forward.auto is None else _forward.auto',
-        'return current != "triton"',
+        "fastlinear/choice/running.py",
+        'return backend.current != "triton" if _forward.auto is None else _forward.auto',
+        'return backend.current != "triton"',
         TABLES,
     ),
     Mutant(
@@ -169,9 +169,9 @@ MUTANTS = [
     ),
     Mutant(
         "a backward needs the table of its forward",
-        "fastlinear/choice/backend.py",
-        "known.seen and not invariant and (known.available or _forward.auto is not None)",
-        "known.available and not invariant",
+        "fastlinear/choice/running.py",
+        "known.seen and not backend.invariant and (known.available or _forward.auto is not None)",
+        "known.available and not backend.invariant",
         ONEDNN,
     ),
     Mutant(
@@ -225,7 +225,7 @@ MUTANTS = [
     ),
     Mutant(
         "compiled autograd traces what its thread goes by",
-        "fastlinear/choice/backend.py",
+        "fastlinear/choice/running.py",
         "None if torch.compiler.is_dynamo_compiling() else auto",
         "auto",
         ("tests/ops/test_torch_compile.py::test_compiled_autograd_has_one_graph",),

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlinear
 from fastlinear import __main__ as command
-from fastlinear.choice import backend
+from fastlinear.choice import backend, launchers
 from fastlinear.choice import table as tables
 from fastlinear.choice.table import BY_ROWS, PYTORCH
 from fastlinear.kernels.configs.config import BackwardConfig, Config
@@ -377,7 +377,7 @@ def test_without_triton_what_pytorch_has_is_measured(
     def missing() -> None:
         raise RuntimeError("backend 'triton' needs the package triton")
 
-    monkeypatch.setattr(backend, "launchers", missing)
+    monkeypatch.setattr(launchers, "launchers", missing)
     path = tmp_path / NAME
     assert run(Clocks(), "--rows", "4") == 0
     products = {product for product, _ in rows_of(path)}
