@@ -148,8 +148,8 @@ def _of_forward(planned: Any) -> Plan:
 
 
 def _formed(launch: Any) -> str:
-    """How a launch forms products; a kernel that has but one way is not told of it."""
-    return str(launch.constants.get("INPUT_PRECISION", "ieee"))
+    """How a launch forms products."""
+    return str(launch.constants["OPTIONS"].precision)
 
 
 def _modelled(
