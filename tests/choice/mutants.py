@@ -2,7 +2,10 @@
 
 from mutant import Mutant
 
-TABLES = ("tests/choice/test_tables.py",)
+TABLES = (
+    "tests/choice/test_tables.py",
+    "tests/choice/test_auto.py",
+)
 TUNE_MODEL = ("tests/tuning/test_tune_model.py",)
 ONEDNN = ("tests/ops/test_onednn.py",)
 PIECES = ("tests/kernels/test_float32.py",)
@@ -95,7 +98,7 @@ MUTANTS = [
         "fastlinear/choice/way.py",
         " or internals.exporting()",
         "",
-        ("tests/choice/test_tables.py::test_what_is_traced_or_exported_runs_without_the_table",),
+        ("tests/choice/test_auto.py::test_what_is_traced_or_exported_runs_without_the_table",),
     ),
     Mutant(
         "a row for layers with a bias serves those without",

@@ -3,7 +3,10 @@
 from mutant import Mutant
 
 DISPATCH = ("tests/ops/test_dispatch.py",)
-TABLES = ("tests/choice/test_tables.py",)
+TABLES = (
+    "tests/choice/test_tables.py",
+    "tests/choice/test_auto.py",
+)
 ONEDNN = ("tests/ops/test_onednn.py",)
 SHARDED = ("tests/distributed/test_distributed.py::test_op_over_shards_is_the_op_over_the_whole",)
 GATED_SHARDED = (
