@@ -70,7 +70,7 @@ MUTANTS = [
         "kaiming_uniform_(self.weight[layer]",
         "kaiming_uniform_(self.weight[0]",
         (
-            "tests/ops/test_batched.py::test_initial_values_are_those_of_layers_made_one_after_another",
+            "tests/ops/test_batched_module.py::test_initial_values_are_those_of_layers_made_one_after_another",
         ),
     ),
     Mutant(
@@ -78,7 +78,7 @@ MUTANTS = [
         "fastlinear/functional.py",
         "if bias.dim() == 2:",
         "if bias.dim() > 0:",
-        ("tests/ops/test_batched.py::test_bad_shapes_are_named",),
+        ("tests/ops/test_batched_refused.py::test_bad_shapes_are_named",),
     ),
     Mutant(
         "Dynamo compiles what is below the op",

@@ -47,7 +47,7 @@ MUTANTS = [
         "fastlinear/ops/batching.py",
         "input.transpose(0, 1).flatten(1, 2)",
         "input.reshape(layers, samples * rows, -1)",
-        ("tests/ops/test_batched.py::test_vmap_over_any_operand",),
+        ("tests/ops/test_batched_transforms.py::test_vmap_over_any_operand",),
     ),
     Mutant(
         "a second backward goes by the backend in force",
