@@ -6,7 +6,7 @@ GATED_MLP = (
     "tests/conversion/test_gated_mlp.py",
     "tests/conversion/test_gated_mlp_changed.py",
 )
-TUNE_MODEL = ("tests/tuning/test_tune_model.py",)
+TUNE_MODEL = ("tests/tuning/test_tune_model.py", "tests/tuning/test_tune_processes.py")
 MAIN_GRAD = ("tests/api/test_main_grad.py",)
 SHARDED = ("tests/distributed/test_distributed.py::test_op_over_shards_is_the_op_over_the_whole",)
 

@@ -6,7 +6,7 @@ TABLES = (
     "tests/choice/test_tables.py",
     "tests/choice/test_auto.py",
 )
-TUNE_MODEL = ("tests/tuning/test_tune_model.py",)
+TUNE_MODEL = ("tests/tuning/test_tune_model.py", "tests/tuning/test_tune_processes.py")
 ONEDNN = ("tests/ops/test_onednn.py",)
 PIECES = ("tests/kernels/test_float32.py",)
 RANKS = ("tests/choice/test_ranks.py",)

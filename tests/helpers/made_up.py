@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastlinear
 from fastlinear import __main__ as command
@@ -64,3 +64,8 @@ def layer_and_input(m: int, **how: Any) -> tuple[fastlinear.Linear, Tensor]:
 
 def assert_like_pytorch(layer: fastlinear.Linear, input: Tensor, output: Tensor) -> None:
     torch.testing.assert_close(output, F.linear(input, layer.weight, layer.bias))
+
+
+def converted(model: nn.Module) -> nn.Module:
+    fastlinear.convert(model)
+    return model
