@@ -12,8 +12,9 @@ SUPPORTED = import sys; version = sys.version_info[:2]; (3, 10) <= version <= (3
 	"name another one, as in: make PYTHON=python3.12 test")
 
 VERSION_DEPENDENT = $(addprefix tests/,kernels/forward kernels/backward kernels/launching kernels/test_compile.py \
-	$(patsubst %,ops/test_%.py,autocast checkpointing cuda_graphs gradients pytorch_data torch_compile torch_export torch_func \
-	without_data) choice/test_ranks.py $(patsubst %,api/test_%.py,contract contract_calls contract_hooks contract_modes explain host_time in_use shortcut))
+	$(patsubst %,ops/test_%.py,autocast checkpointing cuda_graphs gradients pytorch_data torch_compile torch_export \
+	torch_func without_data) choice/test_ranks.py $(patsubst %,api/test_%.py,contract contract_calls contract_hooks \
+	contract_modes explain host_time in_use in_use_replaced in_use_traced shortcut))
 
 .DEFAULT_GOAL := help
 .PHONY: help test test-oldest test-newest test-versions test-ecosystem lint mutation random-mutation fuzz resources demo bench bench-pytest report host-time gpu gpu-cache gpu-rehearsal clean

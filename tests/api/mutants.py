@@ -2,8 +2,11 @@
 
 from mutant import Mutant
 
-GATED_MLP = ("tests/conversion/test_gated_mlp.py",)
-TUNE_MODEL = ("tests/tuning/test_tune_model.py",)
+GATED_MLP = (
+    "tests/conversion/test_gated_mlp.py",
+    "tests/conversion/test_gated_mlp_changed.py",
+)
+TUNE_MODEL = ("tests/tuning/test_tune_model.py", "tests/tuning/test_tune_processes.py")
 MAIN_GRAD = ("tests/api/test_main_grad.py",)
 SHARDED = ("tests/distributed/test_distributed.py::test_op_over_shards_is_the_op_over_the_whole",)
 
@@ -70,7 +73,7 @@ MUTANTS = [
         "kaiming_uniform_(self.weight[layer]",
         "kaiming_uniform_(self.weight[0]",
         (
-            "tests/ops/test_batched.py::test_initial_values_are_those_of_layers_made_one_after_another",
+            "tests/ops/test_batched_module.py::test_initial_values_are_those_of_layers_made_one_after_another",
         ),
     ),
     Mutant(
@@ -78,7 +81,7 @@ MUTANTS = [
         "fastlinear/functional.py",
         "bias is None or bias.dim() == 2:",
         "bias is None or bias.dim() > 0:",
-        ("tests/ops/test_batched.py::test_bad_shapes_are_named",),
+        ("tests/ops/test_batched_refused.py::test_bad_shapes_are_named",),
     ),
     Mutant(
         "Dynamo compiles what is below the op",
@@ -120,41 +123,41 @@ MUTANTS = [
         "fastlinear/modules.py",
         '                and not ("weight" in own or "bias" in own)\n',
         "",
-        ("tests/api/test_in_use.py::test_attribute_counts",),
+        ("tests/api/test_in_use_replaced.py::test_attribute_counts",),
     ),
     Mutant(
         "a property in a parameter's place is passed by",
         "fastlinear/modules.py",
         '                and not (hasattr(Linear, "weight") or hasattr(Linear, "bias"))\n',
         "",
-        ("tests/api/test_in_use.py::test_attribute_counts",),
+        ("tests/api/test_in_use_replaced.py::test_attribute_counts",),
     ),
     Mutant(
         "a patched nn.Linear.forward is passed by",
         "fastlinear/modules.py",
         "        if internals.linear_is_patched():\n",
         "        if False:\n",
-        ("tests/api/test_in_use.py::test_patched_forward_runs",),
+        ("tests/api/test_in_use_replaced.py::test_patched_forward_runs",),
     ),
     Mutant(
         "a gated pair passes a patched nn.Linear.forward by",
         "fastlinear/modules.py",
         "        and not internals.linear_is_patched()\n",
         "",
-        ("tests/api/test_in_use.py::test_patched_forward_runs",),
+        ("tests/api/test_in_use_replaced.py::test_patched_forward_runs",),
     ),
     Mutant(
         "a subclass's activation is ours",
         "fastlinear/modules.py",
         "    def _is_exact(self) -> bool:\n        return parametrize",
         "    def _is_exact(self) -> bool:\n        return True or parametrize",
-        ("tests/api/test_in_use.py::test_subclass_keeps_its_own_activation",),
+        ("tests/api/test_in_use_replaced.py::test_subclass_keeps_its_own_activation",),
     ),
     Mutant(
         "what only stands for a tensor has no say",
         "fastlinear/functional.py",
         "        return handle_torch_function(function, operands, *operands, activation)",
         "        return NotImplemented",
-        ("tests/api/test_in_use.py::test_function_is_traced_by_fx",),
+        ("tests/api/test_in_use_traced.py::test_function_is_traced_by_fx",),
     ),
 ]

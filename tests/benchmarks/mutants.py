@@ -36,7 +36,7 @@ MUTANTS = [
     Mutant(
         "a kernel that is split passes for one that is not",
         "benchmarks/watch.py",
-        "    marks = [mark for constant, mark in _MARKS.items() if constants.get(constant)]\n",
+        "    marks = [mark for pointer, mark in _MARKS.items() if pointer in given]\n",
         "    marks: list[str] = []\n",
         ("tests/benchmarks/test_gpu_checks.py::test_planted_faults_are_found_and_named",),
     ),

@@ -2,8 +2,11 @@
 
 from mutant import Mutant
 
-TABLES = ("tests/choice/test_tables.py",)
-TUNE_MODEL = ("tests/tuning/test_tune_model.py",)
+TABLES = (
+    "tests/choice/test_tables.py",
+    "tests/choice/test_auto.py",
+)
+TUNE_MODEL = ("tests/tuning/test_tune_model.py", "tests/tuning/test_tune_processes.py")
 ONEDNN = ("tests/ops/test_onednn.py",)
 PIECES = ("tests/kernels/test_float32.py",)
 RANKS = ("tests/choice/test_ranks.py",)
@@ -95,7 +98,7 @@ MUTANTS = [
         "fastlinear/choice/way.py",
         " or internals.exporting()",
         "",
-        ("tests/choice/test_tables.py::test_what_is_traced_or_exported_runs_without_the_table",),
+        ("tests/choice/test_auto.py::test_what_is_traced_or_exported_runs_without_the_table",),
     ),
     Mutant(
         "a row for layers with a bias serves those without",

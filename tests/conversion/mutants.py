@@ -2,7 +2,10 @@
 
 from mutant import Mutant
 
-GATED_MLP = ("tests/conversion/test_gated_mlp.py",)
+GATED_MLP = (
+    "tests/conversion/test_gated_mlp.py",
+    "tests/conversion/test_gated_mlp_changed.py",
+)
 FOLD_KEPT = ("tests/conversion/test_fold.py::test_what_is_not_folded_is_reported_with_the_reason",)
 FOLD_AROUND = (
     "tests/conversion/test_fold.py::test_what_code_around_may_call_by_itself_is_not_folded",
@@ -98,7 +101,7 @@ MUTANTS = [
         "fastlinear/conversion/convert.py",
         "if internals.linear_is_patched():",
         "if False:",
-        ("tests/conversion/test_convert.py::test_a_forward_set_on_the_class_runs",),
+        ("tests/conversion/test_convert_others.py::test_a_forward_set_on_the_class_runs",),
     ),
     Mutant(
         "activation put back though a layer still applies it",

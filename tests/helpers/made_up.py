@@ -1,8 +1,13 @@
-"""Made-up measurements: clocks that a test sets, and tables with rows that it needs."""
+"""Made-up measurements: clocks that a test sets, tables with the rows it needs, and a layer."""
 
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastlinear
 from fastlinear import __main__ as command
 from fastlinear.choice import known
 from fastlinear.choice import table as tables
@@ -12,6 +17,7 @@ from fastlinear.tuning.stopwatch import Call, Measure
 
 N, K = 24, 40
 TILE = Config(32, 32, 32, num_warps=1, num_stages=1)
+SMALL = Config(16, 16, 16, num_warps=1, num_stages=1)
 NAME = "triton-interpreter.json"
 LAYER = ("--shapes", f"{N}x{K}", "--dtypes", "float32")
 
@@ -50,3 +56,16 @@ def row(product: Any, m: int, candidate: Config | str, **changes: Any) -> Row:
 def table(*rows: Row, **changes: Any) -> Table:
     given = Table(known.INTERPRETER, "none", date="2026-01-02", rows=rows, **known.software())
     return given._replace(**changes)
+
+
+def layer_and_input(m: int, **how: Any) -> tuple[fastlinear.Linear, Tensor]:
+    return fastlinear.Linear(K, N, **how), torch.randn(m, K)
+
+
+def assert_like_pytorch(layer: fastlinear.Linear, input: Tensor, output: Tensor) -> None:
+    torch.testing.assert_close(output, F.linear(input, layer.weight, layer.bias))
+
+
+def converted(model: nn.Module) -> nn.Module:
+    fastlinear.convert(model)
+    return model

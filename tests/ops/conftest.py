@@ -59,3 +59,18 @@ def kernels_ran(monkeypatch: pytest.MonkeyPatch) -> Function:
 
     monkeypatch.setattr(launch, "allocate", recording)
     return since_last_asked
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[int]]]:
+    """Of each launch the kernel's name, and the addresses of the tensors that it is given."""
+    launches: list[tuple[str, list[int]]] = []
+    run_kernel = launch.run
+
+    def run(kernel: Any, plan: launch.Launch, pointers: tuple[Tensor | None, ...]) -> None:
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in pointers]
+        launches.append((kernel.fn.__name__, addresses))
+        run_kernel(kernel, plan, pointers)
+
+    monkeypatch.setattr(launch, "run", run)
+    return launches

@@ -3,7 +3,10 @@
 from mutant import Mutant
 
 DISPATCH = ("tests/ops/test_dispatch.py",)
-TABLES = ("tests/choice/test_tables.py",)
+TABLES = (
+    "tests/choice/test_tables.py",
+    "tests/choice/test_auto.py",
+)
 ONEDNN = ("tests/ops/test_onednn.py",)
 SHARDED = ("tests/distributed/test_distributed.py::test_op_over_shards_is_the_op_over_the_whole",)
 GATED_SHARDED = (
@@ -44,7 +47,7 @@ MUTANTS = [
         "fastlinear/ops/batching.py",
         "input.transpose(0, 1).flatten(1, 2)",
         "input.reshape(layers, samples * rows, -1)",
-        ("tests/ops/test_batched.py::test_vmap_over_any_operand",),
+        ("tests/ops/test_batched_transforms.py::test_vmap_over_any_operand",),
     ),
     Mutant(
         "a second backward goes by the backend in force",

@@ -1,15 +1,13 @@
-"""Gated pairs of layers: values, derivatives, what is kept and launched, and the module."""
+"""Gated pairs of layers: values, gradients, what is kept and launched."""
 
-import copy
 import itertools
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.nn.functional as F
+from gated import Function, many, operands, reference
 from oracle import (
     DTYPES,
     assert_as_exact,
@@ -20,11 +18,8 @@ from oracle import (
     shipped_configs,
     total,
 )
-from torch import Tensor, nn
-from torch.autograd import gradcheck, gradgradcheck
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 import fastlinear
 from fastlinear.kernels.backward.elementwise import plan_elementwise_backward
@@ -32,11 +27,8 @@ from fastlinear.kernels.configs.config import Config
 from fastlinear.kernels.forward.gated import gated_linear_forward, plan_gated_forward
 from fastlinear.kernels.launching import launch
 from fastlinear.ops.elementwise import ACTIVATIONS
-from fastlinear.ops.gated import backward_op, forward_op, gated_linear_op
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
-
-Function = Callable[..., Any]
 
 SHAPES = {  # M, N, K
     "one of each": (1, 1, 1),
@@ -46,33 +38,6 @@ SHAPES = {  # M, N, K
     "no output features": (5, 0, 7),
     "no input features": (5, 7, 0),
 }
-
-
-def reference(
-    input: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    activation: str = "silu",
-) -> Tensor:
-    gate = F.linear(input, gate_weight, gate_bias)
-    return ACTIVATIONS[activation](gate) * F.linear(input, up_weight, up_bias)
-
-
-def operands(
-    device: torch.device,
-    shape: tuple[int, int, int] = (4, 3, 5),
-    dtype: torch.dtype = torch.float64,
-    mask: str = "11111",
-) -> list[Tensor]:
-    """input (M, K), two weights (N, K) and two biases (N,)."""
-    m, n, k = shape
-    sizes = ((m, k), (n, k), (n, k), (n,), (n,))
-    return [
-        normal(size, dtype, device).requires_grad_(needed == "1")
-        for size, needed in zip(sizes, mask, strict=True)
-    ]
 
 
 def gradients(function: Function, inputs: list[Tensor], grad_output: Tensor) -> Any:
@@ -191,10 +156,6 @@ def test_gated_extreme_gates_neither_overflow_nor_become_nan(
     assert input.grad.isfinite().all()
 
 
-def many(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
 STRIDES: dict[str, Callable[[], tuple[Tensor, ...]]] = {
     "transposed": lambda: (many(5, 4).t(), many(5, 3).t(), many(5, 3).t(), many(3), many(3)),
     "weights that lie differently": lambda: (many(4, 5), many(5, 3).t(), many(3, 5)),
@@ -286,155 +247,6 @@ def test_gated_without_gradients_saves_nothing(device: torch.device) -> None:
     torch.testing.assert_close(output.clone(), reference(*inputs).detach())
 
 
-# Derivatives of every order, and what transforms them.
-
-
-@pytest.mark.parametrize("activation", ["silu", "relu", "tanh"])
-def test_gated_gradcheck_and_gradgradcheck(activation: str, device: torch.device) -> None:
-    inputs = operands(device, (2, 2, 1))
-
-    def function(*tensors: Tensor) -> Tensor:
-        return fastlinear.gated_linear(*tensors, activation=activation)
-
-    assert gradcheck(
-        function,
-        inputs,
-        check_forward_ad=True,
-        check_batched_grad=True,
-        check_batched_forward_grad=True,
-        fast_mode=True,
-    )
-    assert gradcheck(function, inputs[:3], check_forward_ad=True)
-    # What a batch of gradients takes is the same for every activation.
-    assert gradgradcheck(
-        function,
-        inputs,
-        check_fwd_over_rev=True,
-        check_batched_grad=activation == "silu",
-        fast_mode=True,
-    )
-
-
-FUNCTIONALS: dict[str, Function] = {
-    "jacfwd": lambda f: torch.func.jacfwd(f, argnums=(0, 1, 2, 3, 4)),
-    "jacrev": lambda f: torch.func.jacrev(f, argnums=(0, 1, 2, 3, 4)),
-    "hessian": lambda f: torch.func.hessian(lambda *a: f(*a).pow(2).sum(), argnums=(0, 1, 2)),
-    "jacfwd twice": lambda f: torch.func.jacfwd(torch.func.jacfwd(f, (0, 1)), (0, 1)),
-    "jvp twice": lambda f: lambda *a: torch.func.jvp(lambda *b: torch.func.jvp(f, b, a)[1], a, a),
-    "per-sample grad": lambda f: torch.func.vmap(
-        torch.func.grad(lambda *a: f(*a).sum(), argnums=(0, 1, 2, 3, 4)),
-        in_dims=(0, None, None, None, None),
-    ),
-    "grad of vmap": lambda f: torch.func.grad(
-        lambda *a: torch.func.vmap(f, in_dims=(0, None, None, None, None))(*a).pow(2).sum(), (0, 1)
-    ),
-}
-
-
-@pytest.mark.parametrize("transform", FUNCTIONALS.values(), ids=FUNCTIONALS)
-@pytest.mark.parametrize("activation", ["tanh", "silu"])
-def test_gated_under_torch_func(transform: Function, activation: str, device: torch.device) -> None:
-    tensors = operands(device, (2, 2, 3), mask="00000")
-    ours = transform(lambda *a: fastlinear.gated_linear(*a, activation))(*tensors)
-    theirs = transform(lambda *a: reference(*a, activation))(*tensors)
-    torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.parametrize(
-    "in_dims",
-    [(0, None, None, None, None), (None, 0, 1, 0, None), (1, None, 0, None, 0), (0, 0, 0, 0, 0)],
-    ids=str,
-)
-def test_gated_vmapped_over_any_operand(
-    in_dims: tuple[int | None, ...], device: torch.device
-) -> None:
-    shapes = [(4, 5), (3, 5), (3, 5), (3,), (3,)]
-    tensors = [
-        normal(shape if dim is None else (*shape[:dim], 6, *shape[dim:]), torch.float64, device)
-        for shape, dim in zip(shapes, in_dims, strict=True)
-    ]
-
-    def mapped(function: Function) -> Any:
-        gradient = torch.func.grad(lambda *a: function(*a).pow(2).sum(), (0, 1, 2, 3, 4))
-        return torch.func.vmap(gradient, in_dims=in_dims)(*tensors), torch.func.vmap(
-            function, in_dims=in_dims
-        )(*tensors)
-
-    torch.testing.assert_close(mapped(fastlinear.gated_linear), mapped(reference))
-
-
-# opcheck reads .grad of its own copies, which are no leaves.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_gated_opcheck(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    # The suite's guarded outputs start inside their storage, which fake tensors do not.
-    monkeypatch.setattr(
-        launch, "allocate", lambda like, output: like.new_empty(output.shape, dtype=output.dtype)
-    )
-    shapes = ((2, 4, 5), (3, 5), (3, 5), (3,), (3,))
-    tensors = [many(*shape).to(device).requires_grad_() for shape in shapes]
-    torch.library.opcheck(gated_linear_op, (*tensors, "silu"))
-    torch.library.opcheck(forward_op, (*tensors, "silu"))
-    grad_output, gate, up = (many(2, 4, 3).to(device).requires_grad_() for _ in range(3))
-    torch.library.opcheck(backward_op, (grad_output, gate, up, *tensors[:3], True, "silu"))
-
-
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_gated_module_compiled_for_any_number_of_rows(compiler: str, device: torch.device) -> None:
-    torch._dynamo.reset()
-    layer = fastlinear.GatedLinear(5, 3, device=device)
-    frames = torch._dynamo.testing.CompileCounterWithBackend(compiler)
-    compiled = torch.compile(layer, fullgraph=True, backend=frames, dynamic=True)
-    for rows in (2, 7, 4):
-        input = normal((rows, 5), torch.float32, device).requires_grad_()
-        output, expected = compiled(input), layer(input)
-        torch.testing.assert_close(output, expected)
-        wanted = (input, *layer.parameters())
-        torch.testing.assert_close(
-            torch.autograd.grad(output.square().sum(), wanted),
-            torch.autograd.grad(expected.square().sum(), wanted),
-        )
-    assert frames.frame_count == 1
-
-
-def test_gated_module_exported(device: torch.device) -> None:
-    layer = fastlinear.GatedLinear(5, 3, device=device)
-    rows = torch.export.Dim("rows", min=2, max=64)
-    input = normal((4, 5), torch.float32, device)
-    program = torch.export.export(layer, (input,), dynamic_shapes=({0: rows},))
-    another = normal((9, 5), torch.float32, device)
-    torch.testing.assert_close(program.module()(another), layer(another))
-
-
-def test_gated_under_autocast(device: torch.device) -> None:
-    inputs = operands(device, dtype=torch.float32)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        output, native = fastlinear.gated_linear(*inputs), reference(*inputs)
-    assert output.dtype == native.dtype == torch.bfloat16
-    torch.testing.assert_close(output, native, rtol=3e-2, atol=3e-2)
-    output.float().sum().backward()
-    assert all(one.grad is not None and one.grad.dtype == torch.float32 for one in inputs)
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gated_under_checkpoint(use_reentrant: bool, device: torch.device) -> None:
-    layer = fastlinear.GatedLinear(5, 3, dtype=torch.float64, device=device)
-    input = normal((4, 5), torch.float64, device).requires_grad_()
-    wanted = (input, *layer.parameters())
-    expected = torch.autograd.grad(layer(input).sum(), wanted)
-    checkpoint(layer, input, use_reentrant=use_reentrant).sum().backward()
-    torch.testing.assert_close(tuple(one.grad for one in wanted), expected)
-
-
-def test_gated_operations_are_counted_as_pytorch_s(device: torch.device) -> None:
-    counts = []
-    for function in (fastlinear.gated_linear, reference):
-        inputs = operands(device, dtype=torch.float32)
-        with FlopCounterMode(display=False) as counter:
-            function(*inputs).sum().backward()
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] == 3 * 2 * 2 * 4 * 3 * 5
-
-
 # What is launched.
 
 
@@ -504,182 +316,3 @@ def test_gated_gradients_take_64_bits_for_both_side_by_side(device: torch.device
     one = ((2**19 + 1, 2**11), *one[1:])
     plan, *_ = plan_elementwise_backward((one, one, one), "silu")
     assert plan.constants["OPTIONS"].wide
-
-
-# What cannot be taken.
-
-
-def test_gated_activation_is_one_of_those_that_there_are(device: torch.device) -> None:
-    said = r"activation must be one of 'relu', .* but is 'softmax'"
-    inputs = operands(device)
-    with pytest.raises(ValueError, match=said):
-        fastlinear.gated_linear(*inputs, "softmax")
-    with pytest.raises(ValueError, match=said):
-        fastlinear.GatedLinear(5, 3, activation="softmax")
-    with pytest.raises(ValueError, match="but is None"):
-        fastlinear.GatedLinear(5, 3).activation = None
-    with pytest.raises(ValueError, match=said):
-        gated_linear_op(*inputs, "softmax")
-
-
-def W(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.ones(shape, dtype=dtype)
-
-
-BAD = {
-    "gate's in_features": (W(2, 5), W(3, 4), W(3, 5)),
-    "up's in_features": (W(2, 5), W(3, 5), W(3, 4)),
-    "gate_bias": (W(2, 5), W(3, 5), W(3, 5), W(4)),
-    "up's dtype": (W(2, 5), W(3, 5), W(3, 5, dtype=torch.float64)),
-    "no tensor": (None, W(3, 5), W(3, 5)),
-    "3-D weight": (W(2, 5), W(1, 3, 5), W(1, 3, 5)),
-}
-
-
-@pytest.mark.parametrize("arguments", BAD.values(), ids=BAD)
-def test_gated_bad_arguments_raise_what_pytorch_raises(arguments: tuple[Any, ...]) -> None:
-    with pytest.raises((RuntimeError, TypeError)) as expected:
-        reference(*arguments)
-    for backend in ("auto", "triton"):
-        with fastlinear.use_backend(backend), pytest.raises(expected.type) as raised:
-            fastlinear.gated_linear(*arguments)
-        assert str(raised.value) == str(expected.value)
-
-
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-@pytest.mark.parametrize("features", [(3, 1), (3, 4)], ids=["one would broadcast", "others"])
-def test_gated_weights_of_other_features_are_named(backend: str, features: tuple[int, int]) -> None:
-    gate, up = (W(size, 5) for size in features)
-    said = rf"same out_features, but gate_weight is \(3, 5\) and up_weight \({features[1]}, 5\)"
-    with fastlinear.use_backend(backend), pytest.raises(RuntimeError, match=said):
-        fastlinear.gated_linear(W(2, 5), gate, up)
-
-
-def test_gated_complex_is_pytorch_s_alone(device: torch.device) -> None:
-    inputs = [W(*shape, dtype=torch.complex64).to(device) for shape in ((2, 5), (3, 5), (3, 5))]
-    with pytest.raises(TypeError, match=r"takes float16, .* but input is .*complex"):
-        fastlinear.gated_linear(*inputs, activation="sigmoid")
-    with fastlinear.use_backend("auto"):
-        output = fastlinear.gated_linear(*inputs, activation="sigmoid")
-    torch.testing.assert_close(output, reference(*inputs, activation="sigmoid"))
-
-
-def test_gated_bias_of_one_number_is_expanded(device: torch.device) -> None:
-    input, gate, up, _, up_bias = operands(device)
-    one = normal((1,), torch.float64, device)
-    torch.testing.assert_close(
-        fastlinear.gated_linear(input, gate, up, one, up_bias),
-        reference(input, gate, up, one, up_bias),
-    )
-
-
-# The module.
-
-
-class PlainPair(nn.Module):
-    """A gated pair as models write it."""
-
-    def __init__(self, bias: bool = True) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(5, 3, bias=bias)
-        self.up_proj = nn.Linear(5, 3, bias=bias)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.silu(self.gate_proj(input)) * self.up_proj(input)
-
-
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_gated_module_is_the_pair_that_models_write(bias: bool, seed: int) -> None:
-    plain = PlainPair(bias)
-    torch.manual_seed(seed)
-    ours = fastlinear.GatedLinear(5, 3, bias=bias)
-    assert list(ours.state_dict()) == list(plain.state_dict())
-    ours.load_state_dict(plain.state_dict())
-    plain.load_state_dict(ours.state_dict())
-    input = torch.randn(4, 5)
-    torch.testing.assert_close(ours(input), plain(input))
-
-
-def test_gated_module_starts_as_two_layers_made_one_after_another(seed: int) -> None:
-    torch.manual_seed(seed)
-    plain = PlainPair()
-    torch.manual_seed(seed)
-    ours = fastlinear.GatedLinear(5, 3)
-    for one, other in zip(ours.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_gated_module_says_what_it_is() -> None:
-    layer = fastlinear.GatedLinear(5, 3, bias=False, activation="gelu", device="meta")
-    assert str(layer) == (
-        "GatedLinear(\n"
-        "  activation='gelu'\n"
-        "  (gate_proj): Linear(in_features=5, out_features=3, bias=False)\n"
-        "  (up_proj): Linear(in_features=5, out_features=3, bias=False)\n"
-        ")"
-    )
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
-def test_gated_module_copied_is_the_same(duplicate: Function) -> None:
-    layer = fastlinear.GatedLinear(5, 3, activation="gelu")
-    twin, input = duplicate(layer), torch.randn(4, 5)
-    assert torch.equal(twin(input), layer(input))
-    assert twin.activation == "gelu"
-
-
-class Adapted(nn.Module):
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.base(input) + 1
-
-
-def with_hook(layer: fastlinear.GatedLinear) -> None:
-    layer.up_proj.register_forward_hook(lambda module, inputs, output: output + 1)
-
-
-def with_adapter(layer: fastlinear.GatedLinear) -> None:
-    layer.up_proj = Adapted(layer.up_proj)
-
-
-def with_forward(layer: fastlinear.GatedLinear) -> None:
-    plain = layer.up_proj.forward
-    layer.up_proj.forward = lambda input: plain(input) + 1  # type: ignore[method-assign]
-
-
-def with_parametrization(layer: fastlinear.GatedLinear) -> None:
-    class Plus(nn.Module):
-        def forward(self, bias: Tensor) -> Tensor:
-            return bias + 1
-
-    nn.utils.parametrize.register_parametrization(layer.up_proj, "bias", Plus())
-
-
-@pytest.mark.parametrize("change", [with_hook, with_adapter, with_forward, with_parametrization])
-def test_gated_module_calls_what_its_layers_have_become(change: Function) -> None:
-    layer = fastlinear.GatedLinear(5, 3)
-    input = torch.randn(4, 5)
-    expected = F.silu(layer.gate_proj(input)) * (layer.up_proj(input) + 1)
-    change(layer)
-    torch.testing.assert_close(layer(input), expected)
-
-
-def test_gated_module_of_layers_with_activations_applies_them() -> None:
-    layer = fastlinear.GatedLinear(5, 3)
-    layer.up_proj.activation = "relu"
-    input = torch.randn(4, 5)
-    expected = F.silu(layer.gate_proj(input)) * layer.up_proj(input)
-    torch.testing.assert_close(layer(input), expected)
-    assert (layer(input) == 0).any() or (layer.up_proj(input) > 0).all()
-
-
-def test_gated_module_under_symbolic_trace_is_one_call() -> None:
-    layer = fastlinear.GatedLinear(5, 3)
-    traced = torch.fx.symbolic_trace(layer)
-    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
-    assert called == [fastlinear.gated_linear]
-    input = torch.randn(4, 5)
-    assert torch.equal(traced(input), layer(input))

@@ -3,7 +3,7 @@
 from mutant import Mutant
 
 TUNER = ("tests/tuning/test_tune.py",)
-TUNE_MODEL = ("tests/tuning/test_tune_model.py",)
+TUNE_MODEL = ("tests/tuning/test_tune_model.py", "tests/tuning/test_tune_processes.py")
 
 MUTANTS = [
     Mutant(

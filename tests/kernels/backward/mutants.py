@@ -25,8 +25,8 @@ MUTANTS = [
     Mutant(
         "store mask dropped, grad_weight",
         "kernels/backward/grad_weight_tile.py",
-        "mask=mask_n[:, None] & mask_k[None, :],",
-        "mask=mask_n[:, None] & (offs_k >= 0)[None, :],",
+        "acc, mask_n[:, None] & mask_k[None, :])",
+        "acc, mask_n[:, None] & (offs_k >= 0)[None, :])",
         BACKWARD,
     ),
     Mutant(
@@ -53,8 +53,8 @@ MUTANTS = [
     Mutant(
         "batch stride of the input ignored, grad_weight",
         "kernels/backward/grad_weight_tile.py",
-        "input_ptr + batch * stride_ib",
-        "input_ptr + batch * 0 * stride_ib",
+        "input.ptr + batch * input.stride_batch",
+        "input.ptr + batch * 0 * input.stride_batch",
         BATCHED,
     ),
     Mutant(
@@ -109,8 +109,8 @@ MUTANTS = [
     Mutant(
         "grad_bias stored by every column",
         "kernels/backward/grad_weight_tile.py",
-        "    if HAS_BIAS:\n        if tile_k == 0:\n            # The 16",
-        "    if HAS_BIAS:\n        if tile_k >= 0:\n            # The 16",
+        "        if tile_k == 0:\n            # The 16",
+        "        if tile_k >= 0:\n            # The 16",
         TOGETHER,
     ),
     Mutant(
@@ -123,8 +123,8 @@ MUTANTS = [
     Mutant(
         "second layer's gradient read where the first's is",
         "kernels/backward/grouped.py",
-        "grad_output_ptr + tl.full((), N, OFFSET_DTYPE) * stride_gn",
-        "grad_output_ptr",
+        "grad_output.ptr + as_offset(N, OPTIONS) * grad_output.stride_column",
+        "grad_output.ptr",
         TOGETHER,
     ),
     Mutant(
@@ -136,23 +136,23 @@ MUTANTS = [
     ),
     Mutant(
         "activation's gradient left out of the pass",
-        "kernels/backward/activation.py",
-        "grad = activation_gradient(grad_output.to(ACC_DTYPE), saved.to(ACC_DTYPE), ACTIVATION)",
-        "grad = grad_output.to(ACC_DTYPE)",
+        "kernels/backward/elementwise.py",
+        "result = activation_gradient(grad, saved, ACTIVATION)",
+        "result = grad",
         ACTIVATED_BACKWARD,
     ),
     Mutant(
         "gate's gradient without up",
-        "kernels/backward/gated.py",
-        "activation_gradient(grad_output * up, saved, ACTIVATION)",
-        "activation_gradient(grad_output, saved, ACTIVATION)",
+        "kernels/backward/elementwise.py",
+        "activation_gradient(grad * up, saved, ACTIVATION)",
+        "activation_gradient(grad, saved, ACTIVATION)",
         GATED,
     ),
     Mutant(
         "slope of tanh taken from the gate itself",
-        "kernels/backward/gated.py",
-        "saved = activated if FROM_OUTPUT else gate\n",
-        "saved = gate\n",
+        "kernels/backward/elementwise.py",
+        "saved = activated if FROM_OUTPUT else saved\n",
+        "saved = saved\n",
         ("tests/ops/test_gated.py::test_gated_activation",),
     ),
     Mutant(
@@ -186,8 +186,8 @@ MUTANTS = [
     Mutant(
         "pieces: grad_weight is what its additions lost",
         "kernels/backward/grad_weight_tile.py",
-        "acc = total_of(acc, INPUT_PRECISION)",
-        'acc = acc[1] if INPUT_PRECISION == "bf16x6" else total_of(acc, INPUT_PRECISION)',
+        "acc = total_of(acc, OPTIONS)",
+        'acc = acc[1] if OPTIONS.precision == "bf16x6" else total_of(acc, OPTIONS)',
         PIECES,
     ),
     Mutant(
@@ -200,8 +200,8 @@ MUTANTS = [
     Mutant(
         "no memory for parts: grad_weight is split all the same",
         "kernels/backward/grad_weight.py",
-        "plan = plan_backward_weight(operands, bias, batched, precision, plan.config, 1)",
-        "plan = plan_backward_weight(operands, bias, batched, precision, plan.config, 2)",
+        "return plan_backward_weight(operands, bias, batched, precision, config, 1).launch",
+        "return plan_backward_weight(operands, bias, batched, precision, config, 2).launch",
         NO_ROOM,
     ),
 ]

@@ -2,7 +2,10 @@
 
 from mutant import Mutant
 
-TABLES = ("tests/choice/test_tables.py",)
+TABLES = (
+    "tests/choice/test_tables.py",
+    "tests/choice/test_auto.py",
+)
 PIECES = ("tests/kernels/test_float32.py",)
 
 MUTANTS = [

@@ -19,8 +19,8 @@ MUTANTS = [
     Mutant(
         "wrong stride: nested rows taken for evenly spaced",
         "kernels/language/indexing.py",
-        "(rows // inner_size) * stride_outer + (rows % inner_size) * stride_inner",
-        "rows * stride_inner",
+        "        return outer + (rows % matrix.inner_size) * matrix.stride_row",
+        "        return rows * matrix.stride_row",
         ("tests/kernels/forward/test_forward.py::test_forward_takes_strided_input",),
     ),
     Mutant(
@@ -61,9 +61,8 @@ MUTANTS = [
     Mutant(
         "float64 operands rounded to float32",
         "kernels/language/precision.py",
-        "    if UPCAST:\n        tile = tile.to(tl.float32)\n",
-        "    if UPCAST:\n        tile = tile.to(tl.float32)\n"
-        "    if tile.dtype == tl.float64:\n        tile = tile.to(tl.float32).to(tl.float64)\n",
+        "    if OPTIONS.upcast:\n        tile = tile.to(tl.float32)\n",
+        "    if OPTIONS.upcast:\n        tile = tile.to(tl.float32)\n    if tile.dtype == tl.float64:\n        tile = tile.to(tl.float32).to(tl.float64)\n",
         FORWARD,
     ),
     Mutant(
