@@ -43,14 +43,16 @@ MUTANTS = [
         "bias dropped on the last block",
         "kernels/forward/tiled.py",
         "acc += load_bias(bias, batch, offs_n, mask_n).to(acc.dtype)[None, :]",
-        "of_bias = load_bias(bias, batch, offs_n, mask_n).to(acc.dtype)\n        acc += tl.where(tile_n == column_tiles - 1, 0.0, of_bias)[None, :]",
+        "of_bias = load_bias(bias, batch, offs_n, mask_n).to(acc.dtype)\n"
+        "        acc += tl.where(tile_n == column_tiles - 1, 0.0, of_bias)[None, :]",
         FORWARD,
     ),
     Mutant(
         "bias added after rounding",
         "kernels/forward/tiled.py",
         "acc += load_bias(bias, batch, offs_n, mask_n).to(acc.dtype)[None, :]",
-        "of_bias = load_bias(bias, batch, offs_n, mask_n).to(acc.dtype)\n        acc = acc.to(output_ptr.dtype.element_ty).to(acc.dtype) + of_bias[None, :]",
+        "of_bias = load_bias(bias, batch, offs_n, mask_n).to(acc.dtype)\n"
+        "        acc = acc.to(output_ptr.dtype.element_ty).to(acc.dtype) + of_bias[None, :]",
         ("tests/kernels/forward/test_forward.py::test_forward_adds_bias_before_rounding",),
     ),
     Mutant(
@@ -106,7 +108,8 @@ MUTANTS = [
         "existing output kept",
         "kernels/forward/tiled.py",
         "    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=accumulator_of(input.ptr).dtype)\n",
-        "    acc = tl.load(output_ptr + tl.zeros((BLOCK_M, BLOCK_N), tl.int32))\n    acc = acc.to(accumulator_of(input.ptr).dtype)\n",
+        "    acc = tl.load(output_ptr + tl.zeros((BLOCK_M, BLOCK_N), tl.int32))\n"
+        "    acc = acc.to(accumulator_of(input.ptr).dtype)\n",
         FORWARD,
     ),
     Mutant(
@@ -183,7 +186,8 @@ MUTANTS = [
         "split_k: a program's own part is added out of its place",
         "kernels/forward/split_k.py",
         "            acc = sum_slices(partial_ptrs, mask, splits, slice_size)\n",
-        "            acc += sum_slices(partial_ptrs, mask, splits, slice_size)\n            acc -= tl.load(partial_ptrs + split * slice_size, mask=mask, other=0.0)\n",
+        "            acc += sum_slices(partial_ptrs, mask, splits, slice_size)\n"
+        "            acc -= tl.load(partial_ptrs + split * slice_size, mask=mask, other=0.0)\n",
         (
             "tests/kernels/forward/test_split_k.py::test_split_k_sums_in_one_order_however_programs_arrive",
         ),
@@ -271,7 +275,9 @@ MUTANTS = [
         "no memory for parts: what takes none is planned for other blocks",
         "kernels/forward/split_k.py",
         "unsplit=functools.partial(plan, problem, dataclasses.replace(config, splits=1)),",
-        "unsplit=functools.partial(\n            plan, problem._replace(n=n // 2), dataclasses.replace(config, splits=1)\n        ),",
+        "unsplit=functools.partial(\n"
+        "            plan, problem._replace(n=n // 2), dataclasses.replace(config, splits=1)\n"
+        "        ),",
         NO_ROOM,
     ),
 ]

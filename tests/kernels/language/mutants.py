@@ -62,7 +62,10 @@ MUTANTS = [
         "float64 operands rounded to float32",
         "kernels/language/precision.py",
         "    if OPTIONS.upcast:\n        tile = tile.to(tl.float32)\n",
-        "    if OPTIONS.upcast:\n        tile = tile.to(tl.float32)\n    if tile.dtype == tl.float64:\n        tile = tile.to(tl.float32).to(tl.float64)\n",
+        "    if OPTIONS.upcast:\n"
+        "        tile = tile.to(tl.float32)\n"
+        "    if tile.dtype == tl.float64:\n"
+        "        tile = tile.to(tl.float32).to(tl.float64)\n",
         FORWARD,
     ),
     Mutant(
