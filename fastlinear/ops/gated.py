@@ -18,10 +18,11 @@ from torch import Tensor
 from fastlinear import _torch_internals as internals
 from fastlinear.kernels.launching.operands import (
     FROM_OUTPUT,
+    GATED,
+    GATED_BACKWARD,
     check_activation,
-    check_gated_backward_shapes,
-    check_gated_shapes,
     check_same_kind,
+    check_shapes,
 )
 from fastlinear.ops import implementations
 from fastlinear.ops.batching import InDims, to_front
@@ -62,7 +63,7 @@ def _fake(
     weights = {"gate_weight": gate_weight, "up_weight": up_weight}
     operands = {"input": input, **weights, "gate_bias": gate_bias, "up_bias": up_bias}
     check_same_kind(**operands)
-    check_gated_shapes(*implementations.shapes_of(*operands.values()))
+    check_shapes("gated_linear", GATED, *implementations.shapes_of(*operands.values()))
     return input.new_empty((*input.shape[:-1], gate_weight.shape[0]))
 
 
@@ -77,7 +78,8 @@ def _backward_fake(grad_output: Tensor, *others: Any) -> Gradients:
     check_activation(activation, optional=False)
     products = {"grad_output": grad_output, "gate": gate, "up": up}
     check_same_kind(**products, input=input, gate_weight=gate_weight, up_weight=up_weight)
-    check_gated_backward_shapes(*implementations.shapes_of(grad_output, *operands))
+    shapes = implementations.shapes_of(grad_output, *operands)
+    check_shapes("gated_linear_backward", GATED_BACKWARD, *shapes)
     both = 2 * grad_output.shape[-1]
     leading = grad_output.shape[:-1]
     return (

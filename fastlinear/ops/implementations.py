@@ -17,10 +17,12 @@ from fastlinear.choice import backend, running, way
 from fastlinear.choice.launchers import launchers
 from fastlinear.choice.table import LIBRARIES, PYTORCH
 from fastlinear.kernels.launching.operands import (
+    ACTIVATED,
+    BACKWARD,
+    BACKWARD_BATCHED,
     FROM_OUTPUT,
-    check_backward_shapes,
-    check_gated_backward_shapes,
-    check_saved_shape,
+    GATED_BACKWARD,
+    check_shapes,
 )
 from fastlinear.ops.elementwise import ACTIVATIONS, GRADIENTS, activated
 
@@ -156,10 +158,11 @@ def backward(
 
     A gradient that is not wanted is not computed, and comes back empty.
     """
-    check_backward_shapes(*shapes_of(grad_output, input, weight), batched)
+    taken = BACKWARD_BATCHED if batched else BACKWARD
+    check_shapes("linear_backward", taken, *shapes_of(grad_output, input, weight))
     by_tables = running.by_tables()
     if saved is not None:
-        check_saved_shape(saved.shape, grad_output.shape)
+        check_shapes("linear_activation_backward", ACTIVATED, grad_output.shape, saved.shape)
         by_pytorch = by_tables and running.takes_pytorch() and grad_output.device.type == "cpu"
         grad_output = grad_preactivation(grad_output, saved, activation, by_pytorch)
     pair = of_input = of_weight = None
@@ -300,7 +303,7 @@ def gated_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def gated_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The op `gated_linear_backward`; what is not wanted comes back empty."""
     *operands, bias, activation = arguments
-    check_gated_backward_shapes(*shapes_of(*operands))
+    check_shapes("gated_linear_backward", GATED_BACKWARD, *shapes_of(*operands))
     *gradients, grad_products = launchers().gated_backward.gated_linear_backward(
         *operands, bias, activation, **in_force()
     )

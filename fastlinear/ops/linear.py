@@ -22,12 +22,14 @@ from torch import Tensor
 from fastlinear import _torch_internals as internals
 from fastlinear.choice import known, running
 from fastlinear.kernels.launching.operands import (
+    ACTIVATED,
+    BACKWARD,
+    BACKWARD_BATCHED,
     FROM_OUTPUT,
+    LAYER,
     check_activation,
-    check_backward_shapes,
-    check_forward_shapes,
     check_same_kind,
-    check_saved_shape,
+    check_shapes,
 )
 from fastlinear.ops import implementations
 from fastlinear.ops.batching import InDims, as_layers, to_front
@@ -57,7 +59,7 @@ def linear_fake(
 ) -> Tensor:
     check_activation(activation)
     check_same_kind(input=input, weight=weight, bias=bias)
-    check_forward_shapes(*implementations.shapes_of(input, weight, bias))
+    check_shapes("linear", LAYER, *implementations.shapes_of(input, weight, bias))
     return input.new_empty((*input.shape[:-1], weight.shape[-2]))
 
 
@@ -72,7 +74,8 @@ def linear_backward_fake(
     grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: bool, batched: bool
 ) -> Gradients:
     check_same_kind(grad_output=grad_output, input=input, weight=weight)
-    check_backward_shapes(*implementations.shapes_of(grad_output, input, weight), batched)
+    taken = BACKWARD_BATCHED if batched else BACKWARD
+    check_shapes("linear_backward", taken, *implementations.shapes_of(grad_output, input, weight))
     layers = grad_output.shape[:1] if batched else ()
     out_features = grad_output.shape[-1]
     return (
@@ -86,7 +89,7 @@ def _activation_backward_fake(grad_output: Tensor, saved: Tensor, *others: Any) 
     *operands, activation = others
     check_activation(activation)
     check_same_kind(grad_output=grad_output, saved=saved)
-    check_saved_shape(saved.shape, grad_output.shape)
+    check_shapes("linear_activation_backward", ACTIVATED, grad_output.shape, saved.shape)
     return linear_backward_fake(grad_output, *operands)
 
 

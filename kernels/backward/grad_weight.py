@@ -10,7 +10,13 @@ from torch import Tensor
 from ..configs.choose import choose
 from ..configs.config import Config, Traits
 from ..launching import launch
-from ..launching.operands import check_backward_shapes, check_main_grad, check_same_kind
+from ..launching.operands import (
+    BACKWARD,
+    BACKWARD_BATCHED,
+    check_main_grad,
+    check_same_kind,
+    check_shapes,
+)
 from ..launching.shared_sums import KernelLaunch
 from .grad_weight_problem import share_weight, weight_problem
 from .grad_weight_tile import backward_weight_tile
@@ -89,7 +95,8 @@ def plan_backward_weight(
     grad_output, input = launch.Operand(*operands[0]), launch.Operand(*operands[1])
     main_grad = launch.operand(operands[2])
     check_same_kind(grad_output=grad_output, input=input)
-    check_backward_shapes(grad_output.shape, input.shape, None, batched)
+    taken = BACKWARD_BATCHED if batched else BACKWARD
+    check_shapes("linear_backward", taken, grad_output.shape, input.shape, None)
 
     problem = weight_problem(grad_output, input, main_grad, bias, batched, precision)
     rows, sizes = problem.rows, (problem.n, problem.k)

@@ -13,7 +13,13 @@ from ..configs.choose_pair import choose_backward, choose_pair, starts_with_inpu
 from ..configs.config import BackwardConfig, Config, Traits, resolved_precision
 from ..forward.linear import linear_forward
 from ..launching import launch
-from ..launching.operands import check_backward_shapes, check_main_grad, check_same_kind
+from ..launching.operands import (
+    BACKWARD,
+    BACKWARD_BATCHED,
+    check_main_grad,
+    check_same_kind,
+    check_shapes,
+)
 from ..launching.shared_sums import KernelLaunch
 from .grad_weight import linear_backward_weight
 from .grad_weight_problem import WeightProblem, share_weight, weight_problem
@@ -123,7 +129,8 @@ def backward_problem(
     input = grad_input if operands[2] is None else launch.Operand(*operands[2])
     check_same_kind(grad_output=grad_output, input=input, weight=weight, second_weight=second)
     both = (*weight.shape[:-2], products * out_features, in_features)
-    check_backward_shapes(grad_output.shape, input.shape, both, batched)
+    taken = BACKWARD_BATCHED if batched else BACKWARD
+    check_shapes("linear_backward", taken, grad_output.shape, input.shape, both)
 
     of_weight = weight_problem(grad_output, input, main, bias, batched, precision)
     alone = operands[2] is None

@@ -22,7 +22,13 @@ from ..language.precision import (
     total_of,
 )
 from ..launching import launch
-from ..launching.operands import Activation, check_activation, check_gated_shapes, check_same_kind
+from ..launching.operands import (
+    GATED,
+    Activation,
+    check_activation,
+    check_same_kind,
+    check_shapes,
+)
 
 
 @triton.jit
@@ -133,8 +139,7 @@ def plan_gated_forward(
     given = (input, gate_weight, up_weight, *biases)
     check_activation(activation, optional=False)
     check_same_kind(**dict(zip(NAMES, given, strict=True)))
-    shapes: Any = [one and one.shape for one in given]
-    check_gated_shapes(*shapes)
+    check_shapes("gated_linear", GATED, *(one and one.shape for one in given))
     target = launch.target_of(input.device)
     out_features, in_features = gate_weight.shape
     rows = launch.rows_of(input)

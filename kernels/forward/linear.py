@@ -12,7 +12,13 @@ from torch import Tensor
 from ..configs.choose import choose
 from ..configs.config import Config, Traits, resolved_precision
 from ..launching import launch
-from ..launching.operands import Activation, check_activation, check_forward_shapes, check_same_kind
+from ..launching.operands import (
+    LAYER,
+    Activation,
+    check_activation,
+    check_same_kind,
+    check_shapes,
+)
 from ..launching.shared_sums import KernelLaunch
 from . import gemv, persistent, split_k, tiled
 from .problem import ForwardProblem
@@ -57,7 +63,7 @@ def plan_forward(
     bias = launch.operand(operands[2])
     check_activation(activation)
     check_same_kind(input=input, weight=weight, bias=bias)
-    check_forward_shapes(input.shape, weight.shape, bias and bias.shape)
+    check_shapes("linear", LAYER, input.shape, weight.shape, bias and bias.shape)
 
     target = launch.target_of(input.device)
     batched = len(weight.shape) == 3

@@ -3,6 +3,8 @@
 Nothing here imports Triton, so that shapes are checked the same way where there is none.
 """
 
+import functools
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -54,47 +56,68 @@ def check_same_kind(**operands: Any) -> None:
         )
 
 
-def check_forward_shapes(input: Shape, weight: Shape, bias: Shape | None) -> None:
-    """Raises RuntimeError unless shapes are those of one layer or of B layers.
+# The shapes that ops take: a letter is one size wherever it stands, * any number of dimensions;
+# operands that share a shape are there together or not at all.
+LAYER = ("input (*, K), weight (N, K), bias (N,)", "input (B, M, K), weight (B, N, K), bias (B, N)")
+BACKWARD = ("grad_output (*, N), input (*, K), weight (N, K)",)
+BACKWARD_BATCHED = ("grad_output (B, M, N), input (B, M, K), weight (B, N, K)",)
+ACTIVATED = ("grad_output and saved (*, N)",)
+GATED = ("input (*, K), gate_weight and up_weight (N, K), gate_bias (N,), up_bias (N,)",)
+GATED_BACKWARD = (
+    "grad_output, gate and up (*, N), input (*, K), gate_weight and up_weight (N, K)",
+)
 
-    One layer is (*, K), (N, K), (N,); B layers are (B, M, K), (B, N, K), (B, N).
-    """
-    batched = len(weight) == 3
-    fits = (
-        len(weight) in (2, 3)
-        and len(input) >= 1
-        and (not batched or (len(input) == 3 and input[0] == weight[0]))
-        and input[-1] == weight[-1]
-        and (bias is None or tuple(bias) == tuple(weight[:-1]))
-    )
-    if not fits:
+
+def check_shapes(op: str, taken: tuple[str, ...], *shapes: Shape | None) -> None:
+    """Raises RuntimeError unless shapes are as one of `taken` says; None is for no operand."""
+    try:
+        fit = _fit(taken, shapes)
+    except TypeError:  # of symbols, which have no hash
+        fit = _fit.__wrapped__(taken, shapes)
+    if not fit:
+        names = [name for name, _, _ in _parsed(taken[0])]
+        found = [None if shape is None else tuple(shape) for shape in shapes]
+        given = ", ".join(f"{name} {shape}" for name, shape in zip(names, found, strict=True))
         raise RuntimeError(
-            "fastlinear::linear takes input (*, K), weight (N, K), bias (N,), "
-            "or input (B, M, K), weight (B, N, K), bias (B, N), "
-            f"but input is {tuple(input)}, weight {tuple(weight)}, "
-            f"bias {None if bias is None else tuple(bias)}"
+            f"fastlinear::{op} takes {', or '.join(taken)}, but {given.replace(' ', ' is ', 1)}"
         )
 
 
-def check_backward_shapes(
-    grad_output: Shape, input: Shape | None, weight: Shape | None, batched: bool
-) -> None:
-    """Raises RuntimeError unless input has grad_output's leading shape, and weight its features."""
-    dims = 3 if batched else 2
-    fits = (
-        len(grad_output) >= 1
-        and (not batched or len(grad_output) == 3)
-        and (input is None or (len(input) > 0 and input[:-1] == grad_output[:-1]))
-        and (weight is None or (len(weight) == dims and weight[-2] == grad_output[-1]))
-        and (weight is None or not batched or weight[0] == grad_output[0])
-    )
-    if not fits:
-        shapes = [None if shape is None else tuple(shape) for shape in (input, weight)]
-        raise RuntimeError(
-            "fastlinear::linear_backward takes grad_output (*, N), input (*, K), weight (N, K), or "
-            "(B, M, N), (B, M, K), (B, N, K) if batched, "
-            f"but grad_output is {tuple(grad_output)}, input {shapes[0]}, weight {shapes[1]}"
-        )
+@functools.lru_cache(maxsize=4096)
+def _fit(taken: tuple[str, ...], shapes: tuple[Shape | None, ...]) -> bool:
+    return any(_fits(_parsed(one), shapes) for one in taken)
+
+
+@functools.cache
+def _parsed(taken: str) -> list[tuple[str, list[str], list[int]]]:
+    """Of each operand its name, its sizes, and the positions of those that share its shape."""
+    operands: list[tuple[str, list[str], list[int]]] = []
+    for names, sizes in re.findall(r"([a-z_, ]+) \((.+?)\)", taken):
+        together = [name for name in re.findall(r"\w+", names) if name != "and"]
+        positions = list(range(len(operands), len(operands) + len(together)))
+        operands += [(name, re.findall(r"[*A-Z]", sizes), positions) for name in together]
+    return operands
+
+
+def _fits(
+    operands: list[tuple[str, list[str], list[int]]], shapes: tuple[Shape | None, ...]
+) -> bool:
+    found: dict[str, Any] = {}
+    for (_, letters, together), shape in zip(operands, shapes, strict=True):
+        if shape is None:
+            if any(shapes[position] is not None for position in together):
+                return False
+            continue
+        sizes = tuple(shape)
+        if letters[0] == "*":
+            leading = len(sizes) - len(letters) + 1
+            sizes = (sizes[: max(0, leading)], *sizes[max(0, leading) :])
+        if len(sizes) != len(letters):
+            return False
+        pairs = zip(letters, sizes, strict=True)
+        if any(found.setdefault(letter, size) != size for letter, size in pairs):
+            return False
+    return True
 
 
 def check_main_grad(main_grad: object, weight: Shape, like: torch.Tensor) -> None:
@@ -120,76 +143,3 @@ def check_main_grad(main_grad: object, weight: Shape, like: torch.Tensor) -> Non
         f"weight.main_grad has to be a contiguous {dtype} tensor of weight's shape "
         f"{tuple(weight)} on {like.device}, but it {came}"
     )
-
-
-def check_saved_shape(saved: Shape, grad_output: Shape) -> None:
-    """Raises RuntimeError unless what an activation's gradient is taken from has its shape."""
-    if tuple(saved) != tuple(grad_output):
-        raise RuntimeError(
-            "fastlinear::linear_activation_backward takes saved of grad_output's shape, "
-            f"but saved is {tuple(saved)} and grad_output {tuple(grad_output)}"
-        )
-
-
-def check_gated_shapes(
-    input: Shape,
-    gate_weight: Shape,
-    up_weight: Shape,
-    gate_bias: Shape | None,
-    up_bias: Shape | None,
-) -> None:
-    """Raises RuntimeError unless both weights fit the input and each other, and biases fit them."""
-    fits = (
-        len(input) >= 1
-        and len(gate_weight) == 2
-        and tuple(gate_weight) == tuple(up_weight)
-        and input[-1] == gate_weight[-1]
-        and all(
-            bias is None or tuple(bias) == tuple(gate_weight[:1]) for bias in (gate_bias, up_bias)
-        )
-    )
-    if not fits:
-        given = {
-            "input": input,
-            "gate_weight": gate_weight,
-            "up_weight": up_weight,
-            "gate_bias": gate_bias,
-            "up_bias": up_bias,
-        }
-        shapes = ", ".join(
-            f"{name} {None if shape is None else tuple(shape)}" for name, shape in given.items()
-        )
-        raise RuntimeError(
-            "gated_linear takes input (*, in_features), both weights (out_features, in_features) "
-            f"and biases (out_features,), but the shapes are: {shapes}"
-        )
-
-
-def check_gated_backward_shapes(
-    grad_output: Shape,
-    gate: Shape,
-    up: Shape,
-    input: Shape | None,
-    gate_weight: Shape | None,
-    up_weight: Shape | None,
-) -> None:
-    """Raises RuntimeError unless the shapes are those of `gated_linear`'s operands and outputs."""
-    weights = [tuple(weight) for weight in (gate_weight, up_weight) if weight is not None]
-    fits = (
-        len(grad_output) >= 1
-        and tuple(gate) == tuple(up) == tuple(grad_output)
-        and (input is None or (len(input) > 0 and input[:-1] == grad_output[:-1]))
-        and len(weights) in (0, 2)
-        and all(weight == weights[0] for weight in weights)
-        and all(len(weight) == 2 and weight[0] == grad_output[-1] for weight in weights)
-    )
-    if not fits:
-        shapes = [
-            None if shape is None else tuple(shape)
-            for shape in (grad_output, gate, up, input, gate_weight, up_weight)
-        ]
-        raise RuntimeError(
-            "fastlinear::gated_linear_backward takes grad_output, gate and up (*, N), input (*, K) "
-            "and both weights (N, K) or neither, but grad_output is {}, gate {}, up {}, input {}, "
-            "gate_weight {}, up_weight {}".format(*shapes)
-        )

@@ -25,6 +25,7 @@ import fastlinear
 from fastlinear import __main__ as command
 from fastlinear.choice import backend, launchers
 from fastlinear.choice import table as tables
+from fastlinear.kernels import forward
 from fastlinear.kernels.configs.config import BackwardConfig, Config
 from fastlinear.kernels.language.indexing import locate_tile
 from fastlinear.kernels.launching import compiled_launch, launch
@@ -88,7 +89,7 @@ def tuned_with(said: str, *given: str, on_cpu: bool = True) -> Case:
 
 def without_triton(patch: Patch) -> None:
     patch.setitem(sys.modules, "fastlinear.kernels.forward.linear", None)
-    patch.delattr(fastlinear.kernels.forward, "linear", raising=False)
+    patch.delattr(forward, "linear", raising=False)
     launchers.launchers.__wrapped__()
 
 
@@ -161,8 +162,8 @@ NESTED = r"input \(B, M, in_features\) and weight \(B, out_features, in_features
 LAYER = r"input \(\*, in_features\) and weight \(out_features, in_features\)"
 KINDS = "the kernels take float16, bfloat16, float32 or float64, one dtype on one device, "
 GATED = (
-    r"gated_linear takes input \(\*, in_features\), both weights \(out_features, in_features\) and "
-    r"biases \(out_features,\), but the shapes are: input \(2, 3\), gate_weight \(4, 3\), "
+    r"fastlinear::gated_linear takes input \(\*, K\), gate_weight and up_weight \(N, K\), "
+    r"gate_bias \(N,\), up_bias \(N,\), but input is \(2, 3\), gate_weight \(4, 3\), "
     r"up_weight \(5, 3\), gate_bias \(4,\), up_bias None"
 )
 COMPILED = r"batch_invariant\(\) cannot be entered within a compiled function; "
@@ -308,14 +309,13 @@ CASES = {
     "op: shapes of backward": Case(
         RuntimeError,
         r"fastlinear::linear_backward takes grad_output \(\*, N\), input \(\*, K\), weight "
-        r"\(N, K\), or \(B, M, N\), \(B, M, K\), \(B, N, K\) if batched, but grad_output is "
-        r"\(2, 4\), input \(3, 5\), weight None",
+        r"\(N, K\), but grad_output is \(2, 4\), input \(3, 5\), weight None",
         lambda patch: linear_backward_op(W(2, 4), W(3, 5), None, True, False),
     ),
     "op: shape of what was saved": Case(
         RuntimeError,
-        "fastlinear::linear_activation_backward takes saved of grad_output's shape, but saved is "
-        r"\(2, 5\) and grad_output \(2, 4\)",
+        r"fastlinear::linear_activation_backward takes grad_output and saved \(\*, N\), but "
+        r"grad_output is \(2, 4\), saved \(2, 5\)",
         lambda patch: linear_activation_backward_op(
             W(2, 4), W(2, 5), W(2, 3), None, True, False, "relu"
         ),
@@ -328,7 +328,7 @@ CASES = {
     "op: shapes of a pair's backward": Case(
         RuntimeError,
         r"fastlinear::gated_linear_backward takes grad_output, gate and up \(\*, N\), input "
-        r"\(\*, K\) and both weights \(N, K\) or neither, but grad_output is \(2, 4\), gate "
+        r"\(\*, K\), gate_weight and up_weight \(N, K\), but grad_output is \(2, 4\), gate "
         r"\(2, 4\), up \(2, 5\), input None, gate_weight None, up_weight None",
         lambda patch: gated_linear_backward_op(
             W(2, 4), W(2, 4), W(2, 5), None, None, None, True, "silu"
@@ -546,7 +546,7 @@ def test_exception_says_what_is_taken_and_what_came(case: Case) -> None:
 
 
 PACKAGE = Path(fastlinear.__file__).parent
-KERNELS = Path(launch.__file__).parent
+KERNELS = Path(launch.__file__).parents[1]
 
 
 def raises() -> set[tuple[Path, int, int]]:
