@@ -92,7 +92,7 @@ def linear(
     found: way.Way | bool | None = None
     if backend.current != "triton" and (
         not known.available
-        or (not is_dynamo_compiling() and known.is_pytorchs(input, weight, activation))
+        or (not is_dynamo_compiling() and way.is_pytorchs(input, weight, activation))
         or not (found := tables_say_so(input, weight, bias, activation))
     ):
         output = F.linear(input, weight, bias)

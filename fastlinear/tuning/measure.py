@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlinear import _torch_internals as internals
 from fastlinear.choice import backend, table
 from fastlinear.choice.table import BY_ROWS, LIBRARIES, OPERANDS, PYTORCH, Candidate, Key, Row
 from fastlinear.functional import linear
@@ -46,25 +47,20 @@ def keys_of(call: Key, device: torch.device) -> list[Key]:
     """Those of a call's products that there is a choice for, and at last its own."""
     if call.product == "output":
         return [call]
-    output = call._replace(product="output", wanted="")
-    wanted, plain = call.wanted.split(), output._replace(activation=None)
-    with_bias = plain._replace(bias="bias" in wanted)
-    gradients = {
-        "input": plain._replace(product="grad_input", bias=False),
-        "weight": with_bias._replace(product="grad_weight"),
-    }
-    keys = [key for name, key in gradients.items() if name in wanted]
+    wanted, output = call.wanted.split(), call._replace(product="output", wanted="")
+    of_input = output._replace(product="grad_input", activation=None, bias=False)
+    of_weight = of_input._replace(product="grad_weight", bias="bias" in wanted)
+    gradients = [of_input] * ("input" in wanted) + [of_weight] * ("weight" in wanted)
     if not backend.kernels_run_on(device):
-        keys = [key for key in keys if libraries_for(key, device)]
-    elif len(keys) == 2:
-        keys.append(with_bias._replace(product="gradients"))
-    return [output, *keys, call]
+        gradients = [key for key in gradients if libraries_for(key, device)]
+    elif len(gradients) == 2:
+        gradients.append(of_weight._replace(product="gradients"))
+    return [output, *gradients, call]
 
 
 def libraries_for(key: Key, device: torch.device) -> list[Candidate]:
     """The libraries that take such a product."""
-    what = key.product, device, getattr(torch, key.dtype), key.activation, key.bias
-    return [name for name, library in LIBRARIES.items() if library.why_not(*what) is None]
+    return [name for name in LIBRARIES if table.is_there(name, key, device)]
 
 
 class Products:
@@ -79,6 +75,7 @@ class Products:
         )
         self.bias = bias if call.bias else None
         self.grad_bias = "bias" in call.wanted.split()
+        self.last = None if self.grad_bias else -1  # of gradients that come with grad_bias or None
 
     @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -108,60 +105,59 @@ class Products:
         return lambda: applied(F.linear(input, weight, bias))
 
     def by_pytorch(self, product: str) -> Results:
-        return self._native(product, self.input, self.weight, self.bias, self.grad)
+        return self._native(product, *self.operands, self.grad)
 
     def exact(self, product: str) -> tuple[Tensor, ...]:
-        bias = None if self.bias is None else self.bias.double()
+        input, weight, bias = (None if one is None else one.double() for one in self.operands)
         # An activation can hold as much of its own as the gradient, which the output has no use of.
         grad = self.grad if product == "output" else self.grad.double()
-        return self._native(product, self.input.double(), self.weight.double(), bias, grad)()
+        return self._native(product, input, weight, bias, grad)()
 
-    def _native(
-        self, product: str, input: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor
-    ) -> Results:
-        if product == "output":
-            output = self._forward(input, weight, bias, by_pytorch=True)
-            return lambda: (output(),)
-        if product == "grad_input":
-            return lambda: (grad @ weight,)
-        if product == "grad_weight":
-            if not self.grad_bias:
-                return lambda: (grad.mT @ input,)
-            return lambda: (grad.mT @ input, grad.sum(0))
-        if not self.grad_bias:
-            return lambda: (grad @ weight, grad.mT @ input)
-        return lambda: (grad @ weight, grad.mT @ input, grad.sum(0))
+    def _native(self, product: str, input: Any, weight: Any, bias: Any, grad: Tensor) -> Results:
+        output = self._forward(input, weight, bias, by_pytorch=True)
+        calls: dict[str, Results] = {
+            "output": lambda: (output(),),
+            "grad_input": lambda: (grad @ weight,),
+            "grad_weight": lambda: (grad.mT @ input,),
+            "gradients": lambda: (grad @ weight, grad.mT @ input),
+        }
+        if self.grad_bias:
+            calls["grad_weight"] = lambda: (grad.mT @ input, grad.sum(0))
+            calls["gradients"] = lambda: (grad @ weight, grad.mT @ input, grad.sum(0))
+        return calls[product]
 
     def by_kernel(self, product: str, config: Candidate | None) -> Results:
         """By a kernel in a configuration, None being the launcher's choice, or by a library."""
-        activation, bias = self.call.activation, self.grad_bias
-        last = None if bias else -1  # no grad_bias
+        grad, (input, weight, _), activation = self.grad, self.operands, self.call.activation
         if isinstance(config, str):
             library = LIBRARIES[config]
-            if product == "grad_input":
-                return lambda: (library.grad_input(self.grad, self.weight),)
-            if product == "grad_weight":
-                return lambda: library.grad_weight(self.grad, self.input, bias)[:last]
-            return lambda: (library.output(*self.operands, activation),)
+            by_library: dict[str, Results] = {
+                "output": lambda: (library.output(*self.operands, activation),),
+                "grad_input": lambda: (library.grad_input(grad, weight),),
+                "grad_weight": lambda: library.grad_weight(grad, input, self.grad_bias)[
+                    : self.last
+                ],
+            }
+            return by_library[product]
         kernels = backend.launchers()
         how: dict[str, Any] = {"precision": self.call.precision, "config": config}
-        if product == "output" and activation is None:
-            return lambda: (kernels.forward.linear_forward(*self.operands, **how),)
-        if product == "output":
-            activated = kernels.forward.linear_activation_forward
-            return lambda: activated(*self.operands, activation, False, **how)[:1]
-        if product == "grad_input":
-            return lambda: (kernels.backward.linear_backward_input(self.grad, self.weight, **how),)
-        if product == "gradients":
-            both, given = kernels.backward.linear_backward, (self.grad, self.input, self.weight)
-            return lambda: both(*given, bias, **how)[:last]
-        weight_gradient = kernels.backward_weight.linear_backward_weight
-        return lambda: weight_gradient(self.grad, self.input, bias, **how)[:last]
+        plain, activated = kernels.forward.linear_forward, kernels.forward.linear_activation_forward
+        of_input, both = kernels.backward.linear_backward_input, kernels.backward.linear_backward
+        of_weight = kernels.backward_weight.linear_backward_weight
+        calls: dict[str, Results] = {
+            "output": lambda: (plain(*self.operands, **how),),
+            "grad_input": lambda: (of_input(grad, weight, **how),),
+            "grad_weight": lambda: of_weight(grad, input, self.grad_bias, **how)[: self.last],
+            "gradients": lambda: both(grad, input, weight, self.grad_bias, **how)[: self.last],
+        }
+        if activation is not None:
+            calls["output"] = lambda: activated(*self.operands, activation, False, **how)[:1]
+        return calls[product]
 
     def by_rows(self) -> Results:
         """Both gradients, each as its row in use says."""
-        operands, bias = (self.grad, self.input, self.weight), self.grad_bias
-        return lambda: implementations.backward(*operands, bias, False)[: None if bias else -1]
+        operands = self.grad, self.input, self.weight, self.grad_bias
+        return lambda: implementations.backward(*operands, False)[: self.last]
 
     def candidates(self, product: str) -> list[Candidate]:
         """What else may compute a product: libraries, and the kernels' best, as modelled."""
@@ -245,18 +241,21 @@ def exact_calls(products: Products, product: str) -> dict[Candidate, Call]:
 def measure_call(
     call: Key, rows: int, device: torch.device, measure: Measure, known: dict[Key, Row]
 ) -> Iterator[Row]:
-    """The rows that are not known yet: those of a call's products, and then its own."""
+    """The rows that are not known yet: those of a call's products, and then its own.
+
+    Each is known from then on.
+    """
     keys = keys_of(call, device)
     if all(key in known for key in keys):
         return
-    products = Products(call, device, rows)
-    found: list[Row] = []
-    for key in keys:
-        row = known.get(key)
-        if row is None:
-            row = _measured(products, key, measure, found)
-            yield row
-        found.append(row)
+    # Neither autocast nor the caller's random numbers have a say in what is measured.
+    with torch.autocast(device.type, enabled=False), internals.own_random_state(device):
+        products = Products(call, device, rows)
+        for number, key in enumerate(keys):
+            if key not in known:
+                parts = [known[one] for one in keys[:number]]
+                known[key] = _measured(products, key, measure, parts)
+                yield known[key]
 
 
 def _measured(products: Products, key: Key, measure: Measure, parts: list[Row]) -> Row:
