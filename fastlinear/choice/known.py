@@ -245,12 +245,7 @@ def _read(device: torch.device, threads: int, generation: int) -> Rows:
 
 
 def agreed(device: str, mine: Files) -> Files:
-    """The tables for `device`, its name, that all ranks of the default group go by.
-
-    Args:
-        device: by which tables know it.
-        mine: this rank's own.
-    """
+    """The tables for a device of this name that all ranks of the group go by; `mine` are my own."""
     if not has_others():
         return mine
     try:

@@ -302,12 +302,7 @@ def as_text(table: Table) -> str:
 
 
 def read(path: Path) -> Table:
-    """The table in a file.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: as `parse`.
-    """
+    """The table in a file, as `parse`; an OSError where it cannot be read."""
     return parse(path.read_text(encoding="utf-8"))
 
 

@@ -6,6 +6,7 @@ caller, by more than the measurements scatter, and slower at neither.
 """
 
 import contextlib
+import copy
 import itertools
 import math
 import statistics
@@ -24,7 +25,7 @@ from fastlinear.kernels.configs.choose import ranked
 from fastlinear.kernels.configs.choose_pair import ranked_pairs
 from fastlinear.ops import implementations
 from fastlinear.ops.elementwise import ACTIVATIONS
-from fastlinear.tuning.stopwatch import Call, Measure
+from fastlinear.tuning.stopwatch import Call, Measure, Times
 
 CANDIDATES = 10  # kernels a product, by modelled time
 PAIRS = 3  # for both gradients in one launch
@@ -75,7 +76,6 @@ class Products:
         )
         self.bias = bias if call.bias else None
         self.grad_bias = "bias" in call.wanted.split()
-        self.last = None if self.grad_bias else -1  # of gradients that come with grad_bias or None
 
     @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -104,17 +104,18 @@ class Products:
         applied = ACTIVATIONS[activation]
         return lambda: applied(F.linear(input, weight, bias))
 
-    def by_pytorch(self, product: str) -> Results:
-        return self._native(product, *self.operands, self.grad)
-
     def exact(self, product: str) -> tuple[Tensor, ...]:
-        input, weight, bias = (None if one is None else one.double() for one in self.operands)
+        """What it should come to: PyTorch's in float64."""
+        exact = copy.copy(self)
+        exact.input, exact.weight = self.input.double(), self.weight.double()
+        exact.bias = None if self.bias is None else self.bias.double()
         # An activation can hold as much of its own as the gradient, which the output has no use of.
-        grad = self.grad if product == "output" else self.grad.double()
-        return self._native(product, input, weight, bias, grad)()
+        exact.grad = self.grad if product == "output" else self.grad.double()
+        return exact.by_pytorch(product)()
 
-    def _native(self, product: str, input: Any, weight: Any, bias: Any, grad: Tensor) -> Results:
-        output = self._forward(input, weight, bias, by_pytorch=True)
+    def by_pytorch(self, product: str) -> Results:
+        input, weight, grad = self.input, self.weight, self.grad
+        output = self._forward(*self.operands, by_pytorch=True)
         calls: dict[str, Results] = {
             "output": lambda: (output(),),
             "grad_input": lambda: (grad @ weight,),
@@ -128,48 +129,47 @@ class Products:
 
     def by_kernel(self, product: str, config: Candidate | None) -> Results:
         """By a kernel in a configuration, None being the launcher's choice, or by a library."""
-        grad, (input, weight, _), activation = self.grad, self.operands, self.call.activation
+        operands, grad, activation = self.operands, self.grad, self.call.activation
+        of_weight, with_bias = (grad, self.input), self.grad_bias
+        last = None if with_bias else -1  # no grad_bias
+        calls: dict[str, Results]
         if isinstance(config, str):
             library = LIBRARIES[config]
-            by_library: dict[str, Results] = {
-                "output": lambda: (library.output(*self.operands, activation),),
-                "grad_input": lambda: (library.grad_input(grad, weight),),
-                "grad_weight": lambda: library.grad_weight(grad, input, self.grad_bias)[
-                    : self.last
-                ],
+            calls = {
+                "output": lambda: (library.output(*operands, activation),),
+                "grad_input": lambda: (library.grad_input(grad, self.weight),),
+                "grad_weight": lambda: library.grad_weight(*of_weight, with_bias)[:last],
             }
-            return by_library[product]
-        kernels = backend.launchers()
+            return calls[product]
+        forward, backward, backward_weight = backend.launchers()[:3]
         how: dict[str, Any] = {"precision": self.call.precision, "config": config}
-        plain, activated = kernels.forward.linear_forward, kernels.forward.linear_activation_forward
-        of_input, both = kernels.backward.linear_backward_input, kernels.backward.linear_backward
-        of_weight = kernels.backward_weight.linear_backward_weight
-        calls: dict[str, Results] = {
-            "output": lambda: (plain(*self.operands, **how),),
-            "grad_input": lambda: (of_input(grad, weight, **how),),
-            "grad_weight": lambda: of_weight(grad, input, self.grad_bias, **how)[: self.last],
-            "gradients": lambda: both(grad, input, weight, self.grad_bias, **how)[: self.last],
+        calls = {
+            "output": lambda: (forward.linear_forward(*operands, **how),),
+            "grad_input": lambda: (backward.linear_backward_input(grad, self.weight, **how),),
+            "grad_weight": lambda: backward_weight.linear_backward_weight(
+                *of_weight, with_bias, **how
+            )[:last],
+            "gradients": lambda: backward.linear_backward(
+                *of_weight, self.weight, with_bias, **how
+            )[:last],
         }
         if activation is not None:
-            calls["output"] = lambda: activated(*self.operands, activation, False, **how)[:1]
+            calls["output"] = lambda: forward.linear_activation_forward(
+                *operands, activation, False, **how
+            )[:1]
         return calls[product]
 
     def by_rows(self) -> Results:
         """Both gradients, each as its row in use says."""
-        operands = self.grad, self.input, self.weight, self.grad_bias
-        return lambda: implementations.backward(*operands, False)[: self.last]
+        operands, bias = (self.grad, self.input, self.weight), self.grad_bias
+        return lambda: implementations.backward(*operands, bias, False)[: None if bias else -1]
 
-    def candidates(self, product: str) -> list[Candidate]:
-        """What else may compute a product: libraries, and the kernels' best, as modelled."""
-        found = libraries_for(self._key(product), self.device)
-        return found + (self.configs(product) if backend.kernels_run_on(self.device) else [])
-
-    def _key(self, product: str) -> Key:
+    def key(self, product: str) -> Key:
         return next(key for key in keys_of(self.call, self.device) if key.product == product)
 
     def configs(self, product: str) -> list[Candidate]:
         """The kernels' best, as modelled."""
-        key = self._key(product)
+        key = self.key(product)
         target = backend.launchers().forward.launch.target_of(self.device)
         traits, (n, k) = table.traits_of(key, target), (key.n, key.k)
         if product == "gradients":
@@ -223,8 +223,11 @@ def exact_calls(products: Products, product: str) -> dict[Candidate, Call]:
     call = products.call
     terms = {"output": call.k, "grad_input": call.n, "grad_weight": call.m}
     most = terms.get(product, max(call.m, call.n))
+    candidates = libraries_for(products.key(product), products.device)
+    if backend.kernels_run_on(products.device):
+        candidates += products.configs(product)
     calls: dict[Candidate, Call] = {}
-    for config in products.candidates(product):
+    for config in candidates:
         computed = products.by_kernel(product, config)
         try:
             if as_exact(computed(), theirs, exact, most):
@@ -274,7 +277,7 @@ def _measured(products: Products, key: Key, measure: Measure, parts: list[Row]) 
     others = {"training": parts, "gradients": parts[1:]}.get(product, [])
     if any(row.candidate != PYTORCH for row in others):
         calls[BY_ROWS] = call_of(BY_ROWS)(products)
-    times: dict[str, list[float]] = {}
+    times: Times = {}
     best = next(iter(calls), PYTORCH)
     if not on_cpu(device):
         native = call_of(PYTORCH) if product == "training" else lambda one: one.by_pytorch(product)
@@ -324,17 +327,13 @@ def faster(times: list[float], than: list[float]) -> bool:
     return gained[len(gained) // 4] > 0
 
 
-def wins(
-    one: str, other: str, times: dict[str, list[float]], walls: dict[str, list[float]]
-) -> bool:
+def wins(one: str, other: str, times: Times, walls: Times) -> bool:
     """Whether one is faster than the other on a clock, and slower on none."""
     clocks = times, walls
     slower = any(faster(clock[other], clock[one]) for clock in clocks)
     return not slower and any(faster(clock[one], clock[other]) for clock in clocks)
 
 
-def _row(
-    key: Key, candidate: Candidate, times: dict[str, list[float]], walls: dict[str, list[float]]
-) -> Row:
+def _row(key: Key, candidate: Candidate, times: Times, walls: Times) -> Row:
     found = (clock[str(one)] for clock in (times, walls) for one in (candidate, PYTORCH))
     return Row(*key, candidate, *(round(statistics.median(one), 3) for one in found))

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 Call = Callable[[], object]
-# Microseconds of each call, by its name, one for each round in which all took turns. The second
-# argument is "device" or "wall".
-Measure = Callable[[dict[str, Call], str], dict[str, list[float]]]
+# Microseconds of each call, by its name, one for each round in which all took turns.
+Times = dict[str, list[float]]
+Measure = Callable[[dict[str, Call], str], Times]  # the second argument is "device" or "wall"
 
 ROUNDS = 11
 CPU_ROUNDS, CPU_SECONDS = (7, 31), 1.5  # at least and at most; what all should take together
@@ -50,9 +50,9 @@ def _timed(call: Call, count: int, wait: Callable[[], None] = lambda: None) -> f
     return 1e6 * (time.perf_counter() - started) / count
 
 
-def _in_turn(time_of: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def _in_turn(time_of: Mapping[str, Callable[[], float]], rounds: int) -> Times:
     """The times of so many rounds, so that a slow moment of the machine meets them all."""
-    times: dict[str, list[float]] = {name: [] for name in time_of}
+    times: Times = {name: [] for name in time_of}
     for number in range(rounds):
         # Every other round the other way about: what comes first may find another cache.
         for name in list(time_of)[:: -1 if number % 2 else 1]:
@@ -70,7 +70,7 @@ class Stopwatch:
         self.stream = torch.cuda.Stream(device)
         self.flush = Flush(device)
 
-    def __call__(self, calls: dict[str, Call], clock: str) -> dict[str, list[float]]:
+    def __call__(self, calls: dict[str, Call], clock: str) -> Times:
         """Each call's times, in microseconds.
 
         Args:
@@ -84,15 +84,15 @@ class Stopwatch:
             for call in calls.values():
                 for _ in range(WARM_UPS):
                     call()
-            if clock == "device":
-                # They run one at a time, and nobody reads their outputs: one memory is for all.
-                pool = torch.cuda.graph_pool_handle()
-                replays = {name: self._captured(call, pool) for name, call in calls.items()}
-                time_of: dict[str, Callable[[], float]] = {
-                    name: partial(self._on_the_device, one) for name, one in replays.items()
-                }
-            else:
-                time_of = {name: self._on_the_wall(call) for name, call in calls.items()}
+            time_of: dict[str, Callable[[], float]] = {}
+            # They run one at a time, and nobody reads their outputs: one memory is for all.
+            pool = torch.cuda.graph_pool_handle() if clock == "device" else None
+            for name, call in calls.items():
+                if clock == "device":
+                    time_of[name] = partial(self._on_the_device, self._captured(call, pool))
+                else:
+                    count = max(5, round(1e6 * LEAST_SECONDS / _timed(call, 5, self._wait)))
+                    time_of[name] = partial(_timed, call, count, self._wait)
             times = _in_turn(time_of, ROUNDS)
         self._wait()
         return times
@@ -131,10 +131,6 @@ class Stopwatch:
         graph.replay()
         return partial(_replay, graph, counters)
 
-    def _on_the_wall(self, call: Call) -> Callable[[], float]:
-        count = max(5, round(1e6 * LEAST_SECONDS / _timed(call, 5, self._wait)))
-        return partial(_timed, call, count, self._wait)
-
 
 class OutOfTime(Exception):
     """What is to be timed would take longer than there is."""
@@ -155,13 +151,13 @@ class CpuStopwatch:
             raise RuntimeError("tuning measures no interpreted kernels: unset TRITON_INTERPRET")
         self.limit = limit
 
-    def __call__(self, calls: dict[str, Call], clock: str) -> dict[str, list[float]]:
+    def __call__(self, calls: dict[str, Call], clock: str) -> Times:
         """Each call's times, in microseconds; `clock` is "wall" or "device", and no matter.
 
         Raises:
             OutOfTime: not even the least number of rounds would end within the limit.
         """
-        counts = {name: self._count(call) for name, call in calls.items()}
+        counts = {name: _count_of(call) for name, call in calls.items()}
         a_round = sum(_timed(call, counts[name]) * counts[name] for name, call in calls.items())
         least, most = CPU_ROUNDS
         if time.monotonic() + least * a_round / 1e6 > self.limit:
@@ -170,12 +166,13 @@ class CpuStopwatch:
         time_of = {name: partial(_timed, call, counts[name]) for name, call in calls.items()}
         return _in_turn(time_of, rounds)
 
-    def _count(self, call: Call) -> int:
-        """How often it is called at a time; warms it up."""
-        first = _timed(call, 1)
-        for _ in range(WARM_UPS - 1 if first < 1e5 else 0):  # a long one is as good as warm
-            first = _timed(call, 1)
-        return max(1, round(1e6 * LEAST_SECONDS / first))
+
+def _count_of(call: Call) -> int:
+    """How often a call on a CPU is made at a time; warms it up."""
+    taken = _timed(call, 1)
+    for _ in range(WARM_UPS - 1 if taken < 1e5 else 0):  # a long one is as good as warm
+        taken = _timed(call, 1)
+    return max(1, round(1e6 * LEAST_SECONDS / taken))
 
 
 def _replay(graph: torch.cuda.CUDAGraph, counters: Tensor | None) -> None:

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -201,12 +201,8 @@ def by_one_rank(
 ) -> None:
     """`measure()`, by one rank for each kind of device, the first to come.
 
-    Where it fails, is gone or is late, all go on by what they knew.
-
-    Args:
-        device: its name.
-        deadline: by time.monotonic(), when it should be over.
-        mine: this rank's tables for it, after measuring.
+    Where it fails, is gone or is late, by `deadline`, all go on by what they knew. device: its
+    name; mine: this rank's tables for it, after measuring.
     """
     store: Any = None
     if known.has_others():
@@ -376,9 +372,8 @@ def _free_memory(device: torch.device) -> float:
     return free
 
 
-def _with_progress(wanted: Iterable[Key]) -> Iterator[Key]:
+def _with_progress(calls: Collection[Key]) -> Iterator[Key]:
     """With a progress bar where tqdm is installed, else a line a call."""
-    calls = list(wanted)
     try:
         from tqdm import tqdm  # type: ignore[import-untyped]
     except ImportError:
