@@ -26,7 +26,7 @@ def take_everywhere(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(way, "_ways", {})
     patch.setattr(way, "is_pytorchs", lambda *given: False)
-    patch.setattr(known, "find", find)
+    patch.setattr(known, "row", find)
     patch.setattr(known, "available", True)
     patch.setattr(known, "seen", True)
     patch.setattr(known, "follow_group", lambda: None)

@@ -206,18 +206,18 @@ def software() -> dict[str, str]:
     }
 
 
-def find(device: torch.device, key: Key) -> Found | None:
+def row(device: torch.device, key: Key) -> Found | None:
     """The row for a product, if there is one; `key.m` is any number of rows.
 
     Of a training with other gradients than were measured, it is that with all of them.
     """
-    key, rows = key._replace(m=table.bucket(key.m)), found(device)
-    if key not in rows and key.product == "training":
+    key, found = key._replace(m=table.bucket(key.m)), rows(device)
+    if key not in found and key.product == "training":
         key = key._replace(wanted="input weight bias" if key.bias else "input weight")
-    return rows.get(key)
+    return found.get(key)
 
 
-def found(device: torch.device) -> Rows:
+def rows(device: torch.device) -> Rows:
     """All rows for a device that count here."""
     follow_group()
     return _read(device, torch.get_num_threads() if device.type == "cpu" else 0, generation)
@@ -227,21 +227,22 @@ def found(device: torch.device) -> Rows:
 def _read(device: torch.device, threads: int, generation: int) -> Rows:
     global available, _settled
     if given is not None:
-        return Rows({row.key: Found(row, Path(), "") for row in given.get(device, ())})
-    rows, name = Rows(), device_name(device)
+        return Rows({one.key: Found(one, Path(), "") for one in given.get(device, ())})
+    found, name = Rows(), device_name(device)
     if name is None:
-        return rows
+        return found
     files = agreed(name, readable(name))
     for path, text in files:
         parsed = table.parse(text)
-        rows |= {row.key: Found(row, Path(path), parsed.date) for row in _usable(parsed, device)}
+        for one in _usable(parsed, device):
+            found[one.key] = Found(one, Path(path), parsed.date)
     # Where there are GPUs, it is theirs that settle it.
     last = device.type == "cuda" or not torch.cuda.device_count()
     if not files and not any_files() and in_group() and last:
         # No rank of this group has one: tables are asked for no more.
         available, _settled = False, group()
         _changed()
-    return rows
+    return found
 
 
 def agreed(device: str, mine: Files) -> Files:
@@ -330,4 +331,4 @@ def _usable(parsed: Table, device: torch.device) -> list[Row]:
 
 def files(device: torch.device) -> dict[Path, int]:
     """The tables in use for a device, with the rows that each gives."""
-    return dict(collections.Counter(one.file for one in found(device).values()))
+    return dict(collections.Counter(one.file for one in rows(device).values()))

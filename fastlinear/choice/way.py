@@ -89,7 +89,7 @@ def _note_least(read_by: Any) -> None:
     least: dict[int, int] = {}
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     for device in (torch.device("cpu"), *gpus):
-        for key in known.found(device).faster_calls:
+        for key in known.rows(device).faster_calls:
             elements = (key.m // 2 + 1) * key.k
             weights = key.n * key.k
             least[weights] = min(elements, least.get(weights, elements))
@@ -107,7 +107,7 @@ def _any_row(call: tuple[Any, ...]) -> bool:
         and (key.n * key.k, key.m) == (weights, table.bucket(elements // key.k))
         and key.activation == activation
         and key.dtype in dtypes
-        for key in known.found(device).faster_calls
+        for key in known.rows(device).faster_calls
     )
 
 
@@ -193,12 +193,12 @@ def remember(
 
 def faster_sizes(device: torch.device) -> set[tuple[int, int]]:
     """The (n, k) of layers for which, of some batch, another way than PyTorch's is known."""
-    return {(key.n, key.k) for key in known.found(device).faster_calls}
+    return {(key.n, key.k) for key in known.rows(device).faster_calls}
 
 
 def any_gradients(device: torch.device) -> bool:
     """Whether a table has something else than PyTorch for a gradient's product there."""
-    return known.found(device).any_gradients
+    return known.rows(device).any_gradients
 
 
 def takes_ours(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> bool:
@@ -237,7 +237,7 @@ def takes_ours(input: Tensor, weight: Tensor, bias: Tensor | None, activation: s
     if compiling:
         return _for_any_rows(device, *layer)
     key = call_key(device, *layer, input.numel() // k)
-    found = known.find(device, key)
+    found = known.row(device, key)
     if found is None or found.row.candidate == PYTORCH:
         return False
     return table.is_there(found.row.candidate, key, device)
@@ -274,7 +274,8 @@ def _for_any_rows(device: torch.device, *call: Any) -> bool:
     call: as `call_key` takes it, but for the rows.
     """
     key = call_key(device, *call)
-    found = (known.find(device, key._replace(m=one.m)) for one in known.found(device))
+    measured = {one.m for one in known.rows(device)}
+    found = (known.row(device, key._replace(m=m)) for m in measured)
     return any(one is not None and one.row.candidate != PYTORCH for one in found)
 
 
@@ -306,7 +307,7 @@ class Asked(NamedTuple):
         m, dtype = first.numel() // first.shape[-1], self.dtype or first.dtype
         how = table.name_of(dtype), backend.table_precision(dtype, device)
         key = Key(self.product, *how, self.activation, self.bias, "", n, k, m)
-        found = known.find(device, key)
+        found = known.row(device, key)
         if found is None or not table.is_there(found.row.candidate, key, device):
             return None
         # With backend "triton" a row that holds no kernel has no say.

@@ -50,7 +50,7 @@ def _timed(call: Call, count: int, wait: Callable[[], None] = lambda: None) -> f
     return 1e6 * (time.perf_counter() - started) / count
 
 
-def _in_turn(time_of: Mapping[str, Callable[[], float]], rounds: int) -> Times:
+def _rounds(time_of: Mapping[str, Callable[[], float]], rounds: int) -> Times:
     """The times of so many rounds, so that a slow moment of the machine meets them all."""
     times: Times = {name: [] for name in time_of}
     for number in range(rounds):
@@ -93,7 +93,7 @@ class Stopwatch:
                 else:
                     count = max(5, round(1e6 * LEAST_SECONDS / _timed(call, 5, self._wait)))
                     time_of[name] = partial(_timed, call, count, self._wait)
-            times = _in_turn(time_of, ROUNDS)
+            times = _rounds(time_of, ROUNDS)
         self._wait()
         return times
 
@@ -164,7 +164,7 @@ class CpuStopwatch:
             raise OutOfTime("it would take longer than there is")
         rounds = min(most, max(least, round(CPU_SECONDS * 1e6 / a_round)))
         time_of = {name: partial(_timed, call, counts[name]) for name, call in calls.items()}
-        return _in_turn(time_of, rounds)
+        return _rounds(time_of, rounds)
 
 
 def _count_of(call: Call) -> int:

@@ -255,11 +255,11 @@ def _why_not(call: Call, rows: int) -> str | None:
 def _found(call: Call, noted: Noted, rows: int, why_not: str | None) -> TunedCall:
     row, way, key = None, why_not or _NOT_YET, call.key
     if call.op == "linear" and call.plain:
-        found = known.find(call.device, key)
+        found = known.row(call.device, key)
         if found is not None:
             row, way = found.row, _in_a_word(found.row.candidate)
         if way == BY_ROWS:
-            parts = (known.find(call.device, part) for part in keys_of(key, call.device))
+            parts = (known.row(call.device, part) for part in keys_of(key, call.device))
             names = [_in_a_word(one.row.candidate) for one in parts if one is not None]
             way = next((name for name in names if name not in (PYTORCH, BY_ROWS)), PYTORCH)
     return TunedCall(
