@@ -211,6 +211,7 @@ def row(device: torch.device, key: Key) -> Found | None:
 
     Of a training with other gradients than were measured, it is that with all of them.
     """
+    follow_group()
     key, found = key._replace(m=table.bucket(key.m)), rows(device)
     if key not in found and key.product == "training":
         key = key._replace(wanted="input weight bias" if key.bias else "input weight")
@@ -218,8 +219,7 @@ def row(device: torch.device, key: Key) -> Found | None:
 
 
 def rows(device: torch.device) -> Rows:
-    """All rows for a device that count here."""
-    follow_group()
+    """All rows for a device that count here, in the group that was last followed."""
     return _read(device, torch.get_num_threads() if device.type == "cpu" else 0, generation)
 
 

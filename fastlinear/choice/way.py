@@ -193,6 +193,7 @@ def remember(
 
 def faster_sizes(device: torch.device) -> set[tuple[int, int]]:
     """The (n, k) of layers for which, of some batch, another way than PyTorch's is known."""
+    known.follow_group()
     return {(key.n, key.k) for key in known.rows(device).faster_calls}
 
 
@@ -273,6 +274,7 @@ def _for_any_rows(device: torch.device, *call: Any) -> bool:
 
     call: as `call_key` takes it, but for the rows.
     """
+    known.follow_group()
     key = call_key(device, *call)
     measured = {one.m for one in known.rows(device)}
     found = (known.row(device, key._replace(m=m)) for m in measured)
@@ -299,14 +301,15 @@ class Asked(NamedTuple):
 
     def row(self) -> Found | None:
         """The row it goes by, if one counts: of operands that lie as they did when measured."""
-        first, second, n, k, device = self.first, self.second, self.n, self.k, self.first.device
+        product, first, second, n, k, activation, bias, dtype = self
         if not (first.is_contiguous() and second.is_contiguous() and n * k):
             return None
         if (first.data_ptr() | second.data_ptr()) % 16:
             return None
-        m, dtype = first.numel() // first.shape[-1], self.dtype or first.dtype
-        how = table.name_of(dtype), backend.table_precision(dtype, device)
-        key = Key(self.product, *how, self.activation, self.bias, "", n, k, m)
+        device, dtype = first.device, dtype or first.dtype
+        name, precision = table.name_of(dtype), backend.table_precision(dtype, device)
+        m = first.numel() // first.shape[-1]
+        key = Key(product, name, precision, activation, bias, "", n, k, m)
         found = known.row(device, key)
         if found is None or not table.is_there(found.row.candidate, key, device):
             return None
