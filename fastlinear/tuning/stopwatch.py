@@ -50,12 +50,14 @@ def _timed(call: Call, count: int, wait: Callable[[], None] = lambda: None) -> f
     return 1e6 * (time.perf_counter() - started) / count
 
 
-def _rounds(time_of: Mapping[str, Callable[[], float]], rounds: int) -> Times:
-    """The times of so many rounds, so that a slow moment of the machine meets them all."""
+def _rounds(time_of: Mapping[str, Callable[[], float]], rounds: int, turn: int = 1) -> Times:
+    """The times of so many rounds, so that a slow moment of the machine meets them all.
+
+    turn: -1 has every other round go the other way about.
+    """
     times: Times = {name: [] for name in time_of}
     for number in range(rounds):
-        # Every other round the other way about: what comes first may find another cache.
-        for name in list(time_of)[:: -1 if number % 2 else 1]:
+        for name in list(time_of)[:: turn if number % 2 else 1]:
             times[name].append(time_of[name]())
     return times
 
@@ -164,7 +166,7 @@ class CpuStopwatch:
             raise OutOfTime("it would take longer than there is")
         rounds = min(most, max(least, round(CPU_SECONDS * 1e6 / a_round)))
         time_of = {name: partial(_timed, call, counts[name]) for name, call in calls.items()}
-        return _rounds(time_of, rounds)
+        return _rounds(time_of, rounds, turn=-1)  # what comes first may find another cache
 
 
 def _count_of(call: Call) -> int:
