@@ -15,9 +15,9 @@ from fastlinear import _torch_internals as internals
 from fastlinear import main_grad
 from fastlinear._torch_internals import Linear as TorchLinear
 from fastlinear.choice import backend, known
-from fastlinear.choice.auto import tables_say_so
 from fastlinear.choice.launchers import launchers
 from fastlinear.choice.table import LIBRARIES
+from fastlinear.choice.way import tables_say_so
 from fastlinear.kernels.configs.config import Config
 from fastlinear.kernels.launching.operands import FROM_OUTPUT
 from fastlinear.modules import Linear, activation_of, is_as_written

@@ -22,7 +22,7 @@ from fastlinear import _torch_internals as internals
 from fastlinear._on_import import when_imported
 from fastlinear._torch_internals import PLAIN
 from fastlinear.choice import backend, known, way
-from fastlinear.choice.auto import tables_say_so
+from fastlinear.choice.way import tables_say_so
 from fastlinear.kernels.launching.operands import check_activation
 from fastlinear.ops import implementations, torchscript
 from fastlinear.ops.arguments import broadcasts, named, unlike_layers, why_not, why_not_gated
@@ -90,7 +90,7 @@ def linear(
     found: way.Way | bool | None = None
     if backend.current != "triton" and (
         not known.available
-        or (not is_dynamo_compiling() and known.is_pytorchs(input, weight, activation))
+        or (not is_dynamo_compiling() and way.is_pytorchs(input, weight, activation))
         or not (found := tables_say_so(input, weight, bias, activation))
     ):
         output = F.linear(input, weight, bias)

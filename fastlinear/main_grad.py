@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from fastlinear import _torch_internals as internals
 from fastlinear.choice import backend, known, running
-from fastlinear.choice.auto import tables_say_so
 from fastlinear.choice.launchers import kernels_run_on, launchers
+from fastlinear.choice.way import tables_say_so
 from fastlinear.functional import linear, observe, of_operands
 from fastlinear.kernels.launching.operands import FROM_OUTPUT, check_main_grad
 from fastlinear.ops import implementations

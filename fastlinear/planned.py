@@ -36,9 +36,7 @@ def plans_of(
     dtype: torch.dtype,
 ) -> dict[str, Plan]:
     """What computes each product of a call that does not go PyTorch's way, by product."""
-    rows: dict[str, Found] = {}
-    if known.available and not backend.invariant:
-        rows = way.rows_of(input, weight, bias, activation, dtype)
+    rows = _rows_of(input, weight, bias, activation, dtype)
     together = rows.pop("gradients", None)
     pair = None if together is None else together.row.candidate
     if together is not None and isinstance(pair, BackwardConfig):
@@ -69,6 +67,28 @@ def plans_of(
             modelled = _modelled(product, plans, input, weight, dtype)
             plans[product] = plan._replace(microseconds=modelled)
     return plans
+
+
+def _rows_of(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, dtype: torch.dtype
+) -> dict[str, Found]:
+    """The rows that a call goes by, by product."""
+    if not known.available or backend.invariant:
+        return {}
+    of_bias = bias is not None and bias.requires_grad
+    asked: dict[str, tuple[str | None, bool]] = {
+        "output": (activation, bias is not None),
+        "grad_input": (None, False),
+        "grad_weight": (None, of_bias),
+    }
+    if input.requires_grad and weight.requires_grad:
+        asked["gradients"] = None, of_bias
+    n, k = weight.shape
+    found = (
+        way.Asked(product, input, weight, n, k, *what, dtype).row()
+        for product, what in asked.items()
+    )
+    return {one: row for one, row in zip(asked, found, strict=True) if row is not None}
 
 
 def _operand(tensor: Tensor, dtype: torch.dtype) -> Any:

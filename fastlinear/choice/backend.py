@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastlinear import _torch_internals as internals
-from fastlinear.choice import known, ranks
+from fastlinear.choice import known
 from fastlinear.kernels.launching.operands import DTYPES
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def use_tables(rows: dict[torch.device, tuple[Row, ...]] | None = None) -> None:
 
 def expect_ranks() -> None:
     """Looks for the tables of other ranks, where there have come to be any."""
-    if not known.available and ranks.expected() and not known.settled():
+    if not known.available and known.ranks_expected() and not known.settled():
         use_tables()
 
 

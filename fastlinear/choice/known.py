@@ -1,33 +1,39 @@
 """What is known of the device at hand: the tables that hold for it, and their rows.
 
 A device's tables are read once, when they are first asked for, or again when there is a process
-group, all ranks of which go by one rank's. The answer depends on the tables and on shapes alone: so
-ranks choose alike, and nothing is measured here.
+group. Ranks that chose different kernels would round differently, and replicas of a parameter drift
+apart. So all go by the tables of one of them: the first that asks for those of its kind of GPU puts
+them into the group's store, where the others find them. No collective is called, and no rank waits
+for another, but for the one that tunes. The answer depends on the tables and on shapes alone, and
+nothing is measured here.
 """
 
+import collections
+import contextlib
 import functools
 import hashlib
-import math
+import json
 import os
 import platform
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.distributed
 
 import fastlinear.kernels as kernels
 from fastlinear import _torch_internals as internals
-from fastlinear.choice import ranks, table
+from fastlinear.choice import table
 from fastlinear.choice.table import BY_ROWS, PYTORCH, Key, Row, Table, why_illegal_row
 
 SHIPPED = Path(kernels.__path__[0]) / "tuned"
 INTERPRETER = "Triton interpreter"
-LARGEST_CACHE = 4096  # shapes
 # How many times PyTorch's speed counts; and where it was measured with another torch or Triton.
 MARGIN, MARGIN_OF_OTHERS = 1.05, 1.15
+RANKS: bool = torch.distributed.is_available()
+Files = list[tuple[str, str]]  # paths of tables, with the text of each
 
 
 class Found(NamedTuple):
@@ -36,6 +42,25 @@ class Found(NamedTuple):
     row: Row
     file: Path
     date: str
+
+
+class Rows(dict[Key, Found]):
+    """All that count for a device here."""
+
+    @functools.cached_property
+    def faster(self) -> list[Key]:
+        """Those for which there is another way than PyTorch's."""
+        return [key for key, found in self.items() if found.row.candidate != PYTORCH]
+
+    @functools.cached_property
+    def faster_calls(self) -> list[Key]:
+        """Those of `linear`'s calls, by which "auto" goes another way."""
+        return [key for key in self.faster if key.product in ("output", "training")]
+
+    @functools.cached_property
+    def any_gradients(self) -> bool:
+        """Whether one is for a gradient's product."""
+        return len(self.faster) > len(self.faster_calls)
 
 
 def user_folder() -> Path:
@@ -63,18 +88,37 @@ def folders() -> tuple[Path, ...]:
 
 def any_files() -> bool:
     """Whether there is a table for any device."""
-    return any(name.endswith(".json") for folder in folders() for name in _names(folder))
+    for folder in folders():
+        with contextlib.suppress(OSError):
+            if any(name.endswith(".json") for name in os.listdir(folder)):
+                return True
+    return False
 
 
-def _names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
+def in_group() -> bool:
+    """Whether there is a process group."""
+    return RANKS and torch.distributed.is_initialized()
+
+
+def group() -> int | None:
+    """What tells the default group from one before it or after; None where there is none."""
+    return id(torch.distributed.group.WORLD) if in_group() else None
+
+
+def has_others() -> bool:
+    """Whether there are other ranks in the default group."""
+    return in_group() and torch.distributed.get_world_size() > 1
+
+
+def ranks_expected() -> bool:
+    """Whether this process is one of several, or will be, by what torchrun tells it."""
+    if in_group():
+        return has_others()
+    return RANKS and os.environ.get("WORLD_SIZE", "1") not in ("", "1")
 
 
 # Whether there is a table at all, which every call asks first. Another rank may have one.
-available: bool = any_files() or ranks.expected()
+available: bool = any_files() or ranks_expected()
 seen: bool = available  # whether there has ever been one: a forward may have gone by it
 generation = 0  # counts the times that tables were read anew
 given: dict[torch.device, tuple[Row, ...]] | None = None  # in the place of all tables
@@ -89,7 +133,7 @@ def reload(rows: dict[torch.device, tuple[Row, ...]] | None = None) -> None:
     """Looks for tables again, or takes these rows for all that there is."""
     global available, seen, generation, given, _settled
     given = rows
-    available = rows is not None or any_files() or ranks.expected()
+    available = rows is not None or any_files() or ranks_expected()
     seen = seen or available
     _settled = None
     generation += 1
@@ -97,23 +141,20 @@ def reload(rows: dict[torch.device, tuple[Row, ...]] | None = None) -> None:
 
 
 def _changed() -> None:
-    global _pytorchs, _least
-    _pytorchs, _least = {}, {}  # another thread may be about to write to the old ones
     for watcher in watchers:
         watcher()
 
 
 def settled() -> bool:
     """Whether the ranks of this group have agreed that there is no table."""
-    return _settled is not None and _settled == ranks.group()
+    return _settled is not None and _settled == group()
 
 
 def follow_group() -> None:
     """Reads tables anew where there has come to be another process group, or the first."""
     global _group
-    group = ranks.group()
-    if group != _group:
-        _group = group
+    if (now := group()) != _group:
+        _group = now
         reload(given)
 
 
@@ -135,18 +176,11 @@ def device_name(device: torch.device) -> str | None:
 @functools.cache
 def _processor() -> str:
     """A CPU's name, as its maker has it where the system says so."""
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine() or "CPU"
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """That by which tables know a dtype."""
-    return str(dtype).removeprefix("torch.")
 
 
 @functools.cache
@@ -172,86 +206,94 @@ def software() -> dict[str, str]:
     }
 
 
-def outdated(table: Table) -> str | None:
-    """What of torch and Triton has another version here than where `table` was measured, in words.
-
-    Bug fixes, 2.13.0 and 2.13.1, count as one.
-    """
-    for name in ("torch", "triton"):
-        measured, version = getattr(table, name), software()[name]
-        if measured.split("+")[0].split(".")[:2] != version.split("+")[0].split(".")[:2]:
-            return f"it was measured with {name} {measured}, and this is {version}"
-    return None
-
-
-def find(device: torch.device, key: Key) -> Found | None:
+def row(device: torch.device, key: Key) -> Found | None:
     """The row for a product, if there is one; `key.m` is any number of rows.
 
     Of a training with other gradients than were measured, it is that with all of them.
     """
     follow_group()
-    key, rows = key._replace(m=table.bucket(key.m)), found(device)
-    if key not in rows and key.product == "training":
+    key, found = key._replace(m=table.bucket(key.m)), rows(device)
+    if key not in found and key.product == "training":
         key = key._replace(wanted="input weight bias" if key.bias else "input weight")
-    return rows.get(key)
+    return found.get(key)
 
 
-def found(device: torch.device) -> dict[Key, Found]:
-    """All rows for a device that count here."""
+def rows(device: torch.device) -> Rows:
+    """All rows for a device that count here, in the group that was last followed."""
     return _read(device, torch.get_num_threads() if device.type == "cpu" else 0, generation)
 
 
 @functools.lru_cache
-def _read(device: torch.device, threads: int, generation: int) -> dict[Key, Found]:
+def _read(device: torch.device, threads: int, generation: int) -> Rows:
+    global available, _settled
     if given is not None:
-        return {row.key: Found(row, Path(), "") for row in given.get(device, ())}
-    name = device_name(device)
+        return Rows({one.key: Found(one, Path(), "") for one in given.get(device, ())})
+    found, name = Rows(), device_name(device)
     if name is None:
-        return {}
-    files = ranks.agreed(name, readable(name))
-    rows: dict[Key, Found] = {}
+        return found
+    files = agreed(name, readable(name))
     for path, text in files:
         parsed = table.parse(text)
-        for row in _usable(parsed, device):
-            rows[row.key] = Found(row, Path(path), parsed.date)
+        for one in _usable(parsed, device):
+            found[one.key] = Found(one, Path(path), parsed.date)
     # Where there are GPUs, it is theirs that settle it.
     last = device.type == "cuda" or not torch.cuda.device_count()
-    if not files and not any_files() and ranks.in_group() and last:
-        _settle()
-    return rows
+    if not files and not any_files() and in_group() and last:
+        # No rank of this group has one: tables are asked for no more.
+        available, _settled = False, group()
+        _changed()
+    return found
 
 
-def _settle() -> None:
-    """Asks for tables no more: no rank of this group has one."""
-    global available, _settled
-    available, _settled = False, ranks.group()
-    _changed()
+def agreed(device: str, mine: Files) -> Files:
+    """The tables for a device of this name that all ranks of the group go by; `mine` are my own."""
+    if not has_others():
+        return mine
+    try:
+        # Sets what nobody has set yet, and returns what is there.
+        found = internals.default_store().compare_set(store_key(device), "", json.dumps(mine))
+    except RuntimeError as error:  # not every kind of store can
+        _warn(f"fastlinear cannot have all ranks go by one table: {error}; each goes by its own")
+        return mine
+    theirs: Files = [(path, text) for path, text in json.loads(found)]
+    if [text for _, text in theirs] != [text for _, text in mine]:
+        names, own = (", ".join(path for path, _ in one) or "none" for one in (theirs, mine))
+        _warn(
+            f"fastlinear goes by another rank's tables for {device}, {names}, and not by "
+            f"this rank's, {own}, for all ranks to choose the same kernels"
+        )
+    return theirs
 
 
-def readable(name: str) -> ranks.Files:
+def store_key(device: str) -> str:
+    """Where the group's store has the tables for a device of this name."""
+    return f"fastlinear/tables/{device}"
+
+
+def readable(name: str) -> Files:
     """This process's own tables for a device."""
     files = []
     for folder in folders():
         path = folder / table.file_name(name)
         if not os.path.exists(path):  # nor in a folder that nobody may look into
             continue
-        ignored = None
+        why = said = None
         try:
             parsed = table.read(path)
             if parsed.device != name:
-                ignored = f"it is for {parsed.device!r}, and this is {name!r}"
+                why = f"it is for {parsed.device!r}, and this is {name!r}"
         except (OSError, ValueError) as error:
-            ignored = str(error)
-        if ignored is None:
+            why = str(error)
+        if why is not None:
+            said = f"ignores the table {path}: {why}; fastlinear.tune writes another"
+        else:
             files.append((str(path), table.as_text(parsed)))
+            if (why := parsed.outdated(software())) is not None:
+                margin = f"{MARGIN_OF_OTHERS - 1:.0%}"
+                said = f"goes by the table {path} only where it gains {margin}: {why}"
         # Those that are shipped are the user's to replace, not to repair.
-        if folder == SHIPPED:
-            continue
-        if ignored is not None:
-            _warn(f"fastlinear ignores the table {path}: {ignored}; fastlinear.tune writes another")
-        elif (reason := outdated(parsed)) is not None:
-            margin = f"{MARGIN_OF_OTHERS - 1:.0%}"
-            _warn(f"fastlinear goes by the table {path} only where it gains {margin}: {reason}")
+        if said is not None and folder != SHIPPED:
+            _warn(f"fastlinear {said}")
     return files
 
 
@@ -261,117 +303,32 @@ def _warn(message: str) -> None:
 
 def _usable(parsed: Table, device: torch.device) -> list[Row]:
     """The rows by which a call can go here: PyTorch's way where the gain does not count."""
-    margin = MARGIN if outdated(parsed) is None else MARGIN_OF_OTHERS
+    margin = MARGIN if parsed.outdated(software()) is None else MARGIN_OF_OTHERS
     try:
         from fastlinear.kernels.launching import launch
 
         target = launch.target_of(device)
     except (ImportError, OSError, RuntimeError):  # no Triton, or a device that it does not know
         target = None
+    same = parsed.kernels == software()["kernels"]
+    rows = [
+        row if row.wins(margin) else row.by_pytorch()
+        for row in parsed.rows
+        # Whether a library is there is asked when it is taken.
+        if isinstance(row.candidate, str)
+        or (same and target is not None and why_illegal_row(row, target) is None)
+    ]
 
-    def usable(row: Row) -> bool:
-        if isinstance(row.candidate, str):  # whether a library is there is asked when it is taken
-            return True
-        same = parsed.kernels == software()["kernels"]
-        return same and target is not None and why_illegal_row(row, target) is None
+    def layer(row: Row) -> tuple[object, ...]:
+        return row.dtype, row.precision, row.n, row.k, row.m
 
-    rows = [row for row in parsed.rows if usable(row)]
-    rows = [row if row.wins(margin) else row.by_pytorch() for row in rows]
-    ours = {row.key[1:3] + row.key[-3:] for row in rows if row.candidate not in (PYTORCH, BY_ROWS)}
+    ours = {layer(row) for row in rows if row.candidate not in (PYTORCH, BY_ROWS)}
     return [
-        row.by_pytorch()
-        if row.candidate == BY_ROWS and row.key[1:3] + row.key[-3:] not in ours
-        else row
+        row.by_pytorch() if row.candidate == BY_ROWS and layer(row) not in ours else row
         for row in rows
     ]
 
 
-# Whether no table has a row for a call, by what most calls can be told by. And, for what is told
-# sooner, with how many elements of an input a weight of so many begins to have another way than
-# PyTorch's, by the tables for so many threads in this group. Whoever adds to them holds on to those
-# that there were before it read a table: other tables may have come to hold since.
-_pytorchs: dict[Any, bool] = {}
-_least: dict[Any, dict[int, int]] = {}
-
-
-# Every call takes the time that looking these up takes.
-_recording, _threads = torch.is_grad_enabled, torch.get_num_threads
-
-
-def _note_least(read_by: Any) -> None:
-    noted = _least
-    if torch.cuda.is_available() and not torch.cuda.is_initialized():
-        return  # to ask for a GPU's name would start it
-    least: dict[int, int] = {}
-    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    for device in (torch.device("cpu"), *gpus):
-        for key, one in found(device).items():
-            if key.product in ("output", "training") and one.row.candidate != PYTORCH:
-                elements = (key.m // 2 + 1) * key.k
-                weights = key.n * key.k
-                least[weights] = min(elements, least.get(weights, elements))
-    noted[read_by] = least
-
-
-def is_pytorchs(input: Tensor, weight: Tensor, activation: str | None) -> bool:
-    """Whether a call of "auto" goes PyTorch's way, by what most calls can be told by.
-
-    False where more has to be looked into.
-    """
-    try:
-        elements, weights = input.numel(), weight.numel()  # half as long as their shapes
-        read_by = _threads(), internals.default_group()
-        least = _least.get(read_by)
-        # No symbols, which would be guarded.
-        told = least is not None and type(elements) is int
-        if told and elements < least.get(weights, math.inf):  # type: ignore[union-attr]
-            return True
-        key = (
-            elements,
-            weights,
-            input.dtype,
-            input.device,
-            activation,
-            _recording() and (weight.requires_grad or input.requires_grad),
-            read_by,
-        )
-        answer = _pytorchs.get(key)
-    except (AttributeError, RuntimeError, TypeError):  # no tensors; symbols have no hash
-        return True
-    if answer is None:
-        if internals.tracing() is not None:  # sizes are tensors there
-            return True
-        follow_group()
-        answers = _pytorchs
-        if least is None:
-            _note_least(read_by)
-        answer = not _a_row(input, weight, activation)
-        if len(answers) >= LARGEST_CACHE:
-            answers.clear()
-        answers[key] = answer
-    return answer
-
-
-def _a_row(input: Tensor, weight: Tensor, activation: str | None) -> bool:
-    """Whether a row may have such a call go another way, whatever its precision."""
-    recorded = torch.is_grad_enabled() and (weight.requires_grad or input.requires_grad)
-    elements, weights = input.numel(), weight.numel()
-    dtypes = {name_of(input.dtype)}
-    if input.dtype != torch.float64:  # which autocast leaves alone
-        dtypes |= {"float16", "bfloat16"}
-    return any(
-        key.product == ("training" if recorded else "output")
-        and (key.n * key.k, key.m) == (weights, table.bucket(elements // key.k))
-        and key.activation == activation
-        and key.dtype in dtypes
-        and one.row.candidate != PYTORCH
-        for key, one in found(input.device).items()
-    )
-
-
 def files(device: torch.device) -> dict[Path, int]:
     """The tables in use for a device, with the rows that each gives."""
-    counted: dict[Path, int] = {}
-    for one in found(device).values():
-        counted[one.file] = counted.get(one.file, 0) + 1
-    return counted
+    return dict(collections.Counter(one.file for one in rows(device).values()))

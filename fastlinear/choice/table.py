@@ -1,14 +1,17 @@
 """Tables of what was measured: per device, the fastest way to compute each product of a layer.
 
-A table is a JSON file of plain values. Those that are shipped lie in kernels/tuned/. Nothing here
-imports Triton.
+A table is a JSON file of plain values: what may stand in it, and how it is read, written and added
+to. Those that are shipped lie in kernels/tuned/. Nothing here imports Triton.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -115,6 +118,17 @@ class Table(NamedTuple):
     date: str
     rows: tuple[Row, ...]
 
+    def outdated(self, software: dict[str, str]) -> str | None:
+        """What of torch and Triton has another version than here, in words.
+
+        Bug fixes, 2.13.0 and 2.13.1, count as one.
+        """
+        for name in ("torch", "triton"):
+            measured, version = getattr(self, name), software[name]
+            if measured.split("+")[0].split(".")[:2] != version.split("+")[0].split(".")[:2]:
+                return f"it was measured with {name} {measured}, and this is {version}"
+        return None
+
 
 def call(
     dtype: torch.dtype,
@@ -130,8 +144,12 @@ def call(
     """The key of a call of `linear`: of its training or, where nothing is wanted, its output."""
     product = "training" if wanted else "output"
     wanted = wanted if bias else wanted.removesuffix("bias").strip()
-    name = str(dtype).removeprefix("torch.")
-    return Key(product, name, precision, activation, bias, wanted, n, k, bucket(m))
+    return Key(product, name_of(dtype), precision, activation, bias, wanted, n, k, bucket(m))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """That by which tables know a dtype."""
+    return str(dtype).removeprefix("torch.")
 
 
 def in_words(call: Key) -> str:
@@ -139,6 +157,14 @@ def in_words(call: Key) -> str:
     dtype = call.dtype if call.precision == "ieee" else call.precision
     words = [dtype, f"{call.n}x{call.k}", call.activation, None if call.bias else "no bias"]
     return " ".join(filter(None, [*words, f"{call.m} rows"]))
+
+
+def is_there(candidate: Candidate, key: Key, device: torch.device) -> bool:
+    """Whether a library, where that is the candidate, takes such a product here and now."""
+    if not isinstance(candidate, str) or candidate not in LIBRARIES:
+        return True
+    what = key.product, device, getattr(torch, key.dtype), key.activation, key.bias
+    return LIBRARIES[candidate].why_not(*what) is None
 
 
 def bucket(m: int) -> int:
@@ -276,12 +302,7 @@ def as_text(table: Table) -> str:
 
 
 def read(path: Path) -> Table:
-    """The table in a file.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: as `parse`.
-    """
+    """The table in a file, as `parse`; an OSError where it cannot be read."""
     return parse(path.read_text(encoding="utf-8"))
 
 
@@ -300,3 +321,56 @@ def write(path: Path, table: Table) -> None:
 def file_name(device: str) -> str:
     """That of a device's table: "NVIDIA H100 80GB HBM3" has nvidia-h100-80gb-hbm3.json."""
     return re.sub("[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
+
+
+class Store:
+    """A table's file that is added to. Others may too: it is read again before each writing.
+
+    rows: those that were measured before, here and with the same software.
+
+    Raises:
+        OSError: the file cannot be read or written.
+    """
+
+    def __init__(self, path: Path, here: Table) -> None:
+        """here: what is measured on and with, and no rows."""
+        self.path, self.here = path, here
+        with self._locked():
+            self.rows, why = self._read()
+        if why is not None:
+            print(f"{path} is written anew: {why}", file=sys.stderr)
+
+    def add(self, row: Row) -> None:
+        """Writes `row` beside those that are there, in the place of one for the same product."""
+        with self._locked():
+            rows = self._read()[0] | {row.key: row}
+            write(self.path, self.here._replace(rows=tuple(rows.values())))
+
+    def _read(self) -> tuple[dict[Key, Row], str | None]:
+        """The rows that hold here, and why those that are there do not."""
+        if not self.path.exists():
+            return {}, None
+        try:
+            found = read(self.path)
+        except ValueError as error:
+            return {}, str(error)
+        why = found.outdated(self.here._asdict())
+        if found.kernels != self.here.kernels:
+            why = "it was measured with other kernels"
+        if found.device != self.here.device:
+            why = f"it is for {found.device!r}, and this is {self.here.device!r}"
+        return ({row.key: row for row in found.rows} if why is None else {}), why
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Between reading and writing, one process at a time, where the system can say so."""
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_name(self.path.name + ".lock").open("w") as file:
+            with contextlib.suppress(OSError):  # not on every network's folder
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield

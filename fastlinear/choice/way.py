@@ -1,25 +1,115 @@
 """The way of a call: what computes it, decided once for calls that are alike.
 
-`find` is what `linear` asks first: it compares operands with those of earlier calls, in all that
-PyTorch dispatches by and all that a plan depends on. `takes_ours` decides for backend "auto", and
-`of_output`, `of_product` and `of_pair` for each product of the ops, by what tables say.
+`is_pytorchs` is what `linear` asks first, where there is a table. `find` compares operands with
+those of earlier calls, in all that PyTorch dispatches by and all that a plan depends on.
+`tables_say_so` decides for backend "auto", and `Asked` for each product of the ops, by what tables
+say.
 """
 
-import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from fastlinear import _torch_internals as internals
-from fastlinear.choice import backend, known, running
-from fastlinear.choice.known import LARGEST_CACHE, Found
-from fastlinear.choice.table import LIBRARIES, PYTORCH, Candidate, Key
+from fastlinear.choice import backend, known, running, table
+from fastlinear.choice.known import Found
+from fastlinear.choice.table import PYTORCH, Candidate, Key
 from fastlinear.kernels.configs.config import BackwardConfig
 
+LARGEST_CACHE = 4096  # shapes
 WAYS_A_SHAPE = 8  # operands of the same shapes may differ in strides, dtype and requires_grad
+
+
+# Whether no table has a row for a call, by what most calls can be told by. And, for what is told
+# sooner, with how many elements of an input a weight of so many begins to have another way than
+# PyTorch's, by the tables for so many threads in this group. Whoever adds to them holds on to those
+# that there were before it read a table: other tables may have come to hold since.
+_pytorchs: dict[Any, bool] = {}
+_least: dict[Any, dict[int, int]] = {}
+
+
+def _forget() -> None:
+    global _pytorchs, _least
+    _pytorchs, _least = {}, {}  # another thread may be about to write to the old ones
+
+
+known.watchers.append(_forget)
+
+# Every call takes the time that looking these up takes.
+_recording, _threads = torch.is_grad_enabled, torch.get_num_threads
+
+
+def is_pytorchs(input: Tensor, weight: Tensor, activation: str | None) -> bool:
+    """Whether a call of "auto" goes PyTorch's way, by what most calls can be told by.
+
+    False where more has to be looked into.
+    """
+    try:
+        elements, weights = input.numel(), weight.numel()  # half as long as their shapes
+        read_by = _threads(), internals.default_group()
+        least = _least.get(read_by)
+        # No symbols, which would be guarded.
+        told = least is not None and type(elements) is int
+        if told and elements < least.get(weights, math.inf):  # type: ignore[union-attr]
+            return True
+        key = (
+            elements,
+            weights,
+            input.dtype,
+            input.device,
+            activation,
+            _recording() and (weight.requires_grad or input.requires_grad),
+            read_by,
+        )
+        answer = _pytorchs.get(key)
+    except (AttributeError, RuntimeError, TypeError):  # no tensors; symbols have no hash
+        return True
+    if answer is None:
+        if internals.tracing() is not None:  # sizes are tensors there
+            return True
+        known.follow_group()
+        answers = _pytorchs
+        if least is None:
+            _note_least(read_by)
+        answer = not _any_row(key)
+        if len(answers) >= LARGEST_CACHE:
+            answers.clear()
+        answers[key] = answer
+    return answer
+
+
+def _note_least(read_by: Any) -> None:
+    noted = _least
+    if torch.cuda.is_available() and not torch.cuda.is_initialized():
+        return  # to ask for a GPU's name would start it
+    least: dict[int, int] = {}
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in (torch.device("cpu"), *gpus):
+        for key in known.rows(device).faster_calls:
+            elements = (key.m // 2 + 1) * key.k
+            weights = key.n * key.k
+            least[weights] = min(elements, least.get(weights, elements))
+    noted[read_by] = least
+
+
+def _any_row(call: tuple[Any, ...]) -> bool:
+    """Whether a row may have such a call go another way, whatever its precision."""
+    elements, weights, dtype, device, activation, recorded, _ = call
+    dtypes = {table.name_of(dtype)}
+    if dtype != torch.float64:  # which autocast leaves alone
+        dtypes |= {"float16", "bfloat16"}
+    return any(
+        key.product == ("training" if recorded else "output")
+        and (key.n * key.k, key.m) == (weights, table.bucket(elements // key.k))
+        and key.activation == activation
+        and key.dtype in dtypes
+        for key in known.rows(device).faster_calls
+    )
 
 
 class Way(NamedTuple):
@@ -105,49 +195,37 @@ def remember(
 def faster_sizes(device: torch.device) -> set[tuple[int, int]]:
     """The (n, k) of layers for which, of some batch, another way than PyTorch's is known."""
     known.follow_group()
-    return {
-        (key.n, key.k)
-        for key, found in known.found(device).items()
-        if key.product in ("output", "training") and found.row.candidate != PYTORCH
-    }
+    return {(key.n, key.k) for key in known.rows(device).faster_calls}
 
 
-def _key(
-    product: str,
-    first: Tensor,
-    dtype: torch.dtype,
-    activation: str | None,
-    bias: bool,
-    n: int,
-    k: int,
-    m: int = 0,
-    wanted: str = "",
-) -> Key:
-    precision = backend.table_precision(dtype, first.device)
-    name = known.name_of(dtype)
-    return Key(product, name, precision, activation, bias, wanted, n, k, m)
+def any_gradients(device: torch.device) -> bool:
+    """Whether a table has something else than PyTorch for a gradient's product there."""
+    return known.rows(device).any_gradients
 
 
-def _for_any_rows(
-    device: torch.device,
-    product: str,
-    dtype: torch.dtype,
-    activation: str | None,
-    bias: bool,
-    wanted: str,
-    n: int,
-    k: int,
-) -> bool:
-    """Whether another way than PyTorch's is faster for some number of rows."""
-    known.follow_group()
-    precision = backend.table_precision(dtype, device)  # which Dynamo guards itself
-    key = Key(product, known.name_of(dtype), precision, activation, bias, wanted, n, k, 1)
-    rows = {one.m for one in known.found(device)}
-    found = (known.find(device, key._replace(m=m)) for m in rows)
-    return any(one is not None and one.row.candidate != PYTORCH for one in found)
+def tables_say_so(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+) -> Way | bool:
+    """Whether backend "auto" takes the op: for plain operands, if a table says so.
 
-
-internals.constant_to_dynamo(_for_any_rows)
+    By which way, if one is remembered.
+    """
+    operands = (input, weight) if bias is None else (input, weight, bias)
+    if backend.current != "auto" or any(type(one) not in internals.PLAIN for one in operands):
+        return False
+    if any(one.is_nested or one.layout != torch.strided for one in operands):
+        return False
+    if is_dynamo_compiling():
+        return takes_ours(input, weight, bias, activation)
+    found = find(input, weight, bias, activation)
+    if found is not None:
+        return False if found.output is None else found
+    if internals.transforming() or internals.tracing() is not None:
+        return False
+    ours = takes_ours(input, weight, bias, activation)
+    if not ours:
+        remember(input, weight, bias, activation, None)
+    return ours
 
 
 def takes_ours(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> bool:
@@ -157,9 +235,9 @@ def takes_ours(input: Tensor, weight: Tensor, bias: Tensor | None, activation: s
     takes the op if the table says so of any number of rows, and the op decides when it runs: guards
     on rows would have it compiled again and again, and exclude a dynamic batch size.
     """
-    if input.is_nested or weight.is_nested or input.dim() == 0 or weight.dim() != 2:
+    if input.dim() == 0 or weight.dim() != 2:
         return False
-    compiling = torch.compiler.is_dynamo_compiling()
+    compiling = is_dynamo_compiling()
     # A parameter's sizes are constants there; others' may be symbols. What is exported is to run
     # without the table, and without this package.
     if compiling and (not isinstance(weight, Parameter) or internals.exporting()):
@@ -167,50 +245,27 @@ def takes_ours(input: Tensor, weight: Tensor, bias: Tensor | None, activation: s
     (n, k), device = weight.shape, input.device
     if not k or input.shape[-1] != k:
         return False
-    if input.layout != torch.strided or weight.layout != torch.strided:
-        return False
     if not (input.is_contiguous() and weight.is_contiguous() and weight.device == device):
         return False
     if not compiling and (input.data_ptr() | weight.data_ptr()) % 16:
         return False
-    dtype, dtypes = input.dtype, (weight.dtype, input.dtype if bias is None else bias.dtype)
-    if internals.autocasting():
-        autocast = backend.autocast_dtype(device.type)
-        dtype = backend.dtype_under(autocast, dtype)
-        dtypes = (
-            backend.dtype_under(autocast, dtypes[0]),
-            backend.dtype_under(autocast, dtypes[1]),
-        )
-    if dtypes != (dtype, dtype):
-        return False
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != n or bias.device != device):
         return False
-    wanted = wanted_of(input, weight, bias)
-    product = "training" if wanted else "output"
+    dtypes = [one.dtype for one in (input, weight, bias) if one is not None]
+    if internals.autocasting():
+        autocast = backend.autocast_dtype(device.type)
+        dtypes = [backend.dtype_under(autocast, dtype) for dtype in dtypes]
+    dtype = dtypes[0]
+    if dtypes != [dtype] * len(dtypes):
+        return False
+    layer = dtype, bias is not None, wanted_of(input, weight, bias), activation, n, k
     if compiling:
-        what = device, product, dtype, activation, bias is not None, wanted
-        return _for_any_rows(*what, n, k)
-    m = input.numel() // k
-    key = _key(product, input, dtype, activation, bias is not None, n, k, m, wanted)
-    found = known.find(device, key)
+        return _for_any_rows(device, *layer)
+    key = call_key(device, *layer, input.numel() // k)
+    found = known.row(device, key)
     if found is None or found.row.candidate == PYTORCH:
         return False
-    how = activation, bias is not None
-    return _is_there(found.row.candidate, product, device, dtype, *how)
-
-
-def _is_there(
-    candidate: Candidate,
-    product: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    activation: str | None,
-    bias: bool,
-) -> bool:
-    """Whether a library, where that is the candidate, takes such a product here and now."""
-    if not isinstance(candidate, str) or candidate not in LIBRARIES:
-        return True
-    return LIBRARIES[candidate].why_not(product, device, dtype, activation, bias) is None
+    return table.is_there(found.row.candidate, key, device)
 
 
 def wanted_of(input: Tensor, weight: Tensor, bias: Tensor | None) -> str:
@@ -221,111 +276,100 @@ def wanted_of(input: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     return " ".join(wanted + ["bias"] * (bias is not None and bias.requires_grad))
 
 
-def row_of(
-    product: str,
-    first: Tensor,
-    second: Tensor,
+def call_key(
+    device: torch.device,
+    dtype: torch.dtype,
+    bias: bool,
+    wanted: str,
+    activation: str | None,
     n: int,
     k: int,
-    activation: str | None = None,
-    bias: bool = False,
-    dtype: torch.dtype | None = None,
-) -> Found | None:
-    """The row for a product of `first`, which has its rows, and `second`, if there is one.
-
-    Only of operands that lie as they did when it was measured. dtype: theirs, or what autocast
-    makes of it.
-    """
-    if not (first.is_contiguous() and second.is_contiguous() and n * k):
-        return None
-    if (first.data_ptr() | second.data_ptr()) % 16:
-        return None
-    m = first.numel() // first.shape[-1]
-    key = _key(product, first, dtype or first.dtype, activation, bias, n, k, m)
-    return known.find(first.device, key)
-
-
-def of_product(
-    product: str,
-    first: Tensor,
-    second: Tensor,
-    n: int,
-    k: int,
-    activation: str | None = None,
-    bias: bool = False,
-) -> Candidate | None:
-    """What computes a product, as `row_of` takes it.
-
-    PYTORCH, a library's name, a kernel in a configuration of a table's, or, with None, in that
-    which the launcher chooses.
-    """
-    if running.only_pytorch():
-        return PYTORCH
-    found = row_of(product, first, second, n, k, activation, bias)
-    candidate = None if found is None else found.row.candidate
-    if candidate and not _is_there(candidate, product, first.device, first.dtype, activation, bias):
-        candidate = None
-    if running.takes_pytorch():
-        return PYTORCH if candidate is None else candidate
-    return None if isinstance(candidate, str) else candidate
-
-
-def any_gradients(device: torch.device) -> bool:
-    """Whether a table has something else than PyTorch for a gradient's product there."""
-    return _any_gradients(device, known.generation, torch.get_num_threads())
-
-
-@functools.lru_cache
-def _any_gradients(device: torch.device, generation: int, threads: int) -> bool:
-    products = ("grad_input", "grad_weight", "gradients")
-    return any(
-        key.product in products and found.row.candidate != PYTORCH
-        for key, found in known.found(device).items()
+    m: int = 1,
+) -> Key:
+    """That of a call of `linear`, in the settings that are in force."""
+    precision = backend.table_precision(dtype, device)  # which Dynamo guards itself
+    return table.call(
+        dtype, bias, n, k, m, wanted=wanted, activation=activation, precision=precision
     )
+
+
+def _for_any_rows(device: torch.device, *call: Any) -> bool:
+    """Whether another way than PyTorch's is faster for some number of rows.
+
+    call: as `call_key` takes it, but for the rows.
+    """
+    known.follow_group()
+    key = call_key(device, *call)
+    measured = {one.m for one in known.rows(device)}
+    found = (known.row(device, key._replace(m=m)) for m in measured)
+    return any(one is not None and one.row.candidate != PYTORCH for one in found)
+
+
+internals.constant_to_dynamo(_for_any_rows)
+
+
+class Asked(NamedTuple):
+    """A product of an op, of `first`, which has its rows, and `second`, of so many features.
+
+    dtype: theirs, or what autocast makes of it; None is theirs.
+    """
+
+    product: str
+    first: Tensor
+    second: Tensor
+    n: int
+    k: int
+    activation: str | None = None
+    bias: bool = False
+    dtype: torch.dtype | None = None
+
+    def row(self) -> Found | None:
+        """The row it goes by, if one counts: of operands that lie as they did when measured."""
+        product, first, second, n, k, activation, bias, dtype = self
+        if not (first.is_contiguous() and second.is_contiguous() and n * k):
+            return None
+        if (first.data_ptr() | second.data_ptr()) % 16:
+            return None
+        device, dtype = first.device, dtype or first.dtype
+        name, precision = table.name_of(dtype), backend.table_precision(dtype, device)
+        m = first.numel() // first.shape[-1]
+        key = Key(product, name, precision, activation, bias, "", n, k, m)
+        found = known.row(device, key)
+        if found is None or not table.is_there(found.row.candidate, key, device):
+            return None
+        # With backend "triton" a row that holds no kernel has no say.
+        ours = not isinstance(found.row.candidate, str)
+        return found if ours or running.takes_pytorch() else None
+
+    def candidate(self) -> Candidate | None:
+        """What computes it: PYTORCH, a library, or a kernel in a configuration of a table's.
+
+        With None it is a kernel in that which the launcher chooses.
+        """
+        if running.only_pytorch():
+            return PYTORCH
+        found = self.row()
+        if found is not None:
+            return found.row.candidate
+        return PYTORCH if running.takes_pytorch() else None
 
 
 def of_output(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
 ) -> Candidate | None:
-    """`of_product` of the output of a layer, or of B layers."""
+    """What computes the output of a layer, or of B layers, as `Asked.candidate`."""
     if weight.dim() != 2 or input.dim() == 0:
         return PYTORCH if running.takes_pytorch() else None
     n, k = weight.shape
-    return of_product("output", input, weight, n, k, activation, bias is not None)
+    return Asked("output", input, weight, n, k, activation, bias is not None).candidate()
 
 
 def of_pair(
     grad_output: Tensor, input: Tensor, weight: Tensor, bias: bool
 ) -> BackwardConfig | None:
     """That in which one launch computes both products of a backward, where a table says so."""
+    if not grad_output.is_contiguous() or grad_output.data_ptr() % 16:
+        return None
     n, k = weight.shape
-    plain = grad_output.is_contiguous() and grad_output.data_ptr() % 16 == 0
-    candidate = of_product("gradients", input, weight, n, k, bias=bias) if plain else None
+    candidate = Asked("gradients", input, weight, n, k, bias=bias).candidate()
     return candidate if isinstance(candidate, BackwardConfig) else None
-
-
-def rows_of(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, dtype: torch.dtype
-) -> dict[str, Found]:
-    """The rows that a call goes by, by product, for `explain`."""
-    of_bias = bias is not None and bias.requires_grad
-    asked: dict[str, tuple[str | None, bool]] = {
-        "output": (activation, bias is not None),
-        "grad_input": (None, False),
-        "grad_weight": (None, of_bias),
-    }
-    if input.requires_grad and weight.requires_grad:
-        asked["gradients"] = None, of_bias
-    n, k = weight.shape
-    rows = {
-        product: row_of(product, input, weight, n, k, *what, dtype)
-        for product, what in asked.items()
-    }
-    # With backend "triton" a row that holds no kernel has no say.
-    return {
-        product: found
-        for product, found in rows.items()
-        if found is not None
-        and (backend.current == "auto" or not isinstance(found.row.candidate, str))
-        and _is_there(found.row.candidate, product, input.device, dtype, *asked[product])
-    }

@@ -222,10 +222,11 @@ def _by_table(
             return pair, None, None
     n, of_input, of_weight = grad_output.shape[-1], None, None
     if weight is not None:
-        of_input = way.of_product("grad_input", grad_output, weight, n, weight.shape[-1])
+        of_input = way.Asked("grad_input", grad_output, weight, n, weight.shape[-1]).candidate()
     if input is not None:
         k = input.shape[-1]
-        of_weight = way.of_product("grad_weight", grad_output, input, n, k, bias=bias)
+        asked = way.Asked("grad_weight", grad_output, input, n, k, bias=bias)
+        of_weight = asked.candidate()
     return None, of_input, of_weight
 
 

@@ -6,6 +6,7 @@ caller, by more than the measurements scatter, and slower at neither.
 """
 
 import contextlib
+import copy
 import itertools
 import math
 import statistics
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlinear import _torch_internals as internals
 from fastlinear.choice import backend, table
 from fastlinear.choice.launchers import kernels_run_on, launchers
 from fastlinear.choice.table import BY_ROWS, LIBRARIES, OPERANDS, PYTORCH, Candidate, Key, Row
@@ -24,7 +26,7 @@ from fastlinear.kernels.configs.choose import ranked
 from fastlinear.kernels.configs.choose_pair import ranked_pairs
 from fastlinear.ops import implementations
 from fastlinear.ops.elementwise import ACTIVATIONS
-from fastlinear.tuning.stopwatch import Call, Measure
+from fastlinear.tuning.stopwatch import Call, Measure, Times
 
 CANDIDATES = 10  # kernels a product, by modelled time
 PAIRS = 3  # for both gradients in one launch
@@ -47,25 +49,20 @@ def keys_of(call: Key, device: torch.device) -> list[Key]:
     """Those of a call's products that there is a choice for, and at last its own."""
     if call.product == "output":
         return [call]
-    output = call._replace(product="output", wanted="")
-    wanted, plain = call.wanted.split(), output._replace(activation=None)
-    with_bias = plain._replace(bias="bias" in wanted)
-    gradients = {
-        "input": plain._replace(product="grad_input", bias=False),
-        "weight": with_bias._replace(product="grad_weight"),
-    }
-    keys = [key for name, key in gradients.items() if name in wanted]
+    wanted, output = call.wanted.split(), call._replace(product="output", wanted="")
+    of_input = output._replace(product="grad_input", activation=None, bias=False)
+    of_weight = of_input._replace(product="grad_weight", bias="bias" in wanted)
+    gradients = [of_input] * ("input" in wanted) + [of_weight] * ("weight" in wanted)
     if not kernels_run_on(device):
-        keys = [key for key in keys if libraries_for(key, device)]
-    elif len(keys) == 2:
-        keys.append(with_bias._replace(product="gradients"))
-    return [output, *keys, call]
+        gradients = [key for key in gradients if libraries_for(key, device)]
+    elif len(gradients) == 2:
+        gradients.append(of_weight._replace(product="gradients"))
+    return [output, *gradients, call]
 
 
 def libraries_for(key: Key, device: torch.device) -> list[Candidate]:
     """The libraries that take such a product."""
-    what = key.product, device, getattr(torch, key.dtype), key.activation, key.bias
-    return [name for name, library in LIBRARIES.items() if library.why_not(*what) is None]
+    return [name for name in LIBRARIES if table.is_there(name, key, device)]
 
 
 class Products:
@@ -108,73 +105,72 @@ class Products:
         applied = ACTIVATIONS[activation]
         return lambda: applied(F.linear(input, weight, bias))
 
-    def by_pytorch(self, product: str) -> Results:
-        return self._native(product, self.input, self.weight, self.bias, self.grad)
-
     def exact(self, product: str) -> tuple[Tensor, ...]:
-        bias = None if self.bias is None else self.bias.double()
+        """What it should come to: PyTorch's in float64."""
+        exact = copy.copy(self)
+        exact.input, exact.weight = self.input.double(), self.weight.double()
+        exact.bias = None if self.bias is None else self.bias.double()
         # An activation can hold as much of its own as the gradient, which the output has no use of.
-        grad = self.grad if product == "output" else self.grad.double()
-        return self._native(product, self.input.double(), self.weight.double(), bias, grad)()
+        exact.grad = self.grad if product == "output" else self.grad.double()
+        return exact.by_pytorch(product)()
 
-    def _native(
-        self, product: str, input: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor
-    ) -> Results:
-        if product == "output":
-            output = self._forward(input, weight, bias, by_pytorch=True)
-            return lambda: (output(),)
-        if product == "grad_input":
-            return lambda: (grad @ weight,)
-        if product == "grad_weight":
-            if not self.grad_bias:
-                return lambda: (grad.mT @ input,)
-            return lambda: (grad.mT @ input, grad.sum(0))
-        if not self.grad_bias:
-            return lambda: (grad @ weight, grad.mT @ input)
-        return lambda: (grad @ weight, grad.mT @ input, grad.sum(0))
+    def by_pytorch(self, product: str) -> Results:
+        input, weight, grad = self.input, self.weight, self.grad
+        output = self._forward(*self.operands, by_pytorch=True)
+        calls: dict[str, Results] = {
+            "output": lambda: (output(),),
+            "grad_input": lambda: (grad @ weight,),
+            "grad_weight": lambda: (grad.mT @ input,),
+            "gradients": lambda: (grad @ weight, grad.mT @ input),
+        }
+        if self.grad_bias:
+            calls["grad_weight"] = lambda: (grad.mT @ input, grad.sum(0))
+            calls["gradients"] = lambda: (grad @ weight, grad.mT @ input, grad.sum(0))
+        return calls[product]
 
     def by_kernel(self, product: str, config: Candidate | None) -> Results:
         """By a kernel in a configuration, None being the launcher's choice, or by a library."""
-        activation, bias = self.call.activation, self.grad_bias
-        last = None if bias else -1  # no grad_bias
+        operands, grad, activation = self.operands, self.grad, self.call.activation
+        of_weight, with_bias = (grad, self.input), self.grad_bias
+        last = None if with_bias else -1  # no grad_bias
+        calls: dict[str, Results]
         if isinstance(config, str):
             library = LIBRARIES[config]
-            if product == "grad_input":
-                return lambda: (library.grad_input(self.grad, self.weight),)
-            if product == "grad_weight":
-                return lambda: library.grad_weight(self.grad, self.input, bias)[:last]
-            return lambda: (library.output(*self.operands, activation),)
-        kernels = launchers()
+            calls = {
+                "output": lambda: (library.output(*operands, activation),),
+                "grad_input": lambda: (library.grad_input(grad, self.weight),),
+                "grad_weight": lambda: library.grad_weight(*of_weight, with_bias)[:last],
+            }
+            return calls[product]
+        forward, backward, backward_weight = launchers()[:3]
         how: dict[str, Any] = {"precision": self.call.precision, "config": config}
-        if product == "output" and activation is None:
-            return lambda: (kernels.forward.linear_forward(*self.operands, **how),)
-        if product == "output":
-            activated = kernels.forward.linear_activation_forward
-            return lambda: activated(*self.operands, activation, False, **how)[:1]
-        if product == "grad_input":
-            return lambda: (kernels.backward.linear_backward_input(self.grad, self.weight, **how),)
-        if product == "gradients":
-            both, given = kernels.backward.linear_backward, (self.grad, self.input, self.weight)
-            return lambda: both(*given, bias, **how)[:last]
-        weight_gradient = kernels.backward_weight.linear_backward_weight
-        return lambda: weight_gradient(self.grad, self.input, bias, **how)[:last]
+        calls = {
+            "output": lambda: (forward.linear_forward(*operands, **how),),
+            "grad_input": lambda: (backward.linear_backward_input(grad, self.weight, **how),),
+            "grad_weight": lambda: backward_weight.linear_backward_weight(
+                *of_weight, with_bias, **how
+            )[:last],
+            "gradients": lambda: backward.linear_backward(
+                *of_weight, self.weight, with_bias, **how
+            )[:last],
+        }
+        if activation is not None:
+            calls["output"] = lambda: forward.linear_activation_forward(
+                *operands, activation, False, **how
+            )[:1]
+        return calls[product]
 
     def by_rows(self) -> Results:
         """Both gradients, each as its row in use says."""
         operands, bias = (self.grad, self.input, self.weight), self.grad_bias
         return lambda: implementations.backward(*operands, bias, False)[: None if bias else -1]
 
-    def candidates(self, product: str) -> list[Candidate]:
-        """What else may compute a product: libraries, and the kernels' best, as modelled."""
-        found = libraries_for(self._key(product), self.device)
-        return found + (self.configs(product) if kernels_run_on(self.device) else [])
-
-    def _key(self, product: str) -> Key:
+    def key(self, product: str) -> Key:
         return next(key for key in keys_of(self.call, self.device) if key.product == product)
 
     def configs(self, product: str) -> list[Candidate]:
         """The kernels' best, as modelled."""
-        key = self._key(product)
+        key = self.key(product)
         target = launchers().forward.launch.target_of(self.device)
         traits, (n, k) = table.traits_of(key, target), (key.n, key.k)
         if product == "gradients":
@@ -228,8 +224,11 @@ def exact_calls(products: Products, product: str) -> dict[Candidate, Call]:
     call = products.call
     terms = {"output": call.k, "grad_input": call.n, "grad_weight": call.m}
     most = terms.get(product, max(call.m, call.n))
+    candidates = libraries_for(products.key(product), products.device)
+    if kernels_run_on(products.device):
+        candidates += products.configs(product)
     calls: dict[Candidate, Call] = {}
-    for config in products.candidates(product):
+    for config in candidates:
         computed = products.by_kernel(product, config)
         try:
             if as_exact(computed(), theirs, exact, most):
@@ -246,18 +245,21 @@ def exact_calls(products: Products, product: str) -> dict[Candidate, Call]:
 def measure_call(
     call: Key, rows: int, device: torch.device, measure: Measure, known: dict[Key, Row]
 ) -> Iterator[Row]:
-    """The rows that are not known yet: those of a call's products, and then its own."""
+    """The rows that are not known yet: those of a call's products, and then its own.
+
+    Each is known from then on.
+    """
     keys = keys_of(call, device)
     if all(key in known for key in keys):
         return
-    products = Products(call, device, rows)
-    found: list[Row] = []
-    for key in keys:
-        row = known.get(key)
-        if row is None:
-            row = _measured(products, key, measure, found)
-            yield row
-        found.append(row)
+    # Neither autocast nor the caller's random numbers have a say in what is measured.
+    with torch.autocast(device.type, enabled=False), internals.own_random_state(device):
+        products = Products(call, device, rows)
+        for number, key in enumerate(keys):
+            if key not in known:
+                parts = [known[one] for one in keys[:number]]
+                known[key] = _measured(products, key, measure, parts)
+                yield known[key]
 
 
 def _measured(products: Products, key: Key, measure: Measure, parts: list[Row]) -> Row:
@@ -276,7 +278,7 @@ def _measured(products: Products, key: Key, measure: Measure, parts: list[Row]) 
     others = {"training": parts, "gradients": parts[1:]}.get(product, [])
     if any(row.candidate != PYTORCH for row in others):
         calls[BY_ROWS] = call_of(BY_ROWS)(products)
-    times: dict[str, list[float]] = {}
+    times: Times = {}
     best = next(iter(calls), PYTORCH)
     if not on_cpu(device):
         native = call_of(PYTORCH) if product == "training" else lambda one: one.by_pytorch(product)
@@ -326,17 +328,13 @@ def faster(times: list[float], than: list[float]) -> bool:
     return gained[len(gained) // 4] > 0
 
 
-def wins(
-    one: str, other: str, times: dict[str, list[float]], walls: dict[str, list[float]]
-) -> bool:
+def wins(one: str, other: str, times: Times, walls: Times) -> bool:
     """Whether one is faster than the other on a clock, and slower on none."""
     clocks = times, walls
     slower = any(faster(clock[other], clock[one]) for clock in clocks)
     return not slower and any(faster(clock[one], clock[other]) for clock in clocks)
 
 
-def _row(
-    key: Key, candidate: Candidate, times: dict[str, list[float]], walls: dict[str, list[float]]
-) -> Row:
+def _row(key: Key, candidate: Candidate, times: Times, walls: Times) -> Row:
     found = (clock[str(one)] for clock in (times, walls) for one in (candidate, PYTORCH))
     return Row(*key, candidate, *(round(statistics.median(one), 3) for one in found))

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastlinear import _torch_internals as internals
 from fastlinear import functional
-from fastlinear.choice import backend, table, way
+from fastlinear.choice import backend, way
 from fastlinear.choice.table import Key
 from fastlinear.kernels.launching.operands import DTYPES
 
@@ -39,54 +39,25 @@ class Noted:
     names: list[str] = field(default_factory=list)
 
 
-class Recorder:
-    """Within it, calls of our functions are noted."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.calls: dict[Call, Noted] = {}
-        self.names = {
-            id(parameter): name or "(model)"
-            for name, module in model.named_modules()
-            for parameter in module._parameters.values()
-        }
-
-    def __enter__(self) -> None:
-        functional.observers.append(self.note)
-
-    def __exit__(self, *error: Any) -> None:
-        functional.observers.remove(self.note)
-
-    def note(
-        self, function: Callable[..., Any], operands: Sequence[Any], activation: str | None
-    ) -> None:
-        input, weight, bias = operands
-        into_main_grad = function.__name__ == "linear_into_main_grad"
-        # Without an activation it calls `linear`, which is noted then.
-        if into_main_grad and activation is None:
-            return
-        tensors = isinstance(input, Tensor) and isinstance(weight, Tensor)
-        if not tensors or input.dtype not in DTYPES or weight.dim() < 2 or not weight.numel():
-            return
-        (n, k), device = weight.shape[-2:], input.device
-        dtype = backend.dtype_under(backend.autocast_dtype(device.type), input.dtype)
-        rows = input.numel() // k
-        key = table.call(
-            dtype,
-            bias is not None,
-            n,
-            k,
-            rows,
-            wanted="" if into_main_grad else way.wanted_of(input, weight, bias),
-            activation=activation,
-            precision=backend.table_precision(dtype, device),
-        )
-        op = "linear" if into_main_grad else function.__name__
-        call = Call(op, device, _is_plain(input) and _is_plain(weight), key)
-        noted = self.calls.setdefault(call, Noted())
-        noted.rows.append(rows)
-        name = self.names.get(id(weight), "(computed weight)")
-        if name not in noted.names:
-            noted.names.append(name)
+def _call_of(
+    function: Callable[..., Any], operands: Sequence[Any], activation: str | None
+) -> tuple[Call, int] | None:
+    """A call, and its number of rows; None where there is nothing to measure."""
+    input, weight, bias = operands
+    into_main_grad = function.__name__ == "linear_into_main_grad"
+    # Without an activation it calls `linear`, which is noted then.
+    if into_main_grad and activation is None:
+        return None
+    tensors = isinstance(input, Tensor) and isinstance(weight, Tensor)
+    if not tensors or input.dtype not in DTYPES or weight.dim() < 2 or not weight.numel():
+        return None
+    (n, k), device = weight.shape[-2:], input.device
+    dtype = backend.dtype_under(backend.autocast_dtype(device.type), input.dtype)
+    wanted = "" if into_main_grad else way.wanted_of(input, weight, bias)
+    rows = input.numel() // k
+    key = way.call_key(device, dtype, bias is not None, wanted, activation, n, k, rows)
+    op = "linear" if into_main_grad else function.__name__
+    return Call(op, device, _is_plain(input) and _is_plain(weight), key), rows
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -111,13 +82,31 @@ def record(
     Raises:
         Exception: whatever the model raises.
     """
-    recorder = Recorder(model)
+    names = {
+        id(parameter): name or "(model)"
+        for name, module in model.named_modules()
+        for parameter in module._parameters.values()
+    }
+    calls: dict[Call, Noted] = {}
+
+    def note(*called: Any) -> None:
+        found = _call_of(*called)
+        if found is not None:
+            noted = calls.setdefault(found[0], Noted())
+            noted.rows.append(found[1])
+            name = names.get(id(called[1][1]), "(computed weight)")
+            noted.names += [name] * (name not in noted.names)
+
     given = [one for one in tree_leaves((arguments, options)) if isinstance(one, Tensor)]
-    with _unchanged(model, given), recorder, internals.uncompiled():
-        output = model(*arguments, **options)
-        if model.training and torch.is_grad_enabled():
-            _backward(output)
-    return recorder.calls
+    with _unchanged(model, given), internals.uncompiled():
+        functional.observers.append(note)
+        try:
+            output = model(*arguments, **options)
+            if model.training and torch.is_grad_enabled():
+                _backward(output)
+        finally:
+            functional.observers.remove(note)
+    return calls
 
 
 def _backward(output: Any) -> None:

@@ -1,19 +1,19 @@
 """How calls are timed, on a GPU and on a CPU."""
 
-import functools
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Call = Callable[[], object]
-# Microseconds of each call, by its name, one for each round in which all took turns. The second
-# argument is "device" or "wall".
-Measure = Callable[[dict[str, Call], str], dict[str, list[float]]]
+# Microseconds of each call, by its name, one for each round in which all took turns.
+Times = dict[str, list[float]]
+Measure = Callable[[dict[str, Call], str], Times]  # the second argument is "device" or "wall"
 
 ROUNDS = 11
 CPU_ROUNDS, CPU_SECONDS = (7, 31), 1.5  # at least and at most; what all should take together
@@ -40,8 +40,30 @@ class Flush:
         torch.sum(self.read, 0, out=self.total)
 
 
+def _timed(call: Call, count: int, wait: Callable[[], None] = lambda: None) -> float:
+    """Microseconds of one of so many calls; `wait` is for what they have begun, and before them."""
+    wait()
+    started = time.perf_counter()
+    for _ in range(count):
+        call()
+    wait()
+    return 1e6 * (time.perf_counter() - started) / count
+
+
+def _rounds(time_of: Mapping[str, Callable[[], float]], rounds: int, turn: int = 1) -> Times:
+    """The times of so many rounds, so that a slow moment of the machine meets them all.
+
+    turn: -1 has every other round go the other way about.
+    """
+    times: Times = {name: [] for name in time_of}
+    for number in range(rounds):
+        for name in list(time_of)[:: turn if number % 2 else 1]:
+            times[name].append(time_of[name]())
+    return times
+
+
 class Stopwatch:
-    """Times calls in turn, so that a slow moment of the machine meets them all."""
+    """Times calls on a GPU, in turn."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -50,7 +72,7 @@ class Stopwatch:
         self.stream = torch.cuda.Stream(device)
         self.flush = Flush(device)
 
-    def __call__(self, calls: dict[str, Call], clock: str) -> dict[str, list[float]]:
+    def __call__(self, calls: dict[str, Call], clock: str) -> Times:
         """Each call's times, in microseconds.
 
         Args:
@@ -59,45 +81,42 @@ class Stopwatch:
                 the operands in L2; "wall" is the time until the next call can be made, or the
                 device's where that is longer.
         """
-        # Operands were made on the current stream.
-        torch.cuda.synchronize(self.device)
+        self._wait()  # operands were made on the current stream
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             for call in calls.values():
                 for _ in range(WARM_UPS):
                     call()
-            if clock == "device":
-                # They run one at a time, and nobody reads their outputs: one memory is for all.
-                pool = torch.cuda.graph_pool_handle()
-                time_of = {name: self._on_the_device(call, pool) for name, call in calls.items()}
-            else:
-                time_of = {name: self._on_the_wall(call) for name, call in calls.items()}
-            times: dict[str, list[float]] = {name: [] for name in calls}
-            for _ in range(ROUNDS):
-                for name, measure in time_of.items():
-                    times[name].append(measure())
-        torch.cuda.synchronize(self.device)
+            time_of: dict[str, Callable[[], float]] = {}
+            # They run one at a time, and nobody reads their outputs: one memory is for all.
+            pool = torch.cuda.graph_pool_handle() if clock == "device" else None
+            for name, call in calls.items():
+                if clock == "device":
+                    time_of[name] = partial(self._on_the_device, self._captured(call, pool))
+                else:
+                    count = max(5, round(1e6 * LEAST_SECONDS / _timed(call, 5, self._wait)))
+                    time_of[name] = partial(_timed, call, count, self._wait)
+            times = _rounds(time_of, ROUNDS)
+        self._wait()
         return times
 
-    def _on_the_device(self, call: Call, pool: Any) -> Callable[[], float]:
-        replay = self._captured(call, pool)
+    def _wait(self) -> None:
+        torch.cuda.synchronize(self.device)
 
-        def measure() -> float:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            for _ in range(FLUSHES):
-                self.flush()
-            start.record()
-            replay()
-            end.record()
-            end.synchronize()
-            return 1000 * start.elapsed_time(end)
-
-        return measure
+    def _on_the_device(self, replay: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(FLUSHES):
+            self.flush()
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        return 1000 * start.elapsed_time(end)
 
     def _captured(self, call: Call, pool: Any) -> Call:
         """A CUDA graph's replay of `call`, or `call` itself where it cannot be captured."""
         from fastlinear.kernels.launching.shared_sums import replayed_in_order
 
-        torch.cuda.synchronize(self.device)
+        self._wait()
         graph = torch.cuda.CUDAGraph()
         try:
             with (
@@ -109,22 +128,10 @@ class Stopwatch:
         except torch.OutOfMemoryError:  # a RuntimeError too
             raise
         except RuntimeError:
-            torch.cuda.synchronize(self.device)
+            self._wait()
             return call
         graph.replay()
-        return functools.partial(_replay, graph, counters)
-
-    def _on_the_wall(self, call: Call) -> Callable[[], float]:
-        def measure(count: int) -> float:
-            torch.cuda.synchronize(self.device)
-            started = time.perf_counter()
-            for _ in range(count):
-                call()
-            torch.cuda.synchronize(self.device)
-            return 1e6 * (time.perf_counter() - started) / count
-
-        count = max(5, round(LEAST_SECONDS / (measure(5) / 1e6)))
-        return lambda: measure(count)
+        return partial(_replay, graph, counters)
 
 
 class OutOfTime(Exception):
@@ -146,37 +153,28 @@ class CpuStopwatch:
             raise RuntimeError("tuning measures no interpreted kernels: unset TRITON_INTERPRET")
         self.limit = limit
 
-    def __call__(self, calls: dict[str, Call], clock: str) -> dict[str, list[float]]:
+    def __call__(self, calls: dict[str, Call], clock: str) -> Times:
         """Each call's times, in microseconds; `clock` is "wall" or "device", and no matter.
 
         Raises:
             OutOfTime: not even the least number of rounds would end within the limit.
         """
-        counts = {name: self._count(call) for name, call in calls.items()}
-        a_round = sum(self._time(call, counts[name]) * counts[name] for name, call in calls.items())
+        counts = {name: _count_of(call) for name, call in calls.items()}
+        a_round = sum(_timed(call, counts[name]) * counts[name] for name, call in calls.items())
         least, most = CPU_ROUNDS
         if time.monotonic() + least * a_round / 1e6 > self.limit:
             raise OutOfTime("it would take longer than there is")
         rounds = min(most, max(least, round(CPU_SECONDS * 1e6 / a_round)))
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for number in range(rounds):
-            # Every other round the other way about: what comes first may find another cache.
-            for name in list(calls)[:: -1 if number % 2 else 1]:
-                times[name].append(self._time(calls[name], counts[name]))
-        return times
+        time_of = {name: partial(_timed, call, counts[name]) for name, call in calls.items()}
+        return _rounds(time_of, rounds, turn=-1)  # what comes first may find another cache
 
-    def _count(self, call: Call) -> int:
-        """How often it is called at a time; warms it up."""
-        first = self._time(call, 1)
-        for _ in range(WARM_UPS - 1 if first < 1e5 else 0):  # a long one is as good as warm
-            first = self._time(call, 1)
-        return max(1, round(LEAST_SECONDS / (first / 1e6)))
 
-    def _time(self, call: Call, count: int) -> float:
-        started = time.perf_counter()
-        for _ in range(count):
-            call()
-        return 1e6 * (time.perf_counter() - started) / count
+def _count_of(call: Call) -> int:
+    """How often a call on a CPU is made at a time; warms it up."""
+    taken = _timed(call, 1)
+    for _ in range(WARM_UPS - 1 if taken < 1e5 else 0):  # a long one is as good as warm
+        taken = _timed(call, 1)
+    return max(1, round(1e6 * LEAST_SECONDS / taken))
 
 
 def _replay(graph: torch.cuda.CUDAGraph, counters: Tensor | None) -> None:

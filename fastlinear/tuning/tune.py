@@ -2,30 +2,35 @@
 
 import contextlib
 import functools
+import json
 import math
 import re
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import nn
 
 from fastlinear import _torch_internals as internals
-from fastlinear.choice import backend, known, ranks, table
-from fastlinear.choice.table import BY_ROWS, PYTORCH, Candidate, Key, Row
+from fastlinear.choice import backend, known, table
+from fastlinear.choice.table import BY_ROWS, PYTORCH, Candidate, Key, Store, Table
 from fastlinear.modules import Linear
 from fastlinear.tuning.measure import bytes_of, keys_of, measure_call
 from fastlinear.tuning.record import Call, Noted, record
 from fastlinear.tuning.stopwatch import CpuStopwatch, Measure, OutOfTime, Stopwatch
-from fastlinear.tuning.store import Store
 
 _NOT_YET = "not measured yet"
 GRACE = 5.0  # seconds after its deadline in which what was begun may end
+GRACE_OF_RANKS = 20.0  # and in which the rank that measures should be done
+_turn = 0  # how often this process has begun to tune: as often as all ranks
 
 
 @dataclass(frozen=True)
@@ -75,21 +80,16 @@ class Tuned:
     not_converted: int
 
     def __str__(self) -> str:
-        lines = []
-        if self.calls:
-            lines.append(
-                f"{'layers':40} {'features':>13} {'rows':>6} {'calls':>5} {'PyTorch':>10} "
-                f"{'now':>10}  way"
-            )
+        columns = "{:40} {:>13} {:>6} {:>5} {:>10} {:>10}  {}"
+        named = columns.format("layers", "features", "rows", "calls", "PyTorch", "now", "way")
+        lines = [named] if self.calls else []
         for call in self.calls:
             first, *others = call.layers
             name = first if not others else f"{first} and {len(others)} more"
             name = name if len(name) <= 40 else f"...{name[-37:]}"
             features = f"{call.in_features} > {call.out_features}"
-            lines.append(
-                f"{name:40} {features:>13} {call.rows:6} {call.calls:5} "
-                f"{_microseconds(call.pytorch_us):>10} {_microseconds(call.us):>10}  {call.way}"
-            )
+            times = ("-" if us is None else f"{us:.4g} us" for us in (call.pytorch_us, call.us))
+            lines.append(columns.format(name, features, call.rows, call.calls, *times, call.way))
         if self.pytorch_ms:
             lines.append(
                 f"a step's linear layers: {self.pytorch_ms:.4g} ms by PyTorch, {self.ms:.4g} ms "
@@ -100,14 +100,9 @@ class Tuned:
         if not self.finished:
             lines.append("the time was up: the same call goes on from here")
         if self.not_converted:
-            lines.append(
-                f"{self.not_converted} nn.Linear not converted: fastlinear.convert(model) does"
-            )
+            said = "nn.Linear not converted: fastlinear.convert(model) does"
+            lines.append(f"{self.not_converted} {said}")
         return "\n".join(lines)
-
-
-def _microseconds(time: float | None) -> str:
-    return "-" if time is None else f"{time:.4g} us"
 
 
 def tune(model: nn.Module, *args: Any, seconds: float = 60, **kwargs: Any) -> Tuned:
@@ -155,19 +150,15 @@ def tune(model: nn.Module, *args: Any, seconds: float = 60, **kwargs: Any) -> Tu
         raise ValueError(f"seconds must be above 0, but is {seconds!r}")
     if backend.invariant:
         raise RuntimeError("tune() measures what batch_invariant() leaves no choice of: leave it")
-    deadline = time.monotonic() + seconds
-    ranks.begin()
+    global _turn
+    deadline, _turn = time.monotonic() + seconds, _turn + 1
     known.user_folder()  # or it raises
     backend.expect_ranks()
     calls = record(model, args, kwargs)
     longest = sorted(calls, key=lambda call: -_operations(call.key) * len(calls[call].rows))
     found = tune_calls({call: calls[call] for call in longest}, deadline)
-    unconverted = [
-        one
-        for one in model.modules()
-        if isinstance(one, internals.Linear) and not isinstance(one, Linear)
-    ]
-    return replace(found, not_converted=len(unconverted))
+    layers = [one for one in model.modules() if isinstance(one, internals.Linear)]
+    return replace(found, not_converted=sum(not isinstance(one, Linear) for one in layers))
 
 
 def tune_calls(calls: dict[Call, Noted], deadline: float, measure: Measure | None = None) -> Tuned:
@@ -183,13 +174,13 @@ def tune_calls(calls: dict[Call, Noted], deadline: float, measure: Measure | Non
     rows = {call: statistics.mode(noted.rows) for call, noted in calls.items()}
     why_not = {call: _why_not(call, rows[call]) for call in calls}
     for device in dict.fromkeys(call.device for call in calls):
-        name = names[device] = known.device_name(device) or str(device)
+        name = names[device] = _name_of(device)
         measured = [call for call in calls if call.device == device and why_not[call] is None]
         wanted = {call.key: rows[call] for call in measured}
         if wanted:
             tables.append(table_of(device))
             work = functools.partial(measure_all, wanted, device, deadline, measure)
-            ranks.measured(name, deadline, work, functools.partial(known.readable, name))
+            by_one_rank(name, deadline, work, functools.partial(known.readable, name))
     backend.use_tables()
     found = [_found(call, calls[call], rows[call], why_not[call]) for call in calls]
     found.sort(key=lambda call: -(call.pytorch_us or 0) * call.calls)
@@ -203,6 +194,41 @@ def tune_calls(calls: dict[Call, Noted], deadline: float, measure: Measure | Non
         finished=all(call.way != _NOT_YET for call in found),
         not_converted=0,
     )
+
+
+def by_one_rank(
+    device: str, deadline: float, measure: Callable[[], object], mine: Callable[[], known.Files]
+) -> None:
+    """`measure()`, by one rank for each kind of device, the first to come.
+
+    Where it fails, is gone or is late, by `deadline`, all go on by what they knew. device: its
+    name; mine: this rank's tables for it, after measuring.
+    """
+    store: Any = None
+    if known.has_others():
+        store, rank = internals.default_store(), str(torch.distributed.get_rank())
+        key = f"fastlinear/tuning/{device}/{_turn}"
+        try:
+            first = store.compare_set(f"{key}/rank", "", rank).decode() == rank
+        except RuntimeError:  # not every kind of store can
+            store = None
+    if store is None:
+        measure()
+    elif first:
+        try:
+            measure()
+        finally:  # an error too must not leave the others waiting
+            if store.compare_set(f"{key}/end", "", "published") == b"published":
+                store.set(known.store_key(device), json.dumps(mine()))
+            store.set(f"{key}/done", "")
+    else:
+        with contextlib.suppress(RuntimeError):  # the store went with the rank that had it
+            while not store.check([f"{key}/done"]):
+                late = time.monotonic() > deadline + GRACE_OF_RANKS
+                # Either all go by the new table, or none does.
+                if late and store.compare_set(f"{key}/end", "", "given up") == b"given up":
+                    return
+                time.sleep(0.1)
 
 
 def _operations(key: Key) -> int:
@@ -229,12 +255,12 @@ def _why_not(call: Call, rows: int) -> str | None:
 def _found(call: Call, noted: Noted, rows: int, why_not: str | None) -> TunedCall:
     row, way, key = None, why_not or _NOT_YET, call.key
     if call.op == "linear" and call.plain:
-        found = known.find(call.device, key)
+        found = known.row(call.device, key)
         if found is not None:
-            row, way = found.row, _name_of(found.row.candidate)
+            row, way = found.row, _in_a_word(found.row.candidate)
         if way == BY_ROWS:
-            parts = (known.find(call.device, part) for part in keys_of(key, call.device))
-            names = [_name_of(one.row.candidate) for one in parts if one is not None]
+            parts = (known.row(call.device, part) for part in keys_of(key, call.device))
+            names = [_in_a_word(one.row.candidate) for one in parts if one is not None]
             way = next((name for name in names if name not in (PYTORCH, BY_ROWS)), PYTORCH)
     return TunedCall(
         layers=tuple(noted.names),
@@ -251,13 +277,17 @@ def _found(call: Call, noted: Noted, rows: int, why_not: str | None) -> TunedCal
     )
 
 
-def _name_of(candidate: Candidate) -> str:
+def _in_a_word(candidate: Candidate) -> str:
     return candidate if isinstance(candidate, str) else "kernel"
+
+
+def _name_of(device: torch.device) -> str:
+    return known.device_name(device) or str(device)
 
 
 def table_of(device: torch.device) -> Path:
     """Where the user's table for a device lies, or will."""
-    return known.user_folder() / table.file_name(known.device_name(device) or str(device))
+    return known.user_folder() / table.file_name(_name_of(device))
 
 
 def measure_all(
@@ -279,52 +309,53 @@ def measure_all(
     Raises:
         OSError: the file cannot be read or written; the message says which.
     """
-    path, new = table_of(device), 0
+    path, new, opened = table_of(device), 0, False
     try:
-        store = Store(path, device)
-        rows = store.rows()
-    except OSError as error:
-        elsewhere = "FASTLINEAR_CACHE names another folder"
-        raise OSError(f"cannot use {path} for the table: {error}; {elsewhere}") from error
-    if measure is None:
-        cpu = device.type == "cpu"
-        measure = CpuStopwatch(deadline + GRACE) if cpu else Stopwatch(device)
-    try:
+        store = Store(path, _here(device))
+        opened = True
+        if measure is None:
+            cpu = device.type == "cpu"
+            measure = CpuStopwatch(deadline + GRACE) if cpu else Stopwatch(device)
         for call in _with_progress(wanted):
-            for row in _rows_of(call, wanted[call], device, measure, rows):
-                store.add(row)
-                rows[row.key] = row
-                new += 1
-                if time.monotonic() > deadline:
-                    break
+            try:
+                for row in measure_call(call, wanted[call], device, measure, store.rows):
+                    store.add(row)
+                    new += 1
+                    if time.monotonic() > deadline:
+                        break
+            except torch.OutOfMemoryError:
+                said = f"left out, as it does not fit in memory: {table.in_words(call)}"
+                print(said, file=sys.stderr)
             if time.monotonic() > deadline:
                 break
     except OutOfTime:
         pass
     except KeyboardInterrupt:
-        print(
-            f"\nstopped; the same call goes on from the {new} new rows in {path}", file=sys.stderr
-        )
+        said = f"stopped; the same call goes on from the {new} new rows in {path}"
+        print(f"\n{said}", file=sys.stderr)
         raise
-    except OSError as error:  # the disk is full, say
-        kept = f"the {new} new rows before are in it"
-        raise OSError(f"cannot use {path} for the table: {error}; {kept}") from error
+    except OSError as error:
+        said = "FASTLINEAR_CACHE names another folder"
+        if opened:  # the disk is full, say
+            said = f"the {new} new rows before are in it"
+        raise OSError(f"cannot use {path} for the table: {error}; {said}") from error
     finally:
         backend.use_tables()
-    return all(key in rows for call in wanted for key in keys_of(call, device))
+    return all(key in store.rows for call in wanted for key in keys_of(call, device))
 
 
-def _rows_of(
-    call: Key, rows: int, device: torch.device, measure: Measure, known: dict[Key, Row]
-) -> Iterator[Row]:
-    """The rows of a call that are not known; none where it does not fit in memory."""
-    try:
-        # Neither autocast nor the caller's random numbers have a say in what is measured.
-        with torch.autocast(device.type, enabled=False), internals.own_random_state(device):
-            yield from measure_call(call, rows, device, measure, known)
-    except torch.OutOfMemoryError:
-        said = f"left out, as it does not fit in memory: {table.in_words(call)}"
-        print(said, file=sys.stderr)
+def _here(device: torch.device) -> Table:
+    """What is measured on and with, and no rows."""
+    driver = "none"
+    if device.type == "cuda":
+        # What torch was built for, where nvidia-smi does not say.
+        driver = f"cuda {torch.version.cuda}, hip {torch.version.hip}"
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError, IndexError):
+            said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+            driver = said.stdout.split()[0]
+    name, date = _name_of(device), datetime.now(timezone.utc).date().isoformat()
+    return Table(name, driver, date=date, rows=(), **known.software())
 
 
 def _free_memory(device: torch.device) -> float:
@@ -341,9 +372,8 @@ def _free_memory(device: torch.device) -> float:
     return free
 
 
-def _with_progress(wanted: Iterable[Key]) -> Iterator[Key]:
+def _with_progress(calls: Collection[Key]) -> Iterator[Key]:
     """With a progress bar where tqdm is installed, else a line a call."""
-    calls = list(wanted)
     try:
         from tqdm import tqdm  # type: ignore[import-untyped]
     except ImportError:

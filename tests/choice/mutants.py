@@ -14,7 +14,7 @@ RANKS = ("tests/choice/test_ranks.py",)
 MUTANTS = [
     Mutant(
         "a rank goes by its own tables",
-        "fastlinear/choice/ranks.py",
+        "fastlinear/choice/known.py",
         "    return theirs\n",
         "    return mine\n",
         RANKS,
@@ -22,7 +22,7 @@ MUTANTS = [
     Mutant(
         "tables from before there was a group stay",
         "fastlinear/choice/known.py",
-        "if group != _group:",
+        "if (now := group()) != _group:",
         "if False:",
         RANKS,
     ),
@@ -75,8 +75,8 @@ MUTANTS = [
     Mutant(
         "backend triton takes PyTorch's product",
         "fastlinear/choice/way.py",
-        "    return None if isinstance(candidate, str) else candidate\n",
-        "    return candidate\n",
+        "return found if ours or running.takes_pytorch() else None",
+        "return found",
         TABLES,
     ),
     Mutant(
@@ -103,8 +103,8 @@ MUTANTS = [
     Mutant(
         "a row for layers with a bias serves those without",
         "fastlinear/choice/way.py",
-        "key = _key(product, input, dtype, activation, bias is not None, n, k, m, wanted)",
-        "key = _key(product, input, dtype, activation, True, n, k, m, wanted)",
+        "layer = dtype, bias is not None, ",
+        "layer = dtype, True, ",
         TABLES,
     ),
     Mutant(
@@ -130,14 +130,14 @@ MUTANTS = [
     ),
     Mutant(
         "what tables of another moment say is noted",
-        "fastlinear/choice/known.py",
+        "fastlinear/choice/way.py",
         "    noted[read_by] = least\n",
         "    _least[read_by] = least\n",
         TABLES,
     ),
     Mutant(
         "a batch that a table has another way for is told to be too small",
-        "fastlinear/choice/known.py",
+        "fastlinear/choice/way.py",
         "elements = (key.m // 2 + 1) * key.k",
         "elements = key.m * key.k",
         TABLES,
@@ -151,7 +151,7 @@ MUTANTS = [
     ),
     Mutant(
         "a rank that was given up publishes its table",
-        "fastlinear/choice/ranks.py",
+        "fastlinear/tuning/tune.py",
         '"", "published") == b"published"',
         '"", "published")',
         TUNE_MODEL,
@@ -165,7 +165,7 @@ MUTANTS = [
     ),
     Mutant(
         "a CPU's table serves other numbers of threads",
-        "fastlinear/choice/known.py",
+        "fastlinear/choice/way.py",
         "read_by = _threads(), internals",
         "read_by = 0, internals",
         ONEDNN,
@@ -186,7 +186,7 @@ MUTANTS = [
     ),
     Mutant(
         "another rank than the first measures too",
-        "fastlinear/choice/ranks.py",
+        "fastlinear/tuning/tune.py",
         '"", rank).decode() == rank\n',
         '"", rank).decode() != ""\n',
         TUNE_MODEL,

@@ -296,7 +296,7 @@ def test_threads_read_the_table_alike(use: Callable[..., None]) -> None:
     found: list[Any] = []
     key = Key("output", "float32", "ieee", None, True, "", N, K, 3)
     threads = [
-        threading.Thread(target=lambda: found.append(known.find(torch.device("cpu"), key)))
+        threading.Thread(target=lambda: found.append(known.row(torch.device("cpu"), key)))
         for _ in range(8)
     ]
     for thread in threads:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import fastlinear
 from fastlinear import _torch_internals as internals
-from fastlinear.choice import backend, known, ranks
+from fastlinear.choice import backend, known
 from fastlinear.choice import table as tables
 from fastlinear.choice.table import Row, Table
 from fastlinear.kernels.configs.config import Config
@@ -58,10 +58,10 @@ def join(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dist.Store]:
 
     def join(store: Any = None) -> dist.Store:
         store = dist.HashStore() if store is None else store
-        monkeypatch.setattr(ranks, "in_group", lambda: True)
+        monkeypatch.setattr(known, "in_group", lambda: True)
         monkeypatch.setattr(dist, "get_world_size", lambda: 2)
         monkeypatch.setattr(internals, "default_store", lambda: store)
-        monkeypatch.setattr(ranks, "group", lambda: id(store))
+        monkeypatch.setattr(known, "group", lambda: id(store))
         return store
 
     return join

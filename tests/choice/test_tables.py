@@ -185,7 +185,7 @@ def test_row_of_another_fastlinear_counts_where_the_kernels_are_the_same(
 
 def test_row_that_cannot_be_launched_here_is_ignored(use: Callable[..., None]) -> None:
     use(row("output", 4, dataclasses.replace(TILE, block_k=48)), row("output", 8, TILE))
-    assert {key.m for key in known.found(torch.device("cpu"))} == {8}
+    assert {key.m for key in known.rows(torch.device("cpu"))} == {8}
 
 
 def test_tables_that_change_while_they_are_looked_into_count(
@@ -194,15 +194,15 @@ def test_tables_that_change_while_they_are_looked_into_count(
     """As where another thread tunes."""
     use(row("output", 64, TILE))
     layer, input = layer_and_input(4)
-    find = known.found
+    find = known.rows
 
     def found(device: torch.device) -> Any:
         rows = find(device)
-        monkeypatch.setattr(known, "found", find)
+        monkeypatch.setattr(known, "rows", find)
         use(row("output", 4, TILE))
         return rows
 
-    monkeypatch.setattr(known, "found", found)
+    monkeypatch.setattr(known, "rows", found)
     with torch.no_grad():
         layer(input)
         launched.clear()
@@ -221,7 +221,7 @@ def test_row_with_a_number_of_warps_that_no_program_has_is_ignored(
         row("gradients", 4, BackwardConfig(impossible, impossible)),
         row("output", 16, TILE),
     )
-    assert {key.m for key in known.found(torch.device("cpu"))} == {16}
+    assert {key.m for key in known.rows(torch.device("cpu"))} == {16}
     assert known.files(torch.device("cpu")).popitem()[1] == 1
 
 

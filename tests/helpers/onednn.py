@@ -25,8 +25,8 @@ def take_everywhere(patch: pytest.MonkeyPatch) -> None:
         return Found(Row(*key, candidate, 1.0, 2.0, 1.0, 2.0), Path(), "")
 
     patch.setattr(way, "_ways", {})
-    patch.setattr(known, "is_pytorchs", lambda *given: False)
-    patch.setattr(known, "find", find)
+    patch.setattr(way, "is_pytorchs", lambda *given: False)
+    patch.setattr(known, "row", find)
     patch.setattr(known, "available", True)
     patch.setattr(known, "seen", True)
     patch.setattr(known, "follow_group", lambda: None)

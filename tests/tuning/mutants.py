@@ -31,8 +31,8 @@ MUTANTS = [
     ),
     Mutant(
         "another process's rows are lost",
-        "fastlinear/tuning/store.py",
-        "rows = self.rows() | {row.key: row}",
+        "fastlinear/choice/table.py",
+        "rows = self._read()[0] | {row.key: row}",
         "rows = {row.key: row}",
         TUNER,
     ),

@@ -17,8 +17,9 @@ from torch import nn
 
 import fastlinear
 from fastlinear import _torch_internals as internals
-from fastlinear.choice import known, ranks, table
+from fastlinear.choice import known, table
 from fastlinear.kernels.launching import launch
+from fastlinear.tuning import tune
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,13 +32,13 @@ pytestmark = pytest.mark.skipif(not launch.INTERPRETING, reason="the clocks are 
 @pytest.fixture
 def two_ranks(clocks: Clocks, monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     store = dist.HashStore()
-    monkeypatch.setattr(ranks, "in_group", lambda: True)
+    monkeypatch.setattr(known, "in_group", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(internals, "default_store", lambda: store)
     monkeypatch.setattr(internals, "default_group", lambda: store)
-    monkeypatch.setattr(ranks, "group", lambda: id(store))
-    monkeypatch.setattr(ranks, "_turn", 0)
+    monkeypatch.setattr(known, "group", lambda: id(store))
+    monkeypatch.setattr(tune, "_turn", 0)
     return store
 
 
@@ -52,7 +53,7 @@ def test_one_rank_measures_and_the_other_goes_by_it(
         # As rank 1, on another machine: without the file.
         next(tmp_path.glob("*.json")).unlink()
         monkeypatch.setattr(dist, "get_rank", lambda: 1)
-        monkeypatch.setattr(ranks, "_turn", 0)
+        monkeypatch.setattr(tune, "_turn", 0)
         with pytest.warns(RuntimeWarning, match="another rank's tables"):
             tuned = fastlinear.tune(model, torch.randn(4, 8))
     assert clocks.asked == asked
@@ -64,7 +65,7 @@ def test_rank_that_dies_is_not_waited_for(
 ) -> None:
     name = known.device_name(torch.device("cpu"))
     two_ranks.set(f"fastlinear/tuning/{name}/1/rank", "1")  # and never done
-    monkeypatch.setattr(ranks, "GRACE", 0.2)
+    monkeypatch.setattr(tune, "GRACE_OF_RANKS", 0.2)
     model = converted(nn.Sequential(nn.Linear(8, 8))).eval()
     started = time.monotonic()
     with torch.no_grad():
@@ -81,9 +82,9 @@ def test_rank_that_fails_lets_the_others_go_on(
         raise OSError("no space")
 
     with pytest.raises(OSError, match="no space"):
-        ranks.measured("CPU", time.monotonic(), failing, list)
+        tune.by_one_rank("CPU", time.monotonic(), failing, list)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    ranks.measured("CPU", time.monotonic() + 60, failing, list)
+    tune.by_one_rank("CPU", time.monotonic() + 60, failing, list)
 
 
 def test_rank_that_is_late_keeps_its_table_to_itself(
@@ -96,13 +97,13 @@ def test_rank_that_is_late_keeps_its_table_to_itself(
         published.append("a table")
         return []
 
-    monkeypatch.setattr(ranks, "GRACE", 0.0)
+    monkeypatch.setattr(tune, "GRACE_OF_RANKS", 0.0)
 
     def late() -> None:
         monkeypatch.setattr(dist, "get_rank", lambda: 1)
-        ranks.measured("CPU", time.monotonic(), lambda: None, publish)
+        tune.by_one_rank("CPU", time.monotonic(), lambda: None, publish)
 
-    ranks.measured("CPU", time.monotonic(), late, publish)
+    tune.by_one_rank("CPU", time.monotonic(), late, publish)
     assert not published
 
 
