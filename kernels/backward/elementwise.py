@@ -50,19 +50,22 @@ def elementwise_backward_kernel(
     grad_offs = row_offsets(grad_output, offs_m)[:, None]
     grad_ptrs = grad_output.ptr + grad_offs + offs_n[None, :] * grad_output.stride_column
     ACC_DTYPE: tl.constexpr = accumulator_of(saved_ptr).dtype
-    grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(ACC_DTYPE)
-    saved = tl.load(saved_ptr + offs, mask=mask, other=0.0).to(ACC_DTYPE)
+    # All loads before the arithmetic, which may exchange elements between threads first.
+    grad = tl.load(grad_ptrs, mask=mask, other=0.0)
+    saved = tl.load(saved_ptr + offs, mask=mask, other=0.0)
     if up_ptr is None:
-        result = activation_gradient(grad, saved, ACTIVATION)
+        result = activation_gradient(grad.to(ACC_DTYPE), saved.to(ACC_DTYPE), ACTIVATION)
         store_rounded(result_ptr + offs, result, mask)
     else:
         up = tl.load(up_ptr + offs, mask=mask, other=0.0).to(ACC_DTYPE)
-        activated = activate(saved, ACTIVATION)
-        saved = activated if FROM_OUTPUT else saved
-        grad_gate = activation_gradient(grad * up, saved, ACTIVATION)
+        grad, gate = grad.to(ACC_DTYPE), saved.to(ACC_DTYPE)
+        activated = activate(gate, ACTIVATION)
+        differentiated = activated if FROM_OUTPUT else gate
+        grad_gate = activation_gradient(grad * up, differentiated, ACTIVATION)
+        grad_up = grad * activated
         result_ptrs = result_ptr + offs_m[:, None] * 2 * N + offs_n[None, :]
         store_rounded(result_ptrs, grad_gate, mask)
-        store_rounded(result_ptrs + N, grad * activated, mask)
+        store_rounded(result_ptrs + N, grad_up, mask)
 
 
 @functools.lru_cache(maxsize=4096)

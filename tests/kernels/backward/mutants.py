@@ -137,22 +137,22 @@ MUTANTS = [
     Mutant(
         "activation's gradient left out of the pass",
         "kernels/backward/elementwise.py",
-        "result = activation_gradient(grad, saved, ACTIVATION)",
-        "result = grad",
+        "result = activation_gradient(grad.to(ACC_DTYPE), saved.to(ACC_DTYPE), ACTIVATION)",
+        "result = grad.to(ACC_DTYPE)",
         ACTIVATED_BACKWARD,
     ),
     Mutant(
         "gate's gradient without up",
         "kernels/backward/elementwise.py",
-        "activation_gradient(grad * up, saved, ACTIVATION)",
-        "activation_gradient(grad, saved, ACTIVATION)",
+        "activation_gradient(grad * up, differentiated, ACTIVATION)",
+        "activation_gradient(grad, differentiated, ACTIVATION)",
         GATED,
     ),
     Mutant(
         "slope of tanh taken from the gate itself",
         "kernels/backward/elementwise.py",
-        "saved = activated if FROM_OUTPUT else saved\n",
-        "saved = saved\n",
+        "differentiated = activated if FROM_OUTPUT else gate\n",
+        "differentiated = gate\n",
         ("tests/ops/test_gated.py::test_gated_activation",),
     ),
     Mutant(
