@@ -129,7 +129,8 @@ def backward_weight_tile(
             there = tl.load(weight_ptrs, mask=mask_half, other=0.0)
             tl.store(weight_ptrs, there + parts[half], mask=mask_half)
     else:
-        store_rounded(weight_rows + offs_k[None, :], acc, mask_n[:, None] & mask_k[None, :])
+        mask_tile = mask_n[:, None] & mask_k[None, :]
+        store_rounded(weight_rows + offs_k[None, :], acc, mask_tile)
     if grad_bias_ptr is not None:
         if tile_k == 0:
             # The 16 columns of a product with ones are all the sum.

@@ -79,8 +79,9 @@ def linear_split_k_kernel(
     # Matrix instructions have 64 rows or more on Hopper and few columns: weight gives the rows.
     weight_ptrs = weight.ptr + batch * weight.stride_batch
     weight_ptrs += row_offsets(weight, offs_n[:, None]) + offs_k[None, :] * weight.stride_column
+    input_rows = row_offsets(input, offs_m)
     input_ptrs = input.ptr + batch * input.stride_batch
-    input_ptrs += row_offsets(input, offs_m)[None, :] + offs_k[:, None] * input.stride_column
+    input_ptrs += input_rows[None, :] + offs_k[:, None] * input.stride_column
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=accumulator_of(input.ptr).dtype)
     fresh = acc + zero
     step_k = as_offset(BLOCK_K, OPTIONS)

@@ -96,7 +96,8 @@ def forward_tile(
     mask_m = offs_m < M
     mask_n = offs_n < N
 
-    input_offs = batch * input.stride_batch + row_offsets(input, offs_m)[:, None]
+    input_rows = row_offsets(input, offs_m)
+    input_offs = batch * input.stride_batch + input_rows[:, None]
     input_offs += offs_k[None, :] * input.stride_column
     weight_offs = batch * weight.stride_batch + row_offsets(weight, offs_n[None, :])
     weight_offs += offs_k[:, None] * weight.stride_column

@@ -25,8 +25,8 @@ MUTANTS = [
     Mutant(
         "store mask dropped, grad_weight",
         "kernels/backward/grad_weight_tile.py",
-        "acc, mask_n[:, None] & mask_k[None, :])",
-        "acc, mask_n[:, None] & (offs_k >= 0)[None, :])",
+        "mask_tile = mask_n[:, None] & mask_k[None, :]",
+        "mask_tile = mask_n[:, None] & (offs_k >= 0)[None, :]",
         BACKWARD,
     ),
     Mutant(
