@@ -123,7 +123,7 @@ def test_far_results_of_odd_sizes_count_as_unaligned(
         plan_forward((far, weight, None), "ieee", None, False, None)
     elif product == "gated":
         plan_gated = gated.plan_gated_forward.__wrapped__
-        plan_gated((far, weight, weight), (None, None), "ieee", "silu", False, None)
+        plan_gated((far, weight, weight, None, None), "ieee", "silu", False, None)
         aligned = features == 48  # for its activation's sake
     elif product == "grad_weight":
         plan_weight = backward_weight.plan_backward_weight.__wrapped__
