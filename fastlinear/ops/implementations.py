@@ -207,7 +207,7 @@ def _by_table(
 ) -> tuple[Any, Any, Any]:
     """By tables, what computes both gradients in one launch, grad_input and grad_weight.
 
-    As `way.of_product` has it. One launch does where the others are None.
+    As `way.Asked.candidate` has it. One launch does where the others are None.
     """
     neither = weight is None and input is None
     if running.takes_pytorch() and (

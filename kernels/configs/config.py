@@ -153,7 +153,7 @@ class Traits(NamedTuple):
     target: the device.
     activation: whether the kernel applies one to its accumulators.
     descriptors: whether input and weight can be loaded by descriptors (launch.describable).
-    wide: whether an operand or the result takes 64-bit offsets (launch.offset_dtype).
+    wide: whether an operand or the result takes 64-bit offsets (launch.wide).
     second_product: whether a forward product adds that of a second input and weight, as a gated
         pair's grad_input does.
     """

@@ -105,7 +105,7 @@ def gated_linear_forward_kernel(
     store_rounded(output_ptr + offs, activate(gate, ACTIVATION) * up, mask)
 
 
-NAMES = ("input", "gate_weight", "up_weight", "gate_bias", "up_bias")
+_OPERANDS = ("input", "gate_weight", "up_weight", "gate_bias", "up_bias")
 
 
 class GatedForwardPlan(NamedTuple):
@@ -138,7 +138,7 @@ def plan_gated_forward(
     biases = [launch.operand(fields) for fields in operands[3:]]
     given = (input, gate_weight, up_weight, *biases)
     check_activation(activation, optional=False)
-    check_same_kind(**dict(zip(NAMES, given, strict=True)))
+    check_same_kind(**dict(zip(_OPERANDS, given, strict=True)))
     check_shapes("gated_linear", GATED, *(one and one.shape for one in given))
     target = launch.target_of(input.device)
     out_features, in_features = gate_weight.shape

@@ -28,7 +28,7 @@ def _finish_tile(
     """Adds the bias to sums (BLOCK_N, BLOCK_M) over all of K, activates, rounds and stores."""
     if bias_ptrs is not None:
         acc += tl.load(bias_ptrs, mask=mask_n, other=0.0).to(acc.dtype)[:, None]
-    store_activated(acc, output_ptrs, preactivation_ptrs, 0, mask, OPTIONS)
+    store_activated(acc, output_ptrs, preactivation_ptrs, 0, mask, OPTIONS)  # 0: they are there
 
 
 @triton.jit
@@ -139,5 +139,5 @@ def plan(problem: ForwardProblem, config: Config) -> KernelLaunch:
         widened.launch(config, programs, *shares),
         (partial,),
         counters=problem.batch * tiles,
-        unsplit=functools.partial(plan, problem, dataclasses.replace(config, splits=1)),
+        unsplit=functools.cache(lambda: plan(problem, dataclasses.replace(config, splits=1))),
     )

@@ -64,7 +64,7 @@ BACKWARD_BATCHED = ("grad_output (B, M, N), input (B, M, K), weight (B, N, K)",)
 ACTIVATED = ("grad_output and saved (*, N)",)
 GATED = ("input (*, K), gate_weight and up_weight (N, K), gate_bias (N,), up_bias (N,)",)
 GATED_BACKWARD = (
-    "grad_output, gate and up (*, N), input (*, K), gate_weight and up_weight (N, K)",
+    "grad_output, gate and up (*, N), input (*, K), gate_weight and up_weight (N, K) or neither",
 )
 
 

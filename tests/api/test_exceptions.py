@@ -328,7 +328,8 @@ CASES = {
     "op: shapes of a pair's backward": Case(
         RuntimeError,
         r"fastlinear::gated_linear_backward takes grad_output, gate and up \(\*, N\), input "
-        r"\(\*, K\), gate_weight and up_weight \(N, K\), but grad_output is \(2, 4\), gate "
+        r"\(\*, K\), gate_weight and up_weight \(N, K\) or neither, but "
+        r"grad_output is \(2, 4\), gate "
         r"\(2, 4\), up \(2, 5\), input None, gate_weight None, up_weight None",
         lambda patch: gated_linear_backward_op(
             W(2, 4), W(2, 4), W(2, 5), None, None, None, True, "silu"

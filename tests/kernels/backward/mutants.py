@@ -61,7 +61,7 @@ MUTANTS = [
         "split sums: slices taken from the wrong stride",
         "kernels/backward/grad_weight_tile.py",
         "mask, splits, layers * N * K)",
-        "mask, splits, tl.full((), N, OFFSET_DTYPE) * K)",
+        "mask, splits, as_offset(N, OPTIONS) * K)",
         TOGETHER,
     ),
     Mutant(

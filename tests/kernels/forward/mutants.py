@@ -274,10 +274,8 @@ MUTANTS = [
     Mutant(
         "no memory for parts: what takes none is planned for other blocks",
         "kernels/forward/split_k.py",
-        "unsplit=functools.partial(plan, problem, dataclasses.replace(config, splits=1)),",
-        "unsplit=functools.partial(\n"
-        "            plan, problem._replace(n=n // 2), dataclasses.replace(config, splits=1)\n"
-        "        ),",
+        "plan(problem, dataclasses.replace(config, splits=1))",
+        "plan(problem._replace(n=n // 2), dataclasses.replace(config, splits=1))",
         NO_ROOM,
     ),
 ]
