@@ -26,7 +26,9 @@ import torch.distributed
 import fastlinear.kernels as kernels
 from fastlinear import _torch_internals as internals
 from fastlinear.choice import table
-from fastlinear.choice.table import BY_ROWS, PYTORCH, Key, Row, Table, why_illegal_row
+from fastlinear.choice.table import BY_ROWS, PYTORCH, Key, Row, Table
+from fastlinear.kernels.configs.config import Target
+from fastlinear.kernels.configs.products import traits_of, why_illegal_for
 
 SHIPPED = Path(kernels.__path__[0]) / "tuned"
 INTERPRETER = "Triton interpreter"
@@ -304,19 +306,12 @@ def _warn(message: str) -> None:
 def _usable(parsed: Table, device: torch.device) -> list[Row]:
     """The rows by which a call can go here: PyTorch's way where the gain does not count."""
     margin = MARGIN if parsed.outdated(software()) is None else MARGIN_OF_OTHERS
-    try:
-        from fastlinear.kernels.launching import launch
-
-        target = launch.target_of(device)
-    except (ImportError, OSError, RuntimeError):  # no Triton, or a device that it does not know
-        target = None
-    same = parsed.kernels == software()["kernels"]
+    target = _target_of(device) if parsed.kernels == software()["kernels"] else None
     rows = [
         row if row.wins(margin) else row.by_pytorch()
         for row in parsed.rows
         # Whether a library is there is asked when it is taken.
-        if isinstance(row.candidate, str)
-        or (same and target is not None and why_illegal_row(row, target) is None)
+        if isinstance(row.candidate, str) or (target is not None and _is_legal(row, target))
     ]
 
     def layer(row: Row) -> tuple[object, ...]:
@@ -327,6 +322,23 @@ def _usable(parsed: Table, device: torch.device) -> list[Row]:
         row.by_pytorch() if row.candidate == BY_ROWS and layer(row) not in ours else row
         for row in rows
     ]
+
+
+def _target_of(device: torch.device) -> Target | None:
+    """None where there is no Triton, or a device that it does not know."""
+    try:
+        from fastlinear.kernels.launching import launch
+
+        return launch.target_of(device)
+    except (ImportError, OSError, RuntimeError):
+        return None
+
+
+def _is_legal(row: Row, target: Target) -> bool:
+    dtype = getattr(torch, row.dtype)
+    sizes = row.n, row.k, row.m
+    traits = traits_of(row.product, *sizes, dtype, row.precision, target, row.activation)
+    return why_illegal_for(row.product, row.candidate, traits) is None
 
 
 def files(device: torch.device) -> dict[Path, int]:

@@ -18,8 +18,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import torch
 
 from fastlinear.choice import cublaslt, onednn
-from fastlinear.kernels.configs.config import BackwardConfig, Config, Kernel, Kind, Target, Traits
-from fastlinear.kernels.configs.legality import why_illegal
+from fastlinear.kernels.configs.config import BackwardConfig, Config, Kind
 from fastlinear.kernels.launching.operands import ACTIVATIONS
 
 FORMAT = 2
@@ -28,11 +27,6 @@ FORMAT = 2
 # layer's products with their autograd, as one step of forward and backward.
 Product = Literal["output", "grad_input", "grad_weight", "gradients", "training"]
 PRODUCTS: tuple[Product, ...] = get_args(Product)
-KERNEL_OF: dict[str, Kernel] = {
-    "output": "forward",
-    "grad_input": "forward",
-    "grad_weight": "backward_weight",
-}
 # What else than a kernel's configuration a row may have: PyTorch's F.linear and matmul; what
 # PyTorch has besides them; and, for the last two products, each product as its own row says.
 PYTORCH = "pytorch"
@@ -170,44 +164,6 @@ def is_there(candidate: Candidate, key: Key, device: torch.device) -> bool:
 def bucket(m: int) -> int:
     """The power of two that stands for m rows: the next one that is not smaller."""
     return 1 << max(m - 1, 0).bit_length()
-
-
-def traits_of(key: Key, target: Target) -> Traits:
-    """What launchers find of a product of contiguous tensors, whose addresses divide by 16.
-
-    aligned is as launch.aligned_product has it, wide as launch.offset_dtype and descriptors as
-    launch.describable.
-    """
-    product, n, k, m = key.product, key.n, key.k, key.m
-    dtype = getattr(torch, key.dtype)
-    applies = product == "output" and key.activation is not None
-    wide = max(m * k, n * k, m * n) > 2**31
-    # Rows of n elements are read of gradients, and of the output written.
-    read = (k,) if product == "output" else (n, k)
-    whole = (n, k) if applies or wide else read
-    return Traits(
-        dtype,
-        key.precision,
-        aligned=all(size % 16 == 0 for size in whole),
-        target=target,
-        activation=applies,
-        descriptors=all(size * dtype.itemsize % 16 == 0 for size in read),
-        wide=wide,
-    )
-
-
-def why_illegal_row(row: Row, target: Target) -> str | None:
-    """`why_illegal` of a row's configuration; None where it has none."""
-    traits = traits_of(row.key, target)
-    if isinstance(row.candidate, BackwardConfig):
-        pair = row.candidate
-        wrong = why_illegal("forward", pair.input, traits)
-        if pair.input.kind != "tiled":
-            return "one launch of both gradients computes tiles"
-        return wrong or why_illegal("backward_weight", pair.weight, traits)
-    if isinstance(row.candidate, Config):
-        return why_illegal(KERNEL_OF[row.product], row.candidate, traits)
-    return None
 
 
 def parse(text: str) -> Table:

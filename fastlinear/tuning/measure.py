@@ -24,6 +24,7 @@ from fastlinear.choice.table import BY_ROWS, LIBRARIES, OPERANDS, PYTORCH, Candi
 from fastlinear.functional import linear
 from fastlinear.kernels.configs.choose import ranked
 from fastlinear.kernels.configs.choose_pair import ranked_pairs
+from fastlinear.kernels.configs.products import KERNEL_OF, traits_of
 from fastlinear.ops import implementations
 from fastlinear.ops.elementwise import ACTIVATIONS
 from fastlinear.tuning.stopwatch import Call, Measure, Times
@@ -172,12 +173,13 @@ class Products:
         """The kernels' best, as modelled."""
         key = self.key(product)
         target = launchers().forward.launch.target_of(self.device)
-        traits, (n, k) = table.traits_of(key, target), (key.n, key.k)
+        n, k, dtype = key.n, key.k, getattr(torch, key.dtype)
+        traits = traits_of(product, n, k, key.m, dtype, key.precision, target, key.activation)
         if product == "gradients":
             return [pair for pair, _ in ranked_pairs(1, self.rows, n, k, traits)[:PAIRS]]
         if transposed := product == "grad_input":
             n, k = k, n
-        choices = ranked(table.KERNEL_OF[product], 1, self.rows, n, k, traits, transposed)
+        choices = ranked(KERNEL_OF[product], 1, self.rows, n, k, traits, transposed)
         return [choice.config for choice in choices[:CANDIDATES]]
 
 

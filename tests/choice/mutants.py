@@ -88,7 +88,7 @@ MUTANTS = [
     ),
     Mutant(
         "a row of an odd output counts as aligned under an activation",
-        "fastlinear/choice/table.py",
+        "kernels/configs/products.py",
         "whole = (n, k) if applies or wide else read",
         "whole = read",
         TABLES,
@@ -201,8 +201,8 @@ MUTANTS = [
     Mutant(
         "a row of other kernels counts",
         "fastlinear/choice/known.py",
-        'same = parsed.kernels == software()["kernels"]',
-        "same = True",
+        '_target_of(device) if parsed.kernels == software()["kernels"] else None',
+        "_target_of(device)",
         TABLES,
     ),
     Mutant(

@@ -17,10 +17,11 @@ from made_up import SMALL, TILE, assert_like_pytorch, layer_and_input, row, tabl
 import fastlinear
 from fastlinear.choice import backend, known, way
 from fastlinear.choice import table as tables
-from fastlinear.choice.table import BY_ROWS, PYTORCH, Key
+from fastlinear.choice.table import BY_ROWS, PYTORCH
 from fastlinear.kernels.backward import grad_weight as backward_weight
 from fastlinear.kernels.backward import linear as backward
 from fastlinear.kernels.configs.config import BackwardConfig, Traits
+from fastlinear.kernels.configs.products import traits_of
 from fastlinear.kernels.forward import linear as forward
 from fastlinear.kernels.launching import launch
 
@@ -258,12 +259,12 @@ def test_traits_are_the_launchers(
     ):
         monkeypatch.setattr(launcher, name, choice)
     activation = "relu" if product == "relu" else None
-    key = Key("output" if activation else product, dtype, "ieee", activation, False, "", n, k, m)
-    target = launch.target_of(torch.device("cpu"))
-    expected = tables.traits_of(key, target)
+    product = "output" if activation else product
+    of_dtype, target = getattr(torch, dtype), launch.target_of(torch.device("cpu"))
+    expected = traits_of(product, n, k, m, of_dtype, "ieee", target, activation)
 
     def fields(rows: int, columns: int) -> Any:
-        of_dtype, device = getattr(torch, dtype), torch.device("cpu")
+        device = torch.device("cpu")
         return (torch.Size((rows, columns)), (columns, 1), of_dtype, device, True)
 
     input, weight, grad = fields(m, k), fields(n, k), fields(m, n)
@@ -280,7 +281,7 @@ def test_traits_are_the_launchers(
         ),
     }
     with pytest.raises(Chosen) as chosen:
-        plans[key.product]()
+        plans[product]()
     (found,) = chosen.value.args
     if product == "grad_weight":
         expected = expected._replace(descriptors=False)  # no kernel of its takes them
