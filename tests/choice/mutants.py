@@ -22,7 +22,7 @@ MUTANTS = [
     Mutant(
         "tables from before there was a group stay",
         "fastlinear/choice/known.py",
-        "if (now := group()) != _group:",
+        "if (now := ranks.group()) != _group:",
         "if False:",
         RANKS,
     ),
@@ -151,7 +151,7 @@ MUTANTS = [
     ),
     Mutant(
         "a rank that was given up publishes its table",
-        "fastlinear/tuning/tune.py",
+        "fastlinear/_ranks.py",
         '"", "published") == b"published"',
         '"", "published")',
         TUNE_MODEL,
@@ -186,7 +186,7 @@ MUTANTS = [
     ),
     Mutant(
         "another rank than the first measures too",
-        "fastlinear/tuning/tune.py",
+        "fastlinear/_ranks.py",
         '"", rank).decode() == rank\n',
         '"", rank).decode() != ""\n',
         TUNE_MODEL,
@@ -201,7 +201,7 @@ MUTANTS = [
     Mutant(
         "a row of other kernels counts",
         "fastlinear/choice/known.py",
-        '_target_of(device) if parsed.kernels == software()["kernels"] else None',
+        '_target_of(device) if parsed.kernels == machine.software()["kernels"] else None',
         "_target_of(device)",
         TABLES,
     ),

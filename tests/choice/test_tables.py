@@ -15,6 +15,7 @@ import torch
 from made_up import SMALL, TILE, assert_like_pytorch, layer_and_input, row, table
 
 import fastlinear
+from fastlinear import _machine as machine
 from fastlinear.choice import backend, known, way
 from fastlinear.choice import table as tables
 from fastlinear.choice.table import BY_ROWS, PYTORCH
@@ -131,7 +132,7 @@ def test_table_of_other_software_counts_where_it_gains_more(
         for (layer, input), output in zip(given, outputs, strict=True):
             assert_like_pytorch(layer, input, output)
     assert len(launched) == 2
-    tables.write(path, table(little, more, **{name: known.software()[name] + ".1+local"}))
+    tables.write(path, table(little, more, **{name: machine.software()[name] + ".1+local"}))
     backend.use_tables()
     with torch.no_grad():
         layer, input = layer_and_input(4)
@@ -172,7 +173,7 @@ def test_row_of_another_fastlinear_counts_where_the_kernels_are_the_same(
     use: Callable[..., None], launched: list[tuple[str, int]]
 ) -> None:
     library, rows = row("output", 8, "onednn"), []
-    for kernels, count in ((known.software()["kernels"], 1), ("0" * 16, 0)):
+    for kernels, count in ((machine.software()["kernels"], 1), ("0" * 16, 0)):
         use(row("output", 4, TILE), library, kernels=kernels, fastlinear="9.0.0")
         for m in (4, 8):
             layer, input = layer_and_input(m)

@@ -45,6 +45,7 @@ from test_torch_func import (  # noqa: F401
 from torch import Tensor
 
 import fastlinear
+from fastlinear import _machine as machine
 from fastlinear.choice import backend, known, onednn
 from fastlinear.choice import table as rows
 from fastlinear.choice.table import BY_ROWS, PYTORCH, Key, Row
@@ -388,7 +389,7 @@ def plain_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calla
     threads = torch.get_num_threads()
 
     def write(*given: Row) -> None:
-        device = known.device_name(CPU)
+        device = machine.device_name(CPU)
         assert device is not None
         rows.write(tmp_path / rows.file_name(device), table(*given)._replace(device=device))
         backend.use_tables()
@@ -419,7 +420,7 @@ def test_table_is_for_a_number_of_threads(
     monkeypatch.setattr(onednn, "output", lambda *given: taken.append(1) or output(*given))
     torch.set_num_threads(1)
     plain_cpu(rows.Row(*key("output", 4), "onednn", 1.0, 2.0, 1.0, 2.0))
-    name = known.device_name(CPU)
+    name = machine.device_name(CPU)
     assert name is not None
     assert name.endswith(", 1 thread")
     found = []
