@@ -138,20 +138,16 @@ def find(
     # Every call takes the time that this takes: hence no function for each of its parts.
     grad = backend.current == "auto" and torch.is_grad_enabled()  # tables know steps apart
     settings = backend.settings()
-    if bias is None:
-        for way in _ways.get((input.shape, weight.shape, None, activation, grad, settings), ()):
-            if way.alike(input, weight):
-                if way.output is None:
-                    return way
-                unaligned = (input.data_ptr() | weight.data_ptr()) % 16
-                return None if unaligned or internals.watched() else way
-        return None
-    for way in _ways.get((input.shape, weight.shape, bias.shape, activation, grad, settings), ()):
-        if way.alike(input, weight, bias):
+    operands = (input, weight) if bias is None else (input, weight, bias)
+    of_bias = None if bias is None else bias.shape
+    for way in _ways.get((input.shape, weight.shape, of_bias, activation, grad, settings), ()):
+        if way.alike(*operands):
             if way.output is None:
                 return way
-            unaligned = (input.data_ptr() | weight.data_ptr() | bias.data_ptr()) % 16
-            return None if unaligned or internals.watched() else way
+            addresses = input.data_ptr() | weight.data_ptr()
+            if bias is not None:
+                addresses |= bias.data_ptr()
+            return None if addresses % 16 or internals.watched() else way
     return None
 
 

@@ -1,7 +1,6 @@
 """`fastlinear.tune`: measures what a model calls, and has backend "auto" go by it from then on."""
 
 import functools
-import statistics
 import sys
 import time
 from collections.abc import Collection, Iterator
@@ -17,7 +16,7 @@ from fastlinear import _machine as machine
 from fastlinear import _ranks as ranks
 from fastlinear import _torch_internals as internals
 from fastlinear.choice import backend, known, table
-from fastlinear.choice.table import BY_ROWS, PYTORCH, Candidate, Key, Store, Table
+from fastlinear.choice.table import BY_ROWS, PYTORCH, Key, Store, Table
 from fastlinear.modules import Linear
 from fastlinear.tuning.measure import bytes_of, keys_of, measure_call
 from fastlinear.tuning.record import Call, Noted, record
@@ -166,19 +165,18 @@ def tune_calls(calls: dict[Call, Noted], deadline: float, measure: Measure | Non
     """
     names: dict[torch.device, str] = {}
     tables: list[Path] = []
-    rows = {call: statistics.mode(noted.rows) for call, noted in calls.items()}
-    why_not = {call: _why_not(call, rows[call]) for call in calls}
+    why_not = {call: _why_not(call, noted.usual_rows) for call, noted in calls.items()}
     for device in dict.fromkeys(call.device for call in calls):
         name = names[device] = machine.name_of(device)
         measured = [call for call in calls if call.device == device and why_not[call] is None]
-        wanted = {call.key: rows[call] for call in measured}
+        wanted = {call.key: calls[call].usual_rows for call in measured}
         if wanted:
             tables.append(table_of(device))
             work = functools.partial(measure_all, wanted, device, deadline, measure)
             turn = f"fastlinear/tuning/{name}/{_turn}"
             ranks.by_one(turn, deadline, work, known.shared(name))
     backend.use_tables()
-    found = [_found(call, calls[call], rows[call], why_not[call]) for call in calls]
+    found = [_found(call, noted, why_not[call] or _NOT_YET) for call, noted in calls.items()]
     found.sort(key=lambda call: -(call.pytorch_us or 0) * call.calls)
     timed = [call for call in found if call.pytorch_us and call.us]
     return Tuned(
@@ -213,33 +211,30 @@ def _why_not(call: Call, rows: int) -> str | None:
     return None
 
 
-def _found(call: Call, noted: Noted, rows: int, why_not: str | None) -> TunedCall:
-    row, way, key = None, why_not or _NOT_YET, call.key
-    if call.op == "linear" and call.plain:
-        found = known.row(call.device, key)
-        if found is not None:
-            row, way = found.row, _in_a_word(found.row.candidate)
-        if way == BY_ROWS:
-            parts = (known.row(call.device, part) for part in keys_of(key, call.device))
-            names = [_in_a_word(one.row.candidate) for one in parts if one is not None]
-            way = next((name for name in names if name not in (PYTORCH, BY_ROWS)), PYTORCH)
+def _found(call: Call, noted: Noted, way: str) -> TunedCall:
+    """What tables say of calls now; `way` is why, where they say nothing."""
+    key, device, us, pytorch_us = call.key, call.device, None, None
+    found = known.row(device, key) if call.op == "linear" and call.plain else None
+    if found is not None:
+        us, pytorch_us = found.row.device_us, found.row.pytorch_device_us
+        parts = (known.row(device, part) for part in keys_of(key, device))
+        ways = [found.row.candidate, *(one.row.candidate for one in parts if one is not None)]
+        if ways[0] == BY_ROWS:  # what computes the first of its products that PyTorch does not
+            ways = [one for one in ways if one not in (PYTORCH, BY_ROWS)] or [PYTORCH]
+        way = ways[0] if isinstance(ways[0], str) else "kernel"
     return TunedCall(
         layers=tuple(noted.names),
         op=call.op,
         in_features=key.k,
         out_features=key.n,
-        rows=rows,
+        rows=noted.usual_rows,
         dtype=key.dtype,
         activation=key.activation,
         calls=len(noted.rows),
-        pytorch_us=None if row is None else row.pytorch_device_us,
-        us=None if row is None else row.device_us,
+        pytorch_us=pytorch_us,
+        us=us,
         way=way,
     )
-
-
-def _in_a_word(candidate: Candidate) -> str:
-    return candidate if isinstance(candidate, str) else "kernel"
 
 
 def table_of(device: torch.device) -> Path:
