@@ -23,6 +23,7 @@ import torch
 import fastlinear.kernels as kernels
 from fastlinear import _machine as machine
 from fastlinear import _ranks as ranks
+from fastlinear._files import user_folder
 from fastlinear.choice import table
 from fastlinear.choice.table import BY_ROWS, PYTORCH, Key, Row, Table
 from fastlinear.kernels.configs.config import Target
@@ -59,21 +60,6 @@ class Rows(dict[Key, Found]):
     def any_gradients(self) -> bool:
         """Whether one is for a gradient's product."""
         return len(self.faster) > len(self.faster_calls)
-
-
-def user_folder() -> Path:
-    """Where the user's own tables lie.
-
-    FASTLINEAR_CACHE, or fastlinear/ in XDG_CACHE_HOME, which is ~/.cache where it is not set.
-
-    Raises:
-        RuntimeError: nobody knows where the home folder is.
-    """
-    given = os.environ.get("FASTLINEAR_CACHE")
-    if given:
-        return Path(given)
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "fastlinear"
 
 
 def folders() -> tuple[Path, ...]:

@@ -4,19 +4,16 @@ A table is a JSON file of plain values: what may stand in it, and how it is read
 to. Those that are shipped lie in kernels/tuned/. Nothing here imports Triton.
 """
 
-import contextlib
 import dataclasses
 import json
-import os
 import re
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 
+from fastlinear import _files as files
 from fastlinear.choice import cublaslt, onednn
 from fastlinear.kernels.configs.config import BackwardConfig, Config, Kind
 from fastlinear.kernels.launching.operands import ACTIVATIONS
@@ -263,15 +260,8 @@ def read(path: Path) -> Table:
 
 
 def write(path: Path, table: Table) -> None:
-    """Puts `table` in the place of what `path` held, so that a kill leaves the one or the other."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
-    try:
-        unfinished.write_text(as_text(table), encoding="utf-8")
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    """Puts `table` in the place of what `path` held, as `files.replace`."""
+    files.replace(path, as_text(table))
 
 
 def file_name(device: str) -> str:
@@ -291,14 +281,14 @@ class Store:
     def __init__(self, path: Path, here: Table) -> None:
         """here: what is measured on and with, and no rows."""
         self.path, self.here = path, here
-        with self._locked():
+        with files.locked(self.path):
             self.rows, why = self._read()
         if why is not None:
             print(f"{path} is written anew: {why}", file=sys.stderr)
 
     def add(self, row: Row) -> None:
         """Writes `row` beside those that are there, in the place of one for the same product."""
-        with self._locked():
+        with files.locked(self.path):
             rows = self._read()[0] | {row.key: row}
             write(self.path, self.here._replace(rows=tuple(rows.values())))
 
@@ -316,17 +306,3 @@ class Store:
         if found.device != self.here.device:
             why = f"it is for {found.device!r}, and this is {self.here.device!r}"
         return ({row.key: row for row in found.rows} if why is None else {}), why
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Between reading and writing, one process at a time, where the system can say so."""
-        try:
-            import fcntl
-        except ImportError:
-            yield
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_name(self.path.name + ".lock").open("w") as file:
-            with contextlib.suppress(OSError):  # not on every network's folder
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield

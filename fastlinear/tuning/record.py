@@ -1,18 +1,17 @@
 """Runs a model once, and notes each distinct call of our layers."""
 
-import contextlib
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from fastlinear import _torch_internals as internals
 from fastlinear import functional
+from fastlinear._unchanged import unchanged
 from fastlinear.choice import backend, way
 from fastlinear.choice.table import Key
 from fastlinear.kernels.launching.operands import DTYPES
@@ -104,7 +103,7 @@ def record(
             noted.names += [name] * (name not in noted.names)
 
     given = [one for one in tree_leaves((arguments, options)) if isinstance(one, Tensor)]
-    with _unchanged(model, given), internals.uncompiled():
+    with unchanged(model, given), internals.uncompiled():
         functional.observers.append(note)
         try:
             output = model(*arguments, **options)
@@ -122,42 +121,3 @@ def _backward(output: Any) -> None:
     outputs = [one for one in found if isinstance(one, Tensor) and one.requires_grad]
     if outputs:
         torch.autograd.backward(outputs, [torch.ones_like(one) for one in outputs])
-
-
-@contextlib.contextmanager
-def _unchanged(model: nn.Module, given: list[Tensor]) -> Iterator[None]:
-    """Puts back at its end what a forward and a backward change of a model, and of what it gets."""
-    tensors = [*model.parameters(), *(one for one in given if one.is_leaf)]
-    devices = {one.device.index for one in (*tensors, *model.buffers(), *given) if one.is_cuda}
-    with contextlib.ExitStack() as at_the_end:
-        at_the_end.enter_context(torch.random.fork_rng(sorted(devices)))
-        at_the_end.enter_context(internals.without_accumulation_hooks(tensors))
-        for module in model.modules():
-            at_the_end.callback(setattr, module, "training", module.training)
-            if not isinstance(module, torch.jit.ScriptModule):
-                at_the_end.callback(module._buffers.update, dict(module._buffers))
-        for buffer in model.buffers():
-            if not is_lazy(buffer):
-                at_the_end.callback(_put_back, buffer, buffer.detach().clone())
-        for tensor in tensors:
-            gradient, main_grad = tensor.grad, getattr(tensor, "main_grad", None)
-            at_the_end.callback(setattr, tensor, "grad", gradient)
-            if gradient is not None and gradient._is_view():  # of memory that all ranks share, say
-                at_the_end.callback(_put_back, gradient, gradient.clone())
-            if isinstance(main_grad, Tensor):
-                at_the_end.callback(_put_back, main_grad, main_grad.clone())
-            if hasattr(tensor, "grad_added_to_main_grad"):
-                was = tensor.grad_added_to_main_grad
-                at_the_end.callback(setattr, tensor, "grad_added_to_main_grad", was)
-            tensor.grad = None
-        yield
-
-
-def _put_back(tensor: Tensor, value: Tensor) -> None:
-    """Only where it has changed: a graph may have saved it, and count its versions."""
-    same = torch.equal(tensor.nan_to_num(), value.nan_to_num()) and torch.equal(
-        tensor.isnan(), value.isnan()
-    )
-    if not same:
-        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-            tensor.copy_(value)

@@ -15,6 +15,7 @@ from torch import nn
 from fastlinear import _machine as machine
 from fastlinear import _ranks as ranks
 from fastlinear import _torch_internals as internals
+from fastlinear._files import user_folder
 from fastlinear.choice import backend, known, table
 from fastlinear.choice.table import BY_ROWS, PYTORCH, Key, Store, Table
 from fastlinear.modules import Linear
@@ -146,7 +147,7 @@ def tune(model: nn.Module, *args: Any, seconds: float = 60, **kwargs: Any) -> Tu
         raise RuntimeError("tune() measures what batch_invariant() leaves no choice of: leave it")
     global _turn
     deadline, _turn = time.monotonic() + seconds, _turn + 1
-    known.user_folder()  # or it raises
+    user_folder()  # or it raises
     backend.expect_ranks()
     calls = record(model, args, kwargs)
     longest = sorted(calls, key=lambda call: -_operations(call.key) * len(calls[call].rows))
@@ -239,7 +240,7 @@ def _found(call: Call, noted: Noted, way: str) -> TunedCall:
 
 def table_of(device: torch.device) -> Path:
     """Where the user's table for a device lies, or will."""
-    return known.user_folder() / table.file_name(machine.name_of(device))
+    return user_folder() / table.file_name(machine.name_of(device))
 
 
 def measure_all(

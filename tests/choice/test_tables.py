@@ -16,6 +16,7 @@ from made_up import SMALL, TILE, assert_like_pytorch, layer_and_input, row, tabl
 
 import fastlinear
 from fastlinear import _machine as machine
+from fastlinear._files import user_folder
 from fastlinear.choice import backend, known, way
 from fastlinear.choice import table as tables
 from fastlinear.choice.table import BY_ROWS, PYTORCH
@@ -291,13 +292,13 @@ def test_traits_are_the_launchers(
 
 def test_user_s_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTLINEAR_CACHE", "/a")
-    assert known.user_folder() == Path("/a")
+    assert user_folder() == Path("/a")
     monkeypatch.delenv("FASTLINEAR_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert known.user_folder() == Path("/b/fastlinear")
+    assert user_folder() == Path("/b/fastlinear")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/c")
-    assert known.user_folder() == Path("/c/.cache/fastlinear")
+    assert user_folder() == Path("/c/.cache/fastlinear")
 
 
 @pytest.mark.parametrize("user", ["cannot be looked into", "has no home"])
