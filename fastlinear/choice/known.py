@@ -99,10 +99,6 @@ def reload(rows: dict[torch.device, tuple[Row, ...]] | None = None) -> None:
     seen = seen or available
     _settled = None
     generation += 1
-    _changed()
-
-
-def _changed() -> None:
     for watcher in watchers:
         watcher()
 
@@ -155,7 +151,8 @@ def _read(device: torch.device, threads: int, generation: int) -> Rows:
     if not files and not any_files() and ranks.in_group() and last:
         # No rank of this group has one: tables are asked for no more.
         available, _settled = False, ranks.group()
-        _changed()
+        for watcher in watchers:
+            watcher()
     return found
 
 

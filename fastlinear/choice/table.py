@@ -155,7 +155,7 @@ def is_there(candidate: Candidate, key: Key, device: torch.device) -> bool:
     if not isinstance(candidate, str) or candidate not in LIBRARIES:
         return True
     what = key.product, device, getattr(torch, key.dtype), key.activation, key.bias
-    return LIBRARIES[candidate].why_not(*what) is None
+    return LIBRARIES[candidate].takes(*what)
 
 
 def bucket(m: int) -> int:

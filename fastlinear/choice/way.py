@@ -19,7 +19,6 @@ from fastlinear import _torch_internals as internals
 from fastlinear.choice import backend, known, running, table
 from fastlinear.choice.known import Found
 from fastlinear.choice.table import PYTORCH, Candidate, Key
-from fastlinear.kernels.configs.config import BackwardConfig
 
 LARGEST_CACHE = 4096  # shapes
 WAYS_A_SHAPE = 8  # operands of the same shapes may differ in strides, dtype and requires_grad
@@ -57,15 +56,8 @@ def is_pytorchs(input: Tensor, weight: Tensor, activation: str | None) -> bool:
         told = least is not None and type(elements) is int
         if told and elements < least.get(weights, math.inf):  # type: ignore[union-attr]
             return True
-        key = (
-            elements,
-            weights,
-            input.dtype,
-            input.device,
-            activation,
-            _recording() and (weight.requires_grad or input.requires_grad),
-            read_by,
-        )
+        recorded = _recording() and (weight.requires_grad or input.requires_grad)
+        key = elements, weights, input.dtype, input.device, activation, recorded, read_by
         answer = _pytorchs.get(key)
     except (AttributeError, RuntimeError, TypeError):  # no tensors; symbols have no hash
         return True
@@ -348,24 +340,3 @@ class Asked(NamedTuple):
         if found is not None:
             return found.row.candidate
         return PYTORCH if running.takes_pytorch() else None
-
-
-def of_output(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
-) -> Candidate | None:
-    """What computes the output of a layer, or of B layers, as `Asked.candidate`."""
-    if weight.dim() != 2 or input.dim() == 0:
-        return PYTORCH if running.takes_pytorch() else None
-    n, k = weight.shape
-    return Asked("output", input, weight, n, k, activation, bias is not None).candidate()
-
-
-def of_pair(
-    grad_output: Tensor, input: Tensor, weight: Tensor, bias: bool
-) -> BackwardConfig | None:
-    """That in which one launch computes both products of a backward, where a table says so."""
-    if not grad_output.is_contiguous() or grad_output.data_ptr() % 16:
-        return None
-    n, k = weight.shape
-    candidate = Asked("gradients", input, weight, n, k, bias=bias).candidate()
-    return candidate if isinstance(candidate, BackwardConfig) else None

@@ -130,10 +130,17 @@ class Products:
         return calls[product]
 
     def by_kernel(self, product: str, config: Candidate | None) -> Results:
-        """By a kernel in a configuration, None being the launcher's choice, or by a library."""
+        """By a kernel in a configuration, None being the launcher's choice, or by a library.
+
+        With BY_ROWS it is both gradients, each as its row in use says.
+        """
         operands, grad, activation = self.operands, self.grad, self.call.activation
         of_weight, with_bias = (grad, self.input), self.grad_bias
         last = None if with_bias else -1  # no grad_bias
+        if config == BY_ROWS:
+            return lambda: implementations.backward(*of_weight, self.weight, with_bias, False)[
+                :last
+            ]
         calls: dict[str, Results]
         if isinstance(config, str):
             library = LIBRARIES[config]
@@ -160,11 +167,6 @@ class Products:
                 *operands, activation, False, **how
             )[:1]
         return calls[product]
-
-    def by_rows(self) -> Results:
-        """Both gradients, each as its row in use says."""
-        operands, bias = (self.grad, self.input, self.weight), self.grad_bias
-        return lambda: implementations.backward(*operands, bias, False)[: None if bias else -1]
 
     def key(self, product: str) -> Key:
         return next(key for key in keys_of(self.call, self.device) if key.product == product)
@@ -272,8 +274,8 @@ def _measured(products: Products, key: Key, measure: Measure, parts: list[Row]) 
         """What makes its call: of an output and a step a user's, who waits for the way there."""
         if product in ("output", "training"):
             return lambda one: one.called(product, by_pytorch=candidate == PYTORCH)
-        if candidate in (PYTORCH, BY_ROWS):
-            return lambda one: one.by_pytorch(product) if candidate == PYTORCH else one.by_rows()
+        if candidate == PYTORCH:
+            return lambda one: one.by_pytorch(product)
         return lambda one: one.by_kernel(product, candidate)
 
     calls = {} if product == "training" else exact_calls(products, product)

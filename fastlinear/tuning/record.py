@@ -62,17 +62,15 @@ def _call_of(
     rows = input.numel() // k
     key = way.call_key(device, dtype, bias is not None, wanted, activation, n, k, rows)
     op = "linear" if into_main_grad else function.__name__
-    return Call(op, device, _is_plain(input) and _is_plain(weight), key), rows
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.layout == torch.strided
-        and not tensor.is_nested
-        and tensor.is_contiguous()
-        and tensor.data_ptr() % 16 == 0
+    plain = all(
+        type(one) in internals.PLAIN
+        and one.layout == torch.strided
+        and not one.is_nested
+        and one.is_contiguous()
+        and one.data_ptr() % 16 == 0
+        for one in (input, weight)
     )
+    return Call(op, device, plain, key), rows
 
 
 def record(

@@ -150,8 +150,8 @@ def tune(model: nn.Module, *args: Any, seconds: float = 60, **kwargs: Any) -> Tu
     user_folder()  # or it raises
     backend.expect_ranks()
     calls = record(model, args, kwargs)
-    longest = sorted(calls, key=lambda call: -_operations(call.key) * len(calls[call].rows))
-    found = tune_calls({call: calls[call] for call in longest}, deadline)
+    longest = sorted(calls.items(), key=lambda one: -_operations(one[0].key) * len(one[1].rows))
+    found = tune_calls(dict(longest), deadline)
     layers = [one for one in model.modules() if isinstance(one, internals.Linear)]
     return replace(found, not_converted=sum(not isinstance(one, Linear) for one in layers))
 

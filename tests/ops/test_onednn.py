@@ -57,9 +57,7 @@ N, K = 24, 40
 pytestmark = [
     pytest.mark.usefixtures("triton_backend"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="it is for CPUs"),
-    pytest.mark.skipif(
-        onednn.why_not("output", CPU, torch.float32, None, True) is not None, reason="none"
-    ),
+    pytest.mark.skipif(not onednn.takes("output", CPU, torch.float32, None, True), reason="none"),
 ]
 
 
@@ -169,13 +167,13 @@ def check(compute: Compute, given: list[Tensor | None], roundings: int = 4, time
 def test_outputs_are_as_exact_as_pytorch_s(
     activation: str | None, dtype: torch.dtype, shape: tuple[int, ...], taken: list[str | None]
 ) -> None:
-    if onednn.why_not("output", CPU, dtype, None, True) is not None:
+    if not onednn.takes("output", CPU, dtype, None, True):
         pytest.skip("not on this CPU")
     for biased in (True, False):
         given = operands(shape, dtype, biased)
         check(lambda linear, operands: (linear(*operands, activation),), given)
         assert fastlinear.linear(*given, activation).is_contiguous()
-    fused = onednn.why_not("output", CPU, dtype, activation, True) is None
+    fused = onednn.takes("output", CPU, dtype, activation, True)
     assert taken == ([activation] * 8 if fused else [])
 
 
