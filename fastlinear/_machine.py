@@ -100,9 +100,10 @@ def versions() -> dict[str, str | None]:
 @functools.cache
 def software() -> dict[str, str]:
     """What a table's times depend on: versions, and a hash of the kernels' sources."""
-    named = ((name, versions()[name] or "none") for name in ("torch", "triton", "fastlinear"))
+    found = versions()
+    named = {name: found[name] or "none" for name in ("torch", "triton", "fastlinear")}
     sources = hashlib.sha256()
     folder = Path(kernels.__path__[0])
     for file in (*sorted(folder.rglob("*.py")), folder / "configs" / "tiles.json"):
         sources.update(file.read_bytes())
-    return dict(named) | {"kernels": sources.hexdigest()[:16]}
+    return named | {"kernels": sources.hexdigest()[:16]}

@@ -25,6 +25,7 @@ from fastlinear import _machine as machine
 from fastlinear import _ranks as ranks
 from fastlinear._files import user_folder
 from fastlinear.choice import table
+from fastlinear.choice.launchers import target_of
 from fastlinear.choice.table import BY_ROWS, PYTORCH, Key, Row, Table
 from fastlinear.kernels.configs.config import Target
 from fastlinear.kernels.configs.products import traits_of, why_illegal_for
@@ -161,7 +162,7 @@ def agreed(device: str, mine: Files) -> Files:
     if not ranks.has_others():
         return mine
     try:
-        found = ranks.agreed(_store_key(device), json.dumps(mine))
+        found = ranks.agreed(shared(device)[0], json.dumps(mine))
     except RuntimeError as error:  # not every kind of store can
         _warn(f"fastlinear cannot have all ranks go by one table: {error}; each goes by its own")
         return mine
@@ -180,11 +181,7 @@ def shared(device: str) -> tuple[str, Callable[[], str]]:
 
     That is read anew: it may have been measured since.
     """
-    return _store_key(device), lambda: json.dumps(readable(device))
-
-
-def _store_key(device: str) -> str:
-    return f"fastlinear/tables/{device}"
+    return f"fastlinear/tables/{device}", lambda: json.dumps(readable(device))
 
 
 def readable(name: str) -> Files:
@@ -221,7 +218,7 @@ def _warn(message: str) -> None:
 def _usable(parsed: Table, device: torch.device) -> list[Row]:
     """The rows by which a call can go here: PyTorch's way where the gain does not count."""
     margin = MARGIN if parsed.outdated(machine.software()) is None else MARGIN_OF_OTHERS
-    target = _target_of(device) if parsed.kernels == machine.software()["kernels"] else None
+    target = target_of(device) if parsed.kernels == machine.software()["kernels"] else None
     rows = [
         row if row.wins(margin) else row.by_pytorch()
         for row in parsed.rows
@@ -237,16 +234,6 @@ def _usable(parsed: Table, device: torch.device) -> list[Row]:
         row.by_pytorch() if row.candidate == BY_ROWS and layer(row) not in ours else row
         for row in rows
     ]
-
-
-def _target_of(device: torch.device) -> Target | None:
-    """None where there is no Triton, or a device that it does not know."""
-    try:
-        from fastlinear.kernels.launching import launch
-
-        return launch.target_of(device)
-    except (ImportError, OSError, RuntimeError):
-        return None
 
 
 def _is_legal(row: Row, target: Target) -> bool:

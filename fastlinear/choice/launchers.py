@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastlinear.kernels.configs.config import Target
+
 
 class Launchers(NamedTuple):
     """The kernels' modules."""
@@ -40,10 +42,15 @@ def launchers() -> Launchers:
     return Launchers(forward, backward, backward_weight, activation, gated, gated_backward)
 
 
+def target_of(device: torch.device) -> Target | None:
+    """What kernels have to fit; None without Triton, or on a device that it does not know."""
+    try:
+        target: Target = launchers().forward.launch.target_of(device)
+    except RuntimeError:
+        return None
+    return target
+
+
 def kernels_run_on(device: torch.device) -> bool:
     """Whether Triton is there, and knows the device."""
-    try:
-        launchers().forward.launch.target_of(device)
-    except RuntimeError:
-        return False
-    return True
+    return target_of(device) is not None

@@ -244,10 +244,7 @@ def table_of(device: torch.device) -> Path:
 
 
 def measure_all(
-    wanted: dict[Key, int],
-    device: torch.device,
-    deadline: float,
-    measure: Measure | None = None,
+    wanted: dict[Key, int], device: torch.device, deadline: float, measure: Measure | None = None
 ) -> bool:
     """Measures what the device's table lacks, and writes it there row by row.
 

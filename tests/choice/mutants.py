@@ -201,8 +201,8 @@ MUTANTS = [
     Mutant(
         "a row of other kernels counts",
         "fastlinear/choice/known.py",
-        '_target_of(device) if parsed.kernels == machine.software()["kernels"] else None',
-        "_target_of(device)",
+        'target_of(device) if parsed.kernels == machine.software()["kernels"] else None',
+        "target_of(device)",
         TABLES,
     ),
     Mutant(
