@@ -42,15 +42,23 @@ def launchers() -> Launchers:
     return Launchers(forward, backward, backward_weight, activation, gated, gated_backward)
 
 
-def target_of(device: torch.device) -> Target | None:
-    """What kernels have to fit; None without Triton, or on a device that it does not know."""
-    try:
-        target: Target = launchers().forward.launch.target_of(device)
-    except RuntimeError:
-        return None
-    return target
-
-
 def kernels_run_on(device: torch.device) -> bool:
     """Whether Triton is there, and knows the device."""
-    return target_of(device) is not None
+    try:
+        launchers().forward.launch.target_of(device)
+    except RuntimeError:
+        return False
+    return True
+
+
+def target_of(device: torch.device) -> Target | None:
+    """What kernels have to fit; None without Triton, or on a device that it does not know.
+
+    No kernel is imported for it: tables ask, which may name none.
+    """
+    try:
+        from fastlinear.kernels.launching import launch
+
+        return launch.target_of(device)
+    except (ImportError, OSError, RuntimeError):
+        return None
