@@ -1,9 +1,7 @@
 """Says what a call would do: which path, why, with which kernels, and what that moves."""
 
 import dataclasses
-import importlib.metadata
 import math
-import platform
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlinear import _machine as machine
 from fastlinear import _torch_internals as internals
 from fastlinear import main_grad
 from fastlinear._torch_internals import Linear as TorchLinear
@@ -159,13 +158,13 @@ def explain(layer: nn.Linear, input: Tensor) -> Explanation:
         backend=backend.current,
         path=path,
         reason=reason,
-        device=_device_name(input.device),
+        device=machine.in_words(input.device),
         dtype=str(dtype).removeprefix("torch."),
         input_shape=() if input.is_nested else tuple(input.shape),
         weight_shape=tuple(weight.shape),
         activation=activation,
         products=products,
-        versions=versions(),
+        versions=machine.versions(),
     )
 
 
@@ -213,33 +212,17 @@ def _path(
     return KERNELS, "this backend has no other", True
 
 
-def versions() -> dict[str, str | None]:
-    """Of fastlinear, torch, triton and Python; None for what is not installed."""
-    import fastlinear
-
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = None
-    return {
-        "fastlinear": fastlinear.__version__,
-        "torch": torch.__version__,
-        "triton": triton,
-        "python": platform.python_version(),
-    }
-
-
 def info() -> dict[str, Any]:
     """What `python -m fastlinear info` prints: versions, settings, and each device's path."""
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     return {
-        "versions": versions(),
+        "versions": machine.versions(),
         "backend": backend.current,
         "float32 products": backend.float32_precision(),
         **_launches(),
-        "devices": {_device_name(device): _kernels_on(device) for device in devices},
-        "tables": {_device_name(device): _tables_of(device) for device in devices},
+        "devices": {machine.in_words(device): _kernels_on(device) for device in devices},
+        "tables": {machine.in_words(device): _tables_of(device) for device in devices},
     }
 
 
@@ -276,12 +259,6 @@ def _kernels_on(device: torch.device) -> str:
     if target.family == "interpreter":
         return "kernels run in Triton's interpreter"
     return f"kernels run, with the tiles of {target.family}"
-
-
-def _device_name(device: torch.device) -> str:
-    return (
-        f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-    )
 
 
 def _products(

@@ -9,10 +9,11 @@ from torch import Tensor
 from fastlinear.choice import backend, known, way
 from fastlinear.choice.known import Found
 from fastlinear.choice.launchers import launchers
-from fastlinear.choice.table import KERNEL_OF, PYTORCH
+from fastlinear.choice.table import PYTORCH
 from fastlinear.kernels.configs.config import BackwardConfig, Config, Traits
 from fastlinear.kernels.configs.model import modelled_time
 from fastlinear.kernels.configs.pair_model import pair_time
+from fastlinear.kernels.configs.products import KERNEL_OF
 
 BOTH = "linear_backward_kernel"  # computes both gradients
 

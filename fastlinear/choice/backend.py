@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastlinear import _machine as machine
+from fastlinear import _ranks as ranks
 from fastlinear import _torch_internals as internals
 from fastlinear.choice import known
 from fastlinear.kernels.launching.operands import DTYPES
@@ -199,7 +201,7 @@ def use_tables(rows: dict[torch.device, tuple[Row, ...]] | None = None) -> None:
 
 def expect_ranks() -> None:
     """Looks for the tables of other ranks, where there have come to be any."""
-    if not known.available and known.ranks_expected() and not known.settled():
+    if not known.available and ranks.expected() and not known.settled():
         use_tables()
 
 
@@ -207,6 +209,6 @@ def table_precision(dtype: torch.dtype, device: torch.device) -> str:
     """By which tables know how products of `dtype` are formed."""
     if dtype != torch.float32:
         return "ieee"
-    if device.type == "cpu" and known.device_name(device) != known.INTERPRETER:
+    if device.type == "cpu" and machine.device_name(device) != machine.INTERPRETER:
         return internals.float32_precision_on_cpu()
     return float32_precision()

@@ -10,19 +10,12 @@ NAME = "epilogue"
 PRODUCTS = ("output",)
 
 
-def why_not(
+def takes(
     product: str, device: torch.device, dtype: torch.dtype, activation: str | None, bias: bool
-) -> str | None:
-    """What it cannot take of such a layer's product, in words; None where it takes all."""
-    if product not in PRODUCTS:
-        return "the fused epilogue computes outputs alone"
-    if device.type != "cuda":
-        return "the fused epilogue is cuBLASLt's, for GPUs"
-    if activation not in ("relu", "gelu_tanh"):
-        return "the fused epilogue has relu and gelu_tanh alone"
-    if not bias:
-        return "the fused epilogue adds a bias"
-    return None if dtype != torch.float64 else "the fused epilogue has no float64"
+) -> bool:
+    """Whether it computes such a layer's product: on GPUs, with a bias, and not in float64."""
+    fused = activation in ("relu", "gelu_tanh") and bias and dtype != torch.float64
+    return product in PRODUCTS and device.type == "cuda" and fused
 
 
 def output(

@@ -11,28 +11,28 @@ nothing is measured here.
 import collections
 import contextlib
 import functools
-import hashlib
 import json
 import os
-import platform
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed
 
 import fastlinear.kernels as kernels
-from fastlinear import _torch_internals as internals
+from fastlinear import _machine as machine
+from fastlinear import _ranks as ranks
+from fastlinear._files import user_folder
 from fastlinear.choice import table
-from fastlinear.choice.table import BY_ROWS, PYTORCH, Key, Row, Table, why_illegal_row
+from fastlinear.choice.launchers import target_of
+from fastlinear.choice.table import BY_ROWS, PYTORCH, Key, Row, Table
+from fastlinear.kernels.configs.config import Target
+from fastlinear.kernels.configs.products import traits_of, why_illegal_for
 
 SHIPPED = Path(kernels.__path__[0]) / "tuned"
-INTERPRETER = "Triton interpreter"
 # How many times PyTorch's speed counts; and where it was measured with another torch or Triton.
 MARGIN, MARGIN_OF_OTHERS = 1.05, 1.15
-RANKS: bool = torch.distributed.is_available()
 Files = list[tuple[str, str]]  # paths of tables, with the text of each
 
 
@@ -63,21 +63,6 @@ class Rows(dict[Key, Found]):
         return len(self.faster) > len(self.faster_calls)
 
 
-def user_folder() -> Path:
-    """Where the user's own tables lie.
-
-    FASTLINEAR_CACHE, or fastlinear/ in XDG_CACHE_HOME, which is ~/.cache where it is not set.
-
-    Raises:
-        RuntimeError: nobody knows where the home folder is.
-    """
-    given = os.environ.get("FASTLINEAR_CACHE")
-    if given:
-        return Path(given)
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "fastlinear"
-
-
 def folders() -> tuple[Path, ...]:
     """Where tables lie; a row of the second, the user's, counts before one of the first."""
     try:
@@ -95,30 +80,8 @@ def any_files() -> bool:
     return False
 
 
-def in_group() -> bool:
-    """Whether there is a process group."""
-    return RANKS and torch.distributed.is_initialized()
-
-
-def group() -> int | None:
-    """What tells the default group from one before it or after; None where there is none."""
-    return id(torch.distributed.group.WORLD) if in_group() else None
-
-
-def has_others() -> bool:
-    """Whether there are other ranks in the default group."""
-    return in_group() and torch.distributed.get_world_size() > 1
-
-
-def ranks_expected() -> bool:
-    """Whether this process is one of several, or will be, by what torchrun tells it."""
-    if in_group():
-        return has_others()
-    return RANKS and os.environ.get("WORLD_SIZE", "1") not in ("", "1")
-
-
 # Whether there is a table at all, which every call asks first. Another rank may have one.
-available: bool = any_files() or ranks_expected()
+available: bool = any_files() or ranks.expected()
 seen: bool = available  # whether there has ever been one: a forward may have gone by it
 generation = 0  # counts the times that tables were read anew
 given: dict[torch.device, tuple[Row, ...]] | None = None  # in the place of all tables
@@ -133,77 +96,25 @@ def reload(rows: dict[torch.device, tuple[Row, ...]] | None = None) -> None:
     """Looks for tables again, or takes these rows for all that there is."""
     global available, seen, generation, given, _settled
     given = rows
-    available = rows is not None or any_files() or ranks_expected()
+    available = rows is not None or any_files() or ranks.expected()
     seen = seen or available
     _settled = None
     generation += 1
-    _changed()
-
-
-def _changed() -> None:
     for watcher in watchers:
         watcher()
 
 
 def settled() -> bool:
     """Whether the ranks of this group have agreed that there is no table."""
-    return _settled is not None and _settled == group()
+    return _settled is not None and _settled == ranks.group()
 
 
 def follow_group() -> None:
     """Reads tables anew where there has come to be another process group, or the first."""
     global _group
-    if (now := group()) != _group:
+    if (now := ranks.group()) != _group:
         _group = now
         reload(given)
-
-
-def device_name(device: torch.device) -> str | None:
-    """The name by which tables know a device; None for one that they know nothing of.
-
-    A CPU's times depend on the threads that share a product.
-    """
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return INTERPRETER
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return None
-    threads = torch.get_num_threads()
-    return f"{_processor()}, {threads} thread{'' if threads == 1 else 's'}"
-
-
-@functools.cache
-def _processor() -> str:
-    """A CPU's name, as its maker has it where the system says so."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine() or "CPU"
-
-
-@functools.cache
-def software() -> dict[str, str]:
-    """What a table's times depend on: versions, and a hash of the kernels' sources."""
-    from importlib import metadata  # it takes its time
-
-    import fastlinear  # whose version stands below its imports
-
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = "none"
-    sources = hashlib.sha256()
-    folder = Path(kernels.__path__[0])
-    for file in (*sorted(folder.rglob("*.py")), folder / "configs" / "tiles.json"):
-        sources.update(file.read_bytes())
-    return {
-        "torch": torch.__version__,
-        "triton": triton,
-        "fastlinear": fastlinear.__version__,
-        "kernels": sources.hexdigest()[:16],
-    }
 
 
 def row(device: torch.device, key: Key) -> Found | None:
@@ -228,7 +139,7 @@ def _read(device: torch.device, threads: int, generation: int) -> Rows:
     global available, _settled
     if given is not None:
         return Rows({one.key: Found(one, Path(), "") for one in given.get(device, ())})
-    found, name = Rows(), device_name(device)
+    found, name = Rows(), machine.device_name(device)
     if name is None:
         return found
     files = agreed(name, readable(name))
@@ -238,20 +149,20 @@ def _read(device: torch.device, threads: int, generation: int) -> Rows:
             found[one.key] = Found(one, Path(path), parsed.date)
     # Where there are GPUs, it is theirs that settle it.
     last = device.type == "cuda" or not torch.cuda.device_count()
-    if not files and not any_files() and in_group() and last:
+    if not files and not any_files() and ranks.in_group() and last:
         # No rank of this group has one: tables are asked for no more.
-        available, _settled = False, group()
-        _changed()
+        available, _settled = False, ranks.group()
+        for watcher in watchers:
+            watcher()
     return found
 
 
 def agreed(device: str, mine: Files) -> Files:
     """The tables for a device of this name that all ranks of the group go by; `mine` are my own."""
-    if not has_others():
+    if not ranks.has_others():
         return mine
     try:
-        # Sets what nobody has set yet, and returns what is there.
-        found = internals.default_store().compare_set(store_key(device), "", json.dumps(mine))
+        found = ranks.agreed(shared(device)[0], json.dumps(mine))
     except RuntimeError as error:  # not every kind of store can
         _warn(f"fastlinear cannot have all ranks go by one table: {error}; each goes by its own")
         return mine
@@ -265,9 +176,12 @@ def agreed(device: str, mine: Files) -> Files:
     return theirs
 
 
-def store_key(device: str) -> str:
-    """Where the group's store has the tables for a device of this name."""
-    return f"fastlinear/tables/{device}"
+def shared(device: str) -> tuple[str, Callable[[], str]]:
+    """Where the group's store has the tables for a device of this name, and what I would put there.
+
+    That is read anew: it may have been measured since.
+    """
+    return f"fastlinear/tables/{device}", lambda: json.dumps(readable(device))
 
 
 def readable(name: str) -> Files:
@@ -288,7 +202,7 @@ def readable(name: str) -> Files:
             said = f"ignores the table {path}: {why}; fastlinear.tune writes another"
         else:
             files.append((str(path), table.as_text(parsed)))
-            if (why := parsed.outdated(software())) is not None:
+            if (why := parsed.outdated(machine.software())) is not None:
                 margin = f"{MARGIN_OF_OTHERS - 1:.0%}"
                 said = f"goes by the table {path} only where it gains {margin}: {why}"
         # Those that are shipped are the user's to replace, not to repair.
@@ -303,20 +217,13 @@ def _warn(message: str) -> None:
 
 def _usable(parsed: Table, device: torch.device) -> list[Row]:
     """The rows by which a call can go here: PyTorch's way where the gain does not count."""
-    margin = MARGIN if parsed.outdated(software()) is None else MARGIN_OF_OTHERS
-    try:
-        from fastlinear.kernels.launching import launch
-
-        target = launch.target_of(device)
-    except (ImportError, OSError, RuntimeError):  # no Triton, or a device that it does not know
-        target = None
-    same = parsed.kernels == software()["kernels"]
+    margin = MARGIN if parsed.outdated(machine.software()) is None else MARGIN_OF_OTHERS
+    target = target_of(device) if parsed.kernels == machine.software()["kernels"] else None
     rows = [
         row if row.wins(margin) else row.by_pytorch()
         for row in parsed.rows
         # Whether a library is there is asked when it is taken.
-        if isinstance(row.candidate, str)
-        or (same and target is not None and why_illegal_row(row, target) is None)
+        if isinstance(row.candidate, str) or (target is not None and _is_legal(row, target))
     ]
 
     def layer(row: Row) -> tuple[object, ...]:
@@ -327,6 +234,13 @@ def _usable(parsed: Table, device: torch.device) -> list[Row]:
         row.by_pytorch() if row.candidate == BY_ROWS and layer(row) not in ours else row
         for row in rows
     ]
+
+
+def _is_legal(row: Row, target: Target) -> bool:
+    dtype = getattr(torch, row.dtype)
+    sizes = row.n, row.k, row.m
+    traits = traits_of(row.product, *sizes, dtype, row.precision, target, row.activation)
+    return why_illegal_for(row.product, row.candidate, traits) is None
 
 
 def files(device: torch.device) -> dict[Path, int]:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastlinear.kernels.configs.config import Target
+
 
 class Launchers(NamedTuple):
     """The kernels' modules."""
@@ -47,3 +49,16 @@ def kernels_run_on(device: torch.device) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def target_of(device: torch.device) -> Target | None:
+    """What kernels have to fit; None without Triton, or on a device that it does not know.
+
+    No kernel is imported for it: tables ask, which may name none.
+    """
+    try:
+        from fastlinear.kernels.launching import launch
+
+        return launch.target_of(device)
+    except (ImportError, OSError, RuntimeError):
+        return None

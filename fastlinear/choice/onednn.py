@@ -22,28 +22,24 @@ _FUSED: dict[str | None, tuple[str, list[float], str]] = {
 }
 
 
-def why_not(
+def takes(
     product: str, device: torch.device, dtype: torch.dtype, activation: str | None, bias: bool
-) -> str | None:
-    """What it cannot take of such a layer's product, in words; None where it takes all."""
+) -> bool:
+    """Whether it computes such a layer's product, by itself, here and now."""
     mkldnn = torch.ops.mkldnn
-    if product not in PRODUCTS:
-        return "oneDNN computes each product for itself"
-    if device.type != "cpu":
-        return "oneDNN's linear is for CPUs"
+    if product not in PRODUCTS or device.type != "cpu":
+        return False
     if not torch._C._get_mkldnn_enabled() or not hasattr(mkldnn, "_linear_pointwise"):
-        return "this PyTorch has no oneDNN, or does without"
+        return False  # this PyTorch has no oneDNN, or does without
     if product != "output":
-        return None if dtype == torch.float32 else f"oneDNN has no gradients in {dtype}"
+        return dtype == torch.float32
     if activation not in _FUSED and activation != "relu":
-        return f"oneDNN has no {activation}"
-    if (
+        return False
+    return (
         dtype == torch.float32
         or (dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported())
         or (dtype == torch.float16 and mkldnn._is_mkldnn_fp16_supported())
-    ):
-        return None
-    return f"oneDNN has no linear in {dtype} on this CPU"
+    )
 
 
 def output(
@@ -54,7 +50,7 @@ def output(
     Args:
         input, weight, bias: strided CPU tensors of one dtype, (*, K), (N, K) and (N,), with K and N
             above 0. Any strides are right; it takes its time where they are not contiguous.
-        activation: None, or one that `why_not` has nothing against.
+        activation: None, or one that it `takes`.
     """
     if bias is not None:
         bias = bias.contiguous()  # it is read as if it were

@@ -4,22 +4,18 @@ A table is a JSON file of plain values: what may stand in it, and how it is read
 to. Those that are shipped lie in kernels/tuned/. Nothing here imports Triton.
 """
 
-import contextlib
 import dataclasses
 import json
-import os
 import re
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 
+from fastlinear import _files as files
 from fastlinear.choice import cublaslt, onednn
-from fastlinear.kernels.configs.config import BackwardConfig, Config, Kernel, Kind, Target, Traits
-from fastlinear.kernels.configs.legality import why_illegal
+from fastlinear.kernels.configs.config import BackwardConfig, Config, Kind
 from fastlinear.kernels.launching.operands import ACTIVATIONS
 
 FORMAT = 2
@@ -28,11 +24,6 @@ FORMAT = 2
 # layer's products with their autograd, as one step of forward and backward.
 Product = Literal["output", "grad_input", "grad_weight", "gradients", "training"]
 PRODUCTS: tuple[Product, ...] = get_args(Product)
-KERNEL_OF: dict[str, Kernel] = {
-    "output": "forward",
-    "grad_input": "forward",
-    "grad_weight": "backward_weight",
-}
 # What else than a kernel's configuration a row may have: PyTorch's F.linear and matmul; what
 # PyTorch has besides them; and, for the last two products, each product as its own row says.
 PYTORCH = "pytorch"
@@ -164,50 +155,12 @@ def is_there(candidate: Candidate, key: Key, device: torch.device) -> bool:
     if not isinstance(candidate, str) or candidate not in LIBRARIES:
         return True
     what = key.product, device, getattr(torch, key.dtype), key.activation, key.bias
-    return LIBRARIES[candidate].why_not(*what) is None
+    return LIBRARIES[candidate].takes(*what)
 
 
 def bucket(m: int) -> int:
     """The power of two that stands for m rows: the next one that is not smaller."""
     return 1 << max(m - 1, 0).bit_length()
-
-
-def traits_of(key: Key, target: Target) -> Traits:
-    """What launchers find of a product of contiguous tensors, whose addresses divide by 16.
-
-    aligned is as launch.aligned_product has it, wide as launch.offset_dtype and descriptors as
-    launch.describable.
-    """
-    product, n, k, m = key.product, key.n, key.k, key.m
-    dtype = getattr(torch, key.dtype)
-    applies = product == "output" and key.activation is not None
-    wide = max(m * k, n * k, m * n) > 2**31
-    # Rows of n elements are read of gradients, and of the output written.
-    read = (k,) if product == "output" else (n, k)
-    whole = (n, k) if applies or wide else read
-    return Traits(
-        dtype,
-        key.precision,
-        aligned=all(size % 16 == 0 for size in whole),
-        target=target,
-        activation=applies,
-        descriptors=all(size * dtype.itemsize % 16 == 0 for size in read),
-        wide=wide,
-    )
-
-
-def why_illegal_row(row: Row, target: Target) -> str | None:
-    """`why_illegal` of a row's configuration; None where it has none."""
-    traits = traits_of(row.key, target)
-    if isinstance(row.candidate, BackwardConfig):
-        pair = row.candidate
-        wrong = why_illegal("forward", pair.input, traits)
-        if pair.input.kind != "tiled":
-            return "one launch of both gradients computes tiles"
-        return wrong or why_illegal("backward_weight", pair.weight, traits)
-    if isinstance(row.candidate, Config):
-        return why_illegal(KERNEL_OF[row.product], row.candidate, traits)
-    return None
 
 
 def parse(text: str) -> Table:
@@ -307,15 +260,8 @@ def read(path: Path) -> Table:
 
 
 def write(path: Path, table: Table) -> None:
-    """Puts `table` in the place of what `path` held, so that a kill leaves the one or the other."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
-    try:
-        unfinished.write_text(as_text(table), encoding="utf-8")
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    """Puts `table` in the place of what `path` held, as `files.replace`."""
+    files.replace(path, as_text(table))
 
 
 def file_name(device: str) -> str:
@@ -335,14 +281,14 @@ class Store:
     def __init__(self, path: Path, here: Table) -> None:
         """here: what is measured on and with, and no rows."""
         self.path, self.here = path, here
-        with self._locked():
+        with files.locked(self.path):
             self.rows, why = self._read()
         if why is not None:
             print(f"{path} is written anew: {why}", file=sys.stderr)
 
     def add(self, row: Row) -> None:
         """Writes `row` beside those that are there, in the place of one for the same product."""
-        with self._locked():
+        with files.locked(self.path):
             rows = self._read()[0] | {row.key: row}
             write(self.path, self.here._replace(rows=tuple(rows.values())))
 
@@ -360,17 +306,3 @@ class Store:
         if found.device != self.here.device:
             why = f"it is for {found.device!r}, and this is {self.here.device!r}"
         return ({row.key: row for row in found.rows} if why is None else {}), why
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Between reading and writing, one process at a time, where the system can say so."""
-        try:
-            import fcntl
-        except ImportError:
-            yield
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_name(self.path.name + ".lock").open("w") as file:
-            with contextlib.suppress(OSError):  # not on every network's folder
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield

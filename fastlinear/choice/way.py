@@ -19,7 +19,6 @@ from fastlinear import _torch_internals as internals
 from fastlinear.choice import backend, known, running, table
 from fastlinear.choice.known import Found
 from fastlinear.choice.table import PYTORCH, Candidate, Key
-from fastlinear.kernels.configs.config import BackwardConfig
 
 LARGEST_CACHE = 4096  # shapes
 WAYS_A_SHAPE = 8  # operands of the same shapes may differ in strides, dtype and requires_grad
@@ -57,15 +56,8 @@ def is_pytorchs(input: Tensor, weight: Tensor, activation: str | None) -> bool:
         told = least is not None and type(elements) is int
         if told and elements < least.get(weights, math.inf):  # type: ignore[union-attr]
             return True
-        key = (
-            elements,
-            weights,
-            input.dtype,
-            input.device,
-            activation,
-            _recording() and (weight.requires_grad or input.requires_grad),
-            read_by,
-        )
+        recorded = _recording() and (weight.requires_grad or input.requires_grad)
+        key = elements, weights, input.dtype, input.device, activation, recorded, read_by
         answer = _pytorchs.get(key)
     except (AttributeError, RuntimeError, TypeError):  # no tensors; symbols have no hash
         return True
@@ -138,20 +130,16 @@ def find(
     # Every call takes the time that this takes: hence no function for each of its parts.
     grad = backend.current == "auto" and torch.is_grad_enabled()  # tables know steps apart
     settings = backend.settings()
-    if bias is None:
-        for way in _ways.get((input.shape, weight.shape, None, activation, grad, settings), ()):
-            if way.alike(input, weight):
-                if way.output is None:
-                    return way
-                unaligned = (input.data_ptr() | weight.data_ptr()) % 16
-                return None if unaligned or internals.watched() else way
-        return None
-    for way in _ways.get((input.shape, weight.shape, bias.shape, activation, grad, settings), ()):
-        if way.alike(input, weight, bias):
+    operands = (input, weight) if bias is None else (input, weight, bias)
+    of_bias = None if bias is None else bias.shape
+    for way in _ways.get((input.shape, weight.shape, of_bias, activation, grad, settings), ()):
+        if way.alike(*operands):
             if way.output is None:
                 return way
-            unaligned = (input.data_ptr() | weight.data_ptr() | bias.data_ptr()) % 16
-            return None if unaligned or internals.watched() else way
+            addresses = input.data_ptr() | weight.data_ptr()
+            if bias is not None:
+                addresses |= bias.data_ptr()
+            return None if addresses % 16 or internals.watched() else way
     return None
 
 
@@ -352,24 +340,3 @@ class Asked(NamedTuple):
         if found is not None:
             return found.row.candidate
         return PYTORCH if running.takes_pytorch() else None
-
-
-def of_output(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
-) -> Candidate | None:
-    """What computes the output of a layer, or of B layers, as `Asked.candidate`."""
-    if weight.dim() != 2 or input.dim() == 0:
-        return PYTORCH if running.takes_pytorch() else None
-    n, k = weight.shape
-    return Asked("output", input, weight, n, k, activation, bias is not None).candidate()
-
-
-def of_pair(
-    grad_output: Tensor, input: Tensor, weight: Tensor, bias: bool
-) -> BackwardConfig | None:
-    """That in which one launch computes both products of a backward, where a table says so."""
-    if not grad_output.is_contiguous() or grad_output.data_ptr() % 16:
-        return None
-    n, k = weight.shape
-    candidate = Asked("gradients", input, weight, n, k, bias=bias).candidate()
-    return candidate if isinstance(candidate, BackwardConfig) else None

@@ -16,6 +16,7 @@ from fastlinear import _torch_internals as internals
 from fastlinear.choice import backend, running, way
 from fastlinear.choice.launchers import launchers
 from fastlinear.choice.table import LIBRARIES, PYTORCH
+from fastlinear.kernels.configs.config import BackwardConfig
 from fastlinear.kernels.launching.operands import (
     ACTIVATED,
     BACKWARD,
@@ -39,7 +40,10 @@ def _of_output(
     """What a table says of the output; None for the kernel that the launcher chooses."""
     if not running.by_tables():
         return None
-    return way.of_output(input, weight, bias, activation)
+    if weight.dim() != 2 or input.dim() == 0:
+        return PYTORCH if running.takes_pytorch() else None
+    n, k = weight.shape
+    return way.Asked("output", input, weight, n, k, activation, bias is not None).candidate()
 
 
 def straight(
@@ -207,7 +211,7 @@ def _by_table(
 ) -> tuple[Any, Any, Any]:
     """By tables, what computes both gradients in one launch, grad_input and grad_weight.
 
-    As `way.Asked.candidate` has it. One launch does where the others are None.
+    As `way.Asked` has it. One launch does where the others are None.
     """
     neither = weight is None and input is None
     if running.takes_pytorch() and (
@@ -217,8 +221,10 @@ def _by_table(
     if batched:
         return None, None, None
     if weight is not None and input is not None:
-        pair = way.of_pair(grad_output, input, weight, bias)
-        if pair is not None:
+        n, k = weight.shape
+        pair = way.Asked("gradients", input, weight, n, k, bias=bias).candidate()
+        as_measured = grad_output.is_contiguous() and not grad_output.data_ptr() % 16
+        if as_measured and isinstance(pair, BackwardConfig):
             return pair, None, None
     n, of_input, of_weight = grad_output.shape[-1], None, None
     if weight is not None:

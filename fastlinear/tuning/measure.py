@@ -24,6 +24,7 @@ from fastlinear.choice.table import BY_ROWS, LIBRARIES, OPERANDS, PYTORCH, Candi
 from fastlinear.functional import linear
 from fastlinear.kernels.configs.choose import ranked
 from fastlinear.kernels.configs.choose_pair import ranked_pairs
+from fastlinear.kernels.configs.products import KERNEL_OF, traits_of
 from fastlinear.ops import implementations
 from fastlinear.ops.elementwise import ACTIVATIONS
 from fastlinear.tuning.stopwatch import Call, Measure, Times
@@ -129,10 +130,17 @@ class Products:
         return calls[product]
 
     def by_kernel(self, product: str, config: Candidate | None) -> Results:
-        """By a kernel in a configuration, None being the launcher's choice, or by a library."""
+        """By a kernel in a configuration, None being the launcher's choice, or by a library.
+
+        With BY_ROWS it is both gradients, each as its row in use says.
+        """
         operands, grad, activation = self.operands, self.grad, self.call.activation
         of_weight, with_bias = (grad, self.input), self.grad_bias
         last = None if with_bias else -1  # no grad_bias
+        if config == BY_ROWS:
+            return lambda: implementations.backward(*of_weight, self.weight, with_bias, False)[
+                :last
+            ]
         calls: dict[str, Results]
         if isinstance(config, str):
             library = LIBRARIES[config]
@@ -160,11 +168,6 @@ class Products:
             )[:1]
         return calls[product]
 
-    def by_rows(self) -> Results:
-        """Both gradients, each as its row in use says."""
-        operands, bias = (self.grad, self.input, self.weight), self.grad_bias
-        return lambda: implementations.backward(*operands, bias, False)[: None if bias else -1]
-
     def key(self, product: str) -> Key:
         return next(key for key in keys_of(self.call, self.device) if key.product == product)
 
@@ -172,12 +175,13 @@ class Products:
         """The kernels' best, as modelled."""
         key = self.key(product)
         target = launchers().forward.launch.target_of(self.device)
-        traits, (n, k) = table.traits_of(key, target), (key.n, key.k)
+        n, k, dtype = key.n, key.k, getattr(torch, key.dtype)
+        traits = traits_of(product, n, k, key.m, dtype, key.precision, target, key.activation)
         if product == "gradients":
             return [pair for pair, _ in ranked_pairs(1, self.rows, n, k, traits)[:PAIRS]]
         if transposed := product == "grad_input":
             n, k = k, n
-        choices = ranked(table.KERNEL_OF[product], 1, self.rows, n, k, traits, transposed)
+        choices = ranked(KERNEL_OF[product], 1, self.rows, n, k, traits, transposed)
         return [choice.config for choice in choices[:CANDIDATES]]
 
 
@@ -270,8 +274,8 @@ def _measured(products: Products, key: Key, measure: Measure, parts: list[Row]) 
         """What makes its call: of an output and a step a user's, who waits for the way there."""
         if product in ("output", "training"):
             return lambda one: one.called(product, by_pytorch=candidate == PYTORCH)
-        if candidate in (PYTORCH, BY_ROWS):
-            return lambda one: one.by_pytorch(product) if candidate == PYTORCH else one.by_rows()
+        if candidate == PYTORCH:
+            return lambda one: one.by_pytorch(product)
         return lambda one: one.by_kernel(product, candidate)
 
     calls = {} if product == "training" else exact_calls(products, product)

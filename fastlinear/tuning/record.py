@@ -1,17 +1,17 @@
 """Runs a model once, and notes each distinct call of our layers."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from fastlinear import _torch_internals as internals
 from fastlinear import functional
+from fastlinear._unchanged import unchanged
 from fastlinear.choice import backend, way
 from fastlinear.choice.table import Key
 from fastlinear.kernels.launching.operands import DTYPES
@@ -38,6 +38,11 @@ class Noted:
     rows: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
 
+    @property
+    def usual_rows(self) -> int:
+        """With how many it was made most often."""
+        return statistics.mode(self.rows)
+
 
 def _call_of(
     function: Callable[..., Any], operands: Sequence[Any], activation: str | None
@@ -57,17 +62,15 @@ def _call_of(
     rows = input.numel() // k
     key = way.call_key(device, dtype, bias is not None, wanted, activation, n, k, rows)
     op = "linear" if into_main_grad else function.__name__
-    return Call(op, device, _is_plain(input) and _is_plain(weight), key), rows
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.layout == torch.strided
-        and not tensor.is_nested
-        and tensor.is_contiguous()
-        and tensor.data_ptr() % 16 == 0
+    plain = all(
+        type(one) in internals.PLAIN
+        and one.layout == torch.strided
+        and not one.is_nested
+        and one.is_contiguous()
+        and one.data_ptr() % 16 == 0
+        for one in (input, weight)
     )
+    return Call(op, device, plain, key), rows
 
 
 def record(
@@ -98,7 +101,7 @@ def record(
             noted.names += [name] * (name not in noted.names)
 
     given = [one for one in tree_leaves((arguments, options)) if isinstance(one, Tensor)]
-    with _unchanged(model, given), internals.uncompiled():
+    with unchanged(model, given), internals.uncompiled():
         functional.observers.append(note)
         try:
             output = model(*arguments, **options)
@@ -116,42 +119,3 @@ def _backward(output: Any) -> None:
     outputs = [one for one in found if isinstance(one, Tensor) and one.requires_grad]
     if outputs:
         torch.autograd.backward(outputs, [torch.ones_like(one) for one in outputs])
-
-
-@contextlib.contextmanager
-def _unchanged(model: nn.Module, given: list[Tensor]) -> Iterator[None]:
-    """Puts back at its end what a forward and a backward change of a model, and of what it gets."""
-    tensors = [*model.parameters(), *(one for one in given if one.is_leaf)]
-    devices = {one.device.index for one in (*tensors, *model.buffers(), *given) if one.is_cuda}
-    with contextlib.ExitStack() as at_the_end:
-        at_the_end.enter_context(torch.random.fork_rng(sorted(devices)))
-        at_the_end.enter_context(internals.without_accumulation_hooks(tensors))
-        for module in model.modules():
-            at_the_end.callback(setattr, module, "training", module.training)
-            if not isinstance(module, torch.jit.ScriptModule):
-                at_the_end.callback(module._buffers.update, dict(module._buffers))
-        for buffer in model.buffers():
-            if not is_lazy(buffer):
-                at_the_end.callback(_put_back, buffer, buffer.detach().clone())
-        for tensor in tensors:
-            gradient, main_grad = tensor.grad, getattr(tensor, "main_grad", None)
-            at_the_end.callback(setattr, tensor, "grad", gradient)
-            if gradient is not None and gradient._is_view():  # of memory that all ranks share, say
-                at_the_end.callback(_put_back, gradient, gradient.clone())
-            if isinstance(main_grad, Tensor):
-                at_the_end.callback(_put_back, main_grad, main_grad.clone())
-            if hasattr(tensor, "grad_added_to_main_grad"):
-                was = tensor.grad_added_to_main_grad
-                at_the_end.callback(setattr, tensor, "grad_added_to_main_grad", was)
-            tensor.grad = None
-        yield
-
-
-def _put_back(tensor: Tensor, value: Tensor) -> None:
-    """Only where it has changed: a graph may have saved it, and count its versions."""
-    same = torch.equal(tensor.nan_to_num(), value.nan_to_num()) and torch.equal(
-        tensor.isnan(), value.isnan()
-    )
-    if not same:
-        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-            tensor.copy_(value)

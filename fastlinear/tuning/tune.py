@@ -1,27 +1,23 @@
 """`fastlinear.tune`: measures what a model calls, and has backend "auto" go by it from then on."""
 
-import contextlib
 import functools
-import json
-import math
-import re
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import nn
 
+from fastlinear import _machine as machine
+from fastlinear import _ranks as ranks
 from fastlinear import _torch_internals as internals
+from fastlinear._files import user_folder
 from fastlinear.choice import backend, known, table
-from fastlinear.choice.table import BY_ROWS, PYTORCH, Candidate, Key, Store, Table
+from fastlinear.choice.table import BY_ROWS, PYTORCH, Key, Store, Table
 from fastlinear.modules import Linear
 from fastlinear.tuning.measure import bytes_of, keys_of, measure_call
 from fastlinear.tuning.record import Call, Noted, record
@@ -29,7 +25,6 @@ from fastlinear.tuning.stopwatch import CpuStopwatch, Measure, OutOfTime, Stopwa
 
 _NOT_YET = "not measured yet"
 GRACE = 5.0  # seconds after its deadline in which what was begun may end
-GRACE_OF_RANKS = 20.0  # and in which the rank that measures should be done
 _turn = 0  # how often this process has begun to tune: as often as all ranks
 
 
@@ -152,11 +147,11 @@ def tune(model: nn.Module, *args: Any, seconds: float = 60, **kwargs: Any) -> Tu
         raise RuntimeError("tune() measures what batch_invariant() leaves no choice of: leave it")
     global _turn
     deadline, _turn = time.monotonic() + seconds, _turn + 1
-    known.user_folder()  # or it raises
+    user_folder()  # or it raises
     backend.expect_ranks()
     calls = record(model, args, kwargs)
-    longest = sorted(calls, key=lambda call: -_operations(call.key) * len(calls[call].rows))
-    found = tune_calls({call: calls[call] for call in longest}, deadline)
+    longest = sorted(calls.items(), key=lambda one: -_operations(one[0].key) * len(one[1].rows))
+    found = tune_calls(dict(longest), deadline)
     layers = [one for one in model.modules() if isinstance(one, internals.Linear)]
     return replace(found, not_converted=sum(not isinstance(one, Linear) for one in layers))
 
@@ -171,18 +166,18 @@ def tune_calls(calls: dict[Call, Noted], deadline: float, measure: Measure | Non
     """
     names: dict[torch.device, str] = {}
     tables: list[Path] = []
-    rows = {call: statistics.mode(noted.rows) for call, noted in calls.items()}
-    why_not = {call: _why_not(call, rows[call]) for call in calls}
+    why_not = {call: _why_not(call, noted.usual_rows) for call, noted in calls.items()}
     for device in dict.fromkeys(call.device for call in calls):
-        name = names[device] = _name_of(device)
+        name = names[device] = machine.name_of(device)
         measured = [call for call in calls if call.device == device and why_not[call] is None]
-        wanted = {call.key: rows[call] for call in measured}
+        wanted = {call.key: calls[call].usual_rows for call in measured}
         if wanted:
             tables.append(table_of(device))
             work = functools.partial(measure_all, wanted, device, deadline, measure)
-            by_one_rank(name, deadline, work, functools.partial(known.readable, name))
+            turn = f"fastlinear/tuning/{name}/{_turn}"
+            ranks.by_one(turn, deadline, work, known.shared(name))
     backend.use_tables()
-    found = [_found(call, calls[call], rows[call], why_not[call]) for call in calls]
+    found = [_found(call, noted, why_not[call] or _NOT_YET) for call, noted in calls.items()]
     found.sort(key=lambda call: -(call.pytorch_us or 0) * call.calls)
     timed = [call for call in found if call.pytorch_us and call.us]
     return Tuned(
@@ -194,41 +189,6 @@ def tune_calls(calls: dict[Call, Noted], deadline: float, measure: Measure | Non
         finished=all(call.way != _NOT_YET for call in found),
         not_converted=0,
     )
-
-
-def by_one_rank(
-    device: str, deadline: float, measure: Callable[[], object], mine: Callable[[], known.Files]
-) -> None:
-    """`measure()`, by one rank for each kind of device, the first to come.
-
-    Where it fails, is gone or is late, by `deadline`, all go on by what they knew. device: its
-    name; mine: this rank's tables for it, after measuring.
-    """
-    store: Any = None
-    if known.has_others():
-        store, rank = internals.default_store(), str(torch.distributed.get_rank())
-        key = f"fastlinear/tuning/{device}/{_turn}"
-        try:
-            first = store.compare_set(f"{key}/rank", "", rank).decode() == rank
-        except RuntimeError:  # not every kind of store can
-            store = None
-    if store is None:
-        measure()
-    elif first:
-        try:
-            measure()
-        finally:  # an error too must not leave the others waiting
-            if store.compare_set(f"{key}/end", "", "published") == b"published":
-                store.set(known.store_key(device), json.dumps(mine()))
-            store.set(f"{key}/done", "")
-    else:
-        with contextlib.suppress(RuntimeError):  # the store went with the rank that had it
-            while not store.check([f"{key}/done"]):
-                late = time.monotonic() > deadline + GRACE_OF_RANKS
-                # Either all go by the new table, or none does.
-                if late and store.compare_set(f"{key}/end", "", "given up") == b"given up":
-                    return
-                time.sleep(0.1)
 
 
 def _operations(key: Key) -> int:
@@ -243,58 +203,48 @@ def _why_not(call: Call, rows: int) -> str | None:
         return f"not measured: {call.op} goes PyTorch's way"
     if not call.plain:
         return "not measured: operands are no contiguous tensors at whole addresses"
-    if known.device_name(device) is None:
+    if machine.device_name(device) is None:
         return f"not measured: nothing else is known on {device.type}"
     if key.precision != backend.table_precision(getattr(torch, key.dtype), device):
         return "not measured: the model sets another precision of products than is set here"
-    if bytes_of(key, rows) > _free_memory(device):
+    if bytes_of(key, rows) > machine.free_memory(device):
         return "not measured: it does not fit in memory"
     return None
 
 
-def _found(call: Call, noted: Noted, rows: int, why_not: str | None) -> TunedCall:
-    row, way, key = None, why_not or _NOT_YET, call.key
-    if call.op == "linear" and call.plain:
-        found = known.row(call.device, key)
-        if found is not None:
-            row, way = found.row, _in_a_word(found.row.candidate)
-        if way == BY_ROWS:
-            parts = (known.row(call.device, part) for part in keys_of(key, call.device))
-            names = [_in_a_word(one.row.candidate) for one in parts if one is not None]
-            way = next((name for name in names if name not in (PYTORCH, BY_ROWS)), PYTORCH)
+def _found(call: Call, noted: Noted, way: str) -> TunedCall:
+    """What tables say of calls now; `way` is why, where they say nothing."""
+    key, device, us, pytorch_us = call.key, call.device, None, None
+    found = known.row(device, key) if call.op == "linear" and call.plain else None
+    if found is not None:
+        us, pytorch_us = found.row.device_us, found.row.pytorch_device_us
+        parts = (known.row(device, part) for part in keys_of(key, device))
+        ways = [found.row.candidate, *(one.row.candidate for one in parts if one is not None)]
+        if ways[0] == BY_ROWS:  # what computes the first of its products that PyTorch does not
+            ways = [one for one in ways if one not in (PYTORCH, BY_ROWS)] or [PYTORCH]
+        way = ways[0] if isinstance(ways[0], str) else "kernel"
     return TunedCall(
         layers=tuple(noted.names),
         op=call.op,
         in_features=key.k,
         out_features=key.n,
-        rows=rows,
+        rows=noted.usual_rows,
         dtype=key.dtype,
         activation=key.activation,
         calls=len(noted.rows),
-        pytorch_us=None if row is None else row.pytorch_device_us,
-        us=None if row is None else row.device_us,
+        pytorch_us=pytorch_us,
+        us=us,
         way=way,
     )
 
 
-def _in_a_word(candidate: Candidate) -> str:
-    return candidate if isinstance(candidate, str) else "kernel"
-
-
-def _name_of(device: torch.device) -> str:
-    return known.device_name(device) or str(device)
-
-
 def table_of(device: torch.device) -> Path:
     """Where the user's table for a device lies, or will."""
-    return known.user_folder() / table.file_name(_name_of(device))
+    return user_folder() / table.file_name(machine.name_of(device))
 
 
 def measure_all(
-    wanted: dict[Key, int],
-    device: torch.device,
-    deadline: float,
-    measure: Measure | None = None,
+    wanted: dict[Key, int], device: torch.device, deadline: float, measure: Measure | None = None
 ) -> bool:
     """Measures what the device's table lacks, and writes it there row by row.
 
@@ -346,30 +296,9 @@ def measure_all(
 
 def _here(device: torch.device) -> Table:
     """What is measured on and with, and no rows."""
-    driver = "none"
-    if device.type == "cuda":
-        # What torch was built for, where nvidia-smi does not say.
-        driver = f"cuda {torch.version.cuda}, hip {torch.version.hip}"
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        with contextlib.suppress(OSError, subprocess.SubprocessError, IndexError):
-            said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-            driver = said.stdout.split()[0]
-    name, date = _name_of(device), datetime.now(timezone.utc).date().isoformat()
-    return Table(name, driver, date=date, rows=(), **known.software())
-
-
-def _free_memory(device: torch.device) -> float:
-    """Bytes, where the device or the system says how many."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what was freed counts as free
-        return torch.cuda.mem_get_info(device)[0]
-    free = math.inf
-    with contextlib.suppress(OSError):
-        said = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-        free = math.inf if said is None else 1024 * int(said[1])
-    with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
-        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return free
+    name, date = machine.name_of(device), datetime.now(timezone.utc).date().isoformat()
+    driver, software = machine.driver(device), machine.software()
+    return Table(name, driver, date=date, rows=(), **software)
 
 
 def _with_progress(calls: Collection[Key]) -> Iterator[Key]:

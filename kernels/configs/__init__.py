@@ -3,7 +3,8 @@
 `config.py` has the types, `tiles.json` the numbers, which `tiles.py` reads: grad_weight takes the
 forward's, turned. `legality.py` says which a device can launch; `model.py` and `pair_model.py` say
 what time each should take, by what was compiled (`../resources.json`), and `choose.py` and
-`choose_pair.py` take the least. Start with `choose.choose`.
+`choose_pair.py` take the least. `products.py` has what of that can be told of a layer by its sizes
+alone, as tables need it. Start with `choose.choose`.
 
 A new family of GPUs is a Target in `config.py` (TARGETS, `resolved_precision`), what
 `launching/launch.py` (`target_of`) makes of a device, lists in `tiles.json`, rates in `model.py`,

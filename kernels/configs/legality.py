@@ -3,7 +3,7 @@
 Nothing here imports Triton.
 """
 
-from .config import Config, Kernel, Target, Traits
+from .config import BackwardConfig, Config, Kernel, Target, Traits
 
 MOST_THREADS = 1024  # that a program can have
 
@@ -31,6 +31,12 @@ def why_illegal(kernel: Kernel, config: Config, traits: Traits) -> str | None:
     if config.num_warps > most:
         return f"num_warps={config.num_warps} is more than the {most} that a program can have"
     return _RULES[config.kind](kernel, config, traits)
+
+
+def why_illegal_pair(pair: BackwardConfig, traits: Traits) -> str | None:
+    """`why_illegal` of one launch of both gradients: of the first of its two that is."""
+    wrong = why_illegal("forward", pair.input, traits)
+    return wrong or why_illegal("backward_weight", pair.weight, traits)
 
 
 def _why_no_block(config: Config, **least: int) -> str | None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import TARGETS, BackwardConfig, Config, Kernel, Kind, Traits
-from .legality import why_illegal
+from .legality import why_illegal, why_illegal_pair
 
 _SHIPPED: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 # Of a gated pair in float32, whose other tiles take too many addresses where nothing is aligned,
@@ -99,9 +99,4 @@ def legal_pairs(traits: Traits) -> tuple[BackwardConfig, ...]:
         )
         for input, weight, stages, warps in tiles
     ]
-    return tuple(
-        pair
-        for pair in pairs
-        if why_illegal("forward", pair.input, traits) is None
-        and why_illegal("backward_weight", pair.weight, traits) is None
-    )
+    return tuple(pair for pair in pairs if why_illegal_pair(pair, traits) is None)

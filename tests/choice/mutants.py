@@ -22,15 +22,15 @@ MUTANTS = [
     Mutant(
         "tables from before there was a group stay",
         "fastlinear/choice/known.py",
-        "if (now := group()) != _group:",
+        "if (now := ranks.group()) != _group:",
         "if False:",
         RANKS,
     ),
     Mutant(
         "shortcut of aligned operands for others",
         "fastlinear/choice/way.py",
-        "(input.data_ptr() | weight.data_ptr() | bias.data_ptr()) % 16",
-        "(input.data_ptr() | weight.data_ptr()) % 16",
+        "                addresses |= bias.data_ptr()\n",
+        "                pass\n",
         (
             "tests/api/test_shortcut.py::test_a_plan_for_aligned_operands_is_not_followed_for_others",
         ),
@@ -88,7 +88,7 @@ MUTANTS = [
     ),
     Mutant(
         "a row of an odd output counts as aligned under an activation",
-        "fastlinear/choice/table.py",
+        "kernels/configs/products.py",
         "whole = (n, k) if applies or wide else read",
         "whole = read",
         TABLES,
@@ -145,13 +145,13 @@ MUTANTS = [
     Mutant(
         "oneDNN is asked for gradients that it has not",
         "fastlinear/choice/onednn.py",
-        'return None if dtype == torch.float32 else f"oneDNN has no gradients in {dtype}"',
-        "return None",
+        '    if product != "output":\n        return dtype == torch.float32\n',
+        '    if product != "output":\n        return True\n',
         ONEDNN,
     ),
     Mutant(
         "a rank that was given up publishes its table",
-        "fastlinear/tuning/tune.py",
+        "fastlinear/_ranks.py",
         '"", "published") == b"published"',
         '"", "published")',
         TUNE_MODEL,
@@ -186,7 +186,7 @@ MUTANTS = [
     ),
     Mutant(
         "another rank than the first measures too",
-        "fastlinear/tuning/tune.py",
+        "fastlinear/_ranks.py",
         '"", rank).decode() == rank\n',
         '"", rank).decode() != ""\n',
         TUNE_MODEL,
@@ -201,8 +201,8 @@ MUTANTS = [
     Mutant(
         "a row of other kernels counts",
         "fastlinear/choice/known.py",
-        'same = parsed.kernels == software()["kernels"]',
-        "same = True",
+        'target_of(device) if parsed.kernels == machine.software()["kernels"] else None',
+        "target_of(device)",
         TABLES,
     ),
     Mutant(

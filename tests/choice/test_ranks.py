@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 import fastlinear
+from fastlinear import _machine as machine
+from fastlinear import _ranks as ranks
 from fastlinear import _torch_internals as internals
 from fastlinear.choice import backend, known
 from fastlinear.choice import table as tables
@@ -24,14 +26,14 @@ from fastlinear.ops import implementations
 
 N, K = 10, 20
 pytestmark = pytest.mark.skipif(not launch.INTERPRETING, reason="the table is the interpreter's")
-KEY = f"fastlinear/tables/{known.INTERPRETER}"
+KEY = f"fastlinear/tables/{machine.INTERPRETER}"
 
 
 def table(block_m: int) -> Table:
     """For 4 rows, the output by a kernel of so many rows a block."""
     config = Config(block_m, 16, 16, num_warps=1, num_stages=1)
     row = Row("output", "float32", "ieee", None, True, "", N, K, 4, config, 1.0, 2.0, 1.0, 2.0)
-    return Table(known.INTERPRETER, "none", date="2026-01-02", rows=(row,), **known.software())
+    return Table(machine.INTERPRETER, "none", date="2026-01-02", rows=(row,), **machine.software())
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def own(folder: Path) -> Path:
     """This rank's table."""
-    path = folder / tables.file_name(known.INTERPRETER)
+    path = folder / tables.file_name(machine.INTERPRETER)
     tables.write(path, table(32))
     backend.use_tables()
     return path
@@ -58,10 +60,10 @@ def join(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dist.Store]:
 
     def join(store: Any = None) -> dist.Store:
         store = dist.HashStore() if store is None else store
-        monkeypatch.setattr(known, "in_group", lambda: True)
+        monkeypatch.setattr(ranks, "in_group", lambda: True)
         monkeypatch.setattr(dist, "get_world_size", lambda: 2)
         monkeypatch.setattr(internals, "default_store", lambda: store)
-        monkeypatch.setattr(known, "group", lambda: id(store))
+        monkeypatch.setattr(ranks, "group", lambda: id(store))
         return store
 
     return join

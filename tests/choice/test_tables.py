@@ -15,12 +15,15 @@ import torch
 from made_up import SMALL, TILE, assert_like_pytorch, layer_and_input, row, table
 
 import fastlinear
+from fastlinear import _machine as machine
+from fastlinear._files import user_folder
 from fastlinear.choice import backend, known, way
 from fastlinear.choice import table as tables
-from fastlinear.choice.table import BY_ROWS, PYTORCH, Key
+from fastlinear.choice.table import BY_ROWS, PYTORCH
 from fastlinear.kernels.backward import grad_weight as backward_weight
 from fastlinear.kernels.backward import linear as backward
 from fastlinear.kernels.configs.config import BackwardConfig, Traits
+from fastlinear.kernels.configs.products import traits_of
 from fastlinear.kernels.forward import linear as forward
 from fastlinear.kernels.launching import launch
 
@@ -130,7 +133,7 @@ def test_table_of_other_software_counts_where_it_gains_more(
         for (layer, input), output in zip(given, outputs, strict=True):
             assert_like_pytorch(layer, input, output)
     assert len(launched) == 2
-    tables.write(path, table(little, more, **{name: known.software()[name] + ".1+local"}))
+    tables.write(path, table(little, more, **{name: machine.software()[name] + ".1+local"}))
     backend.use_tables()
     with torch.no_grad():
         layer, input = layer_and_input(4)
@@ -171,7 +174,7 @@ def test_row_of_another_fastlinear_counts_where_the_kernels_are_the_same(
     use: Callable[..., None], launched: list[tuple[str, int]]
 ) -> None:
     library, rows = row("output", 8, "onednn"), []
-    for kernels, count in ((known.software()["kernels"], 1), ("0" * 16, 0)):
+    for kernels, count in ((machine.software()["kernels"], 1), ("0" * 16, 0)):
         use(row("output", 4, TILE), library, kernels=kernels, fastlinear="9.0.0")
         for m in (4, 8):
             layer, input = layer_and_input(m)
@@ -258,12 +261,12 @@ def test_traits_are_the_launchers(
     ):
         monkeypatch.setattr(launcher, name, choice)
     activation = "relu" if product == "relu" else None
-    key = Key("output" if activation else product, dtype, "ieee", activation, False, "", n, k, m)
-    target = launch.target_of(torch.device("cpu"))
-    expected = tables.traits_of(key, target)
+    product = "output" if activation else product
+    of_dtype, target = getattr(torch, dtype), launch.target_of(torch.device("cpu"))
+    expected = traits_of(product, n, k, m, of_dtype, "ieee", target, activation)
 
     def fields(rows: int, columns: int) -> Any:
-        of_dtype, device = getattr(torch, dtype), torch.device("cpu")
+        device = torch.device("cpu")
         return (torch.Size((rows, columns)), (columns, 1), of_dtype, device, True)
 
     input, weight, grad = fields(m, k), fields(n, k), fields(m, n)
@@ -280,7 +283,7 @@ def test_traits_are_the_launchers(
         ),
     }
     with pytest.raises(Chosen) as chosen:
-        plans[key.product]()
+        plans[product]()
     (found,) = chosen.value.args
     if product == "grad_weight":
         expected = expected._replace(descriptors=False)  # no kernel of its takes them
@@ -289,13 +292,13 @@ def test_traits_are_the_launchers(
 
 def test_user_s_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTLINEAR_CACHE", "/a")
-    assert known.user_folder() == Path("/a")
+    assert user_folder() == Path("/a")
     monkeypatch.delenv("FASTLINEAR_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert known.user_folder() == Path("/b/fastlinear")
+    assert user_folder() == Path("/b/fastlinear")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/c")
-    assert known.user_folder() == Path("/c/.cache/fastlinear")
+    assert user_folder() == Path("/c/.cache/fastlinear")
 
 
 @pytest.mark.parametrize("user", ["cannot be looked into", "has no home"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ranks import Ranks, alive
 
-from fastlinear.choice import known
+from fastlinear import _machine as machine
 from fastlinear.choice import table as tables
 from fastlinear.choice.table import Row, Table
 from fastlinear.kernels.configs.config import Config
@@ -227,7 +227,7 @@ def test_ranks_with_different_tables_choose_alike(ranks: Ranks, tmp_path: Path) 
     for rank in range(RANKS - 1):
         config = Config(16 << rank, 16, 16, num_warps=1, num_stages=1)
         row = Row("output", "float32", "ieee", None, True, "", 12, 6, 4, config, 1.0, 2.0, 1.0, 2.0)
-        table = Table(device, "none", date="2026-01-02", rows=(row,), **known.software())
+        table = Table(device, "none", date="2026-01-02", rows=(row,), **machine.software())
         tables.write(tmp_path / str(rank) / tables.file_name(device), table)
     (first, *others) = ranks.run("go_by_tables", str(tmp_path), device)
     assert [first] * len(others) == others

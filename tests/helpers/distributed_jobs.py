@@ -48,7 +48,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlinear
 import fastlinear.choice.backend
-from fastlinear.choice import known
+from fastlinear import _machine as machine
 from fastlinear.kernels.launching import compiled_launch, launch
 from fastlinear.tuning import tune
 
@@ -503,7 +503,7 @@ def go_by_tables(folder: str, device: str) -> tuple[list[tuple[str, int]], list[
     generator = torch.Generator().manual_seed(0)
     with (
         fastlinear.use_backend("auto"),
-        mock.patch.object(known, "INTERPRETER", device),
+        mock.patch.object(machine, "INTERPRETER", device),
         mock.patch.object(launch, "run", spy),
     ):
         fastlinear.choice.backend.use_tables()
@@ -533,7 +533,7 @@ def tuned(folder: str, device: str) -> tuple[bool, str, bool]:
 
     with (
         fastlinear.use_backend("auto"),
-        mock.patch.object(known, "INTERPRETER", device),
+        mock.patch.object(machine, "INTERPRETER", device),
         mock.patch.object(tune, "CpuStopwatch", return_value=measure),
         warnings.catch_warnings(),
         torch.no_grad(),

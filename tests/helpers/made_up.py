@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fastlinear
 from fastlinear import __main__ as command
-from fastlinear.choice import known
+from fastlinear import _machine as machine
 from fastlinear.choice import table as tables
 from fastlinear.choice.table import PYTORCH, Key, Row, Table
 from fastlinear.kernels.configs.config import Config
@@ -54,7 +54,7 @@ def row(product: Any, m: int, candidate: Config | str, **changes: Any) -> Row:
 
 
 def table(*rows: Row, **changes: Any) -> Table:
-    given = Table(known.INTERPRETER, "none", date="2026-01-02", rows=rows, **known.software())
+    given = Table(machine.INTERPRETER, "none", date="2026-01-02", rows=rows, **machine.software())
     return given._replace(**changes)
 
 

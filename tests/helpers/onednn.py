@@ -19,8 +19,8 @@ def take_everywhere(patch: pytest.MonkeyPatch) -> None:
         if key.product == "gradients":
             return None
         dtype = getattr(torch, key.dtype)
-        refused = onednn.why_not(key.product, device, dtype, key.activation, key.bias)
-        candidate = "onednn" if refused is None else PYTORCH
+        taken = onednn.takes(key.product, device, dtype, key.activation, key.bias)
+        candidate = "onednn" if taken else PYTORCH
         # That of float64 is PyTorch's, by way of our op.
         return Found(Row(*key, candidate, 1.0, 2.0, 1.0, 2.0), Path(), "")
 

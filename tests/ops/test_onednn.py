@@ -45,6 +45,7 @@ from test_torch_func import (  # noqa: F401
 from torch import Tensor
 
 import fastlinear
+from fastlinear import _machine as machine
 from fastlinear.choice import backend, known, onednn
 from fastlinear.choice import table as rows
 from fastlinear.choice.table import BY_ROWS, PYTORCH, Key, Row
@@ -56,9 +57,7 @@ N, K = 24, 40
 pytestmark = [
     pytest.mark.usefixtures("triton_backend"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="it is for CPUs"),
-    pytest.mark.skipif(
-        onednn.why_not("output", CPU, torch.float32, None, True) is not None, reason="none"
-    ),
+    pytest.mark.skipif(not onednn.takes("output", CPU, torch.float32, None, True), reason="none"),
 ]
 
 
@@ -168,13 +167,13 @@ def check(compute: Compute, given: list[Tensor | None], roundings: int = 4, time
 def test_outputs_are_as_exact_as_pytorch_s(
     activation: str | None, dtype: torch.dtype, shape: tuple[int, ...], taken: list[str | None]
 ) -> None:
-    if onednn.why_not("output", CPU, dtype, None, True) is not None:
+    if not onednn.takes("output", CPU, dtype, None, True):
         pytest.skip("not on this CPU")
     for biased in (True, False):
         given = operands(shape, dtype, biased)
         check(lambda linear, operands: (linear(*operands, activation),), given)
         assert fastlinear.linear(*given, activation).is_contiguous()
-    fused = onednn.why_not("output", CPU, dtype, activation, True) is None
+    fused = onednn.takes("output", CPU, dtype, activation, True)
     assert taken == ([activation] * 8 if fused else [])
 
 
@@ -388,7 +387,7 @@ def plain_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calla
     threads = torch.get_num_threads()
 
     def write(*given: Row) -> None:
-        device = known.device_name(CPU)
+        device = machine.device_name(CPU)
         assert device is not None
         rows.write(tmp_path / rows.file_name(device), table(*given)._replace(device=device))
         backend.use_tables()
@@ -419,7 +418,7 @@ def test_table_is_for_a_number_of_threads(
     monkeypatch.setattr(onednn, "output", lambda *given: taken.append(1) or output(*given))
     torch.set_num_threads(1)
     plain_cpu(rows.Row(*key("output", 4), "onednn", 1.0, 2.0, 1.0, 2.0))
-    name = known.device_name(CPU)
+    name = machine.device_name(CPU)
     assert name is not None
     assert name.endswith(", 1 thread")
     found = []

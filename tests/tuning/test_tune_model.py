@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlinear
+from fastlinear import _machine as machine
 from fastlinear.choice import known, table
 from fastlinear.choice.table import PYTORCH
 from fastlinear.kernels.launching import launch
@@ -355,7 +356,7 @@ def test_layer_that_does_not_fit_in_memory_is_left_out(
     clocks: Clocks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = converted(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))).eval()
-    monkeypatch.setattr(tune, "_free_memory", lambda device: 10_000)
+    monkeypatch.setattr(machine, "free_memory", lambda device: 10_000)
     with torch.no_grad():
         tuned = fastlinear.tune(model, torch.randn(4, 16))
     assert [call.pytorch_us for call in tuned.calls] == [2.0, None]

@@ -16,8 +16,10 @@ from made_up import Clocks, converted
 from torch import nn
 
 import fastlinear
+from fastlinear import _machine as machine
+from fastlinear import _ranks as ranks
 from fastlinear import _torch_internals as internals
-from fastlinear.choice import known, table
+from fastlinear.choice import table
 from fastlinear.kernels.launching import launch
 from fastlinear.tuning import tune
 
@@ -32,12 +34,12 @@ pytestmark = pytest.mark.skipif(not launch.INTERPRETING, reason="the clocks are 
 @pytest.fixture
 def two_ranks(clocks: Clocks, monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     store = dist.HashStore()
-    monkeypatch.setattr(known, "in_group", lambda: True)
+    monkeypatch.setattr(ranks, "in_group", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(internals, "default_store", lambda: store)
     monkeypatch.setattr(internals, "default_group", lambda: store)
-    monkeypatch.setattr(known, "group", lambda: id(store))
+    monkeypatch.setattr(ranks, "group", lambda: id(store))
     monkeypatch.setattr(tune, "_turn", 0)
     return store
 
@@ -63,9 +65,9 @@ def test_one_rank_measures_and_the_other_goes_by_it(
 def test_rank_that_dies_is_not_waited_for(
     two_ranks: dist.Store, clocks: Clocks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = known.device_name(torch.device("cpu"))
+    name = machine.device_name(torch.device("cpu"))
     two_ranks.set(f"fastlinear/tuning/{name}/1/rank", "1")  # and never done
-    monkeypatch.setattr(tune, "GRACE_OF_RANKS", 0.2)
+    monkeypatch.setattr(ranks, "GRACE", 0.2)
     model = converted(nn.Sequential(nn.Linear(8, 8))).eval()
     started = time.monotonic()
     with torch.no_grad():
@@ -82,9 +84,9 @@ def test_rank_that_fails_lets_the_others_go_on(
         raise OSError("no space")
 
     with pytest.raises(OSError, match="no space"):
-        tune.by_one_rank("CPU", time.monotonic(), failing, list)
+        ranks.by_one("CPU", time.monotonic(), failing, ("table", str))
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    tune.by_one_rank("CPU", time.monotonic() + 60, failing, list)
+    ranks.by_one("CPU", time.monotonic() + 60, failing, ("table", str))
 
 
 def test_rank_that_is_late_keeps_its_table_to_itself(
@@ -93,17 +95,17 @@ def test_rank_that_is_late_keeps_its_table_to_itself(
     """So that all choose alike: the others have gone on by the one before."""
     published: list[str] = []
 
-    def publish() -> list[Any]:
+    def publish() -> str:
         published.append("a table")
-        return []
+        return "[]"
 
-    monkeypatch.setattr(tune, "GRACE_OF_RANKS", 0.0)
+    monkeypatch.setattr(ranks, "GRACE", 0.0)
 
     def late() -> None:
         monkeypatch.setattr(dist, "get_rank", lambda: 1)
-        tune.by_one_rank("CPU", time.monotonic(), lambda: None, publish)
+        ranks.by_one("CPU", time.monotonic(), lambda: None, ("table", publish))
 
-    tune.by_one_rank("CPU", time.monotonic(), late, publish)
+    ranks.by_one("CPU", time.monotonic(), late, ("table", publish))
     assert not published
 
 
