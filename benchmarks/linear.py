@@ -1,6 +1,6 @@
 """What a batch costs, and whether fastlinear is faster than what you have: the sweep.
 
-`python -m benchmarks.linear` computes layers of real models (benchmarks/shapes.py) at many batch
+`python -m benchmarks.linear` computes layers of real models (shared/shapes.py) at many batch
 sizes with nn.Linear, torch.compile, fastlinear, a naive Triton kernel and whatever peers can be
 imported. Before an arm is timed at a point, its results there are checked against float64; where
 they are wrong it is dropped, and said so. Arms take turns, so that a slow moment of the machine
@@ -29,15 +29,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.arms import Arm, Call, arms
-from benchmarks.environment import environment
-from benchmarks.files import write_rows
-from benchmarks.measure import Clock, ceilings, peak_bytes
-from benchmarks.names import NATIVE, not_a_peer
-from benchmarks.problem import Problem, errors, step, why_wrong
-from benchmarks.setting import SETTING
-from benchmarks.shapes import BATCH_SIZES, LAYERS, Layer, least_bytes, memory, operations
-from benchmarks.watch import LeftOut, watch
+from benchmarks.shared.environment import environment
+from benchmarks.shared.files import write_rows
+from benchmarks.shared.measure import Clock, ceilings, peak_bytes
+from benchmarks.shared.names import NATIVE, not_a_peer
+from benchmarks.shared.setting import SETTING
+from benchmarks.shared.shapes import BATCH_SIZES, LAYERS, Layer, least_bytes, memory, operations
+from benchmarks.shared.watch import LeftOut, watch
+from benchmarks.speed.arms import Arm, Call, arms
+from benchmarks.speed.problem import Problem, errors, step, why_wrong
 from fastlinear import use_backend
 from fastlinear.choice import backend
 from fastlinear.choice import table as tables

@@ -7,7 +7,7 @@ and the memory of a step; the exit status is 1 if the layers disagree. Then it t
 16 such networks, one after another and, with BatchedLinear, at once. It runs on the GPU if there is
 one. `--backend triton` without a GPU runs the kernels in Triton's interpreter, on a few of the
 digits. `--compare-step` instead times single steps of the two layers in turn. With `--distributed`,
-torchrun's processes train fastlinear.Linear together: benchmarks/distributed.py.
+torchrun's processes train fastlinear.Linear together: benchmarks/demo/distributed.py.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 if not __package__:  # run by its path, as torchrun does: its siblings are found from the root
     sys.path[0] = str(Path(__file__).parent.parent)
 
-from benchmarks.digits import (
+from benchmarks.demo.digits import (
     DIGITS_TOLERANCE,
     LOSS_TOLERANCE,
     Digits,
@@ -43,8 +43,8 @@ from benchmarks.digits import (
     now,
     read_digits,
 )
-from benchmarks.environment import environment
-from benchmarks.files import write_json
+from benchmarks.shared.environment import environment
+from benchmarks.shared.files import write_json
 
 NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
 FAST, NATIVE = "fastlinear.Linear", "nn.Linear"
@@ -394,7 +394,7 @@ def main() -> None:
     layers = {FAST: fastlinear.Linear, NATIVE: nn.Linear}
     device = torch.device("cuda" if gpu else "cpu")
     if arguments.distributed:
-        from benchmarks import distributed  # takes a second
+        from benchmarks.demo import distributed  # takes a second
 
         device = distributed.start(arguments.distributed)
     digits = read_digits(128 if interpreted else None, arguments.seed, device)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks import machine_code, occupancy
-from benchmarks.without_gpu import Case, compile_case
+from benchmarks.without_gpu import machine_code, occupancy
+from benchmarks.without_gpu.case import Case, compile_case
 from fastlinear.kernels.configs.config import TARGETS, Config, arithmetic
 from fastlinear.kernels.configs.legality import persistent_shared_memory
 from fastlinear.kernels.launching import launch

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.shapes import BATCH_SIZES, LAYERS, Layer
-from benchmarks.without_gpu import LAYOUTS, Case, as_launched, call, launched
+from benchmarks.shared.shapes import BATCH_SIZES, LAYERS, Layer
+from benchmarks.without_gpu.case import LAYOUTS, Case, as_launched, call, launched
 from fastlinear.kernels.configs.config import TARGETS, Traits
 from fastlinear.kernels.configs.tiles import legal_configs, legal_pairs
 from fastlinear.kernels.launching.operands import ACTIVATIONS
