@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.linear import MODES
 from benchmarks.shared.measure import Clock
 from benchmarks.shared.shapes import LAYERS
 from benchmarks.speed.arms import Arm, arms
+from benchmarks.speed.points import MODES
 from benchmarks.speed.problem import Problem, errors, step, why_wrong
 from fastlinear import use_backend
 
