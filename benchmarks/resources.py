@@ -237,7 +237,7 @@ def print_totals(table: Table) -> None:
         )
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -261,6 +261,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.sample < 1:
         parser.error(f"--sample takes a number from 1 on, but got {arguments.sample}")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
     if os.environ.get("TRITON_INTERPRET"):
         sys.exit("TRITON_INTERPRET is set: nothing would be compiled; unset it")
 
