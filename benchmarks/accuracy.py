@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.files import write_json
+from benchmarks.shared.files import write_json
 from fastlinear.kernels.configs.config import LONG_SUM
 
 Matrix = NDArray[np.float32]

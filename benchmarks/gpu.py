@@ -34,9 +34,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from benchmarks.files import put, read_json, write_json, write_rows
-from benchmarks.gpu_summary import failures, left_out, summary
-from benchmarks.setting import SETTING
+from benchmarks.gpu_run.summary import failures, left_out, summary
+from benchmarks.shared.files import put, read_json, write_json, write_rows
+from benchmarks.shared.setting import SETTING
 
 ROOT = Path(__file__).parent.parent
 ARCHIVE = ROOT / "benchmarks" / "gpu-cache.tar.xz"  # of compiled kernels, if somebody made one
@@ -96,9 +96,8 @@ def cache(deed: str) -> Command:
 
 
 def families(run: Run) -> list[str]:
-    return module(
-        "benchmarks.families", "--json", run.out / "families.json", "--minutes", run.minutes
-    )
+    given = ("--json", run.out / "families.json", "--minutes", run.minutes)
+    return module("benchmarks.gpu_run.families", *given)
 
 
 def times(run: Run) -> list[str]:
@@ -120,12 +119,12 @@ def tests(run: Run) -> list[str]:
     command = module("pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu")
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(6, os.cpu_count() or 1)), "-p", "no:benchmark"]
-    return [*command, "-p", "benchmarks.plugin"]
+    return [*command, "-p", "benchmarks.gpu_run.plugin"]
 
 
 def tune(run: Run) -> list[str]:
     """Into the scratch folder, where its lock stays; `gather` takes the table from there."""
-    return module("benchmarks.tuning", "--folder", run.scratch, "--minutes", run.minutes)
+    return module("benchmarks.gpu_run.tuning", "--folder", run.scratch, "--minutes", run.minutes)
 
 
 def sweep(name: str, dtype: str, *options: object) -> Command:

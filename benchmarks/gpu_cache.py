@@ -1,6 +1,6 @@
 """Kernels compiled beforehand for `make gpu`, in one archive that can be carried to a GPU.
 
-`python -m benchmarks.gpu_cache make` compiles what both calls launch (benchmarks/launches.py), for
+`python -m benchmarks.gpu_cache make` compiles what both calls launch (gpu_run/launches.py), for
 Hopper and without a GPU, and writes benchmarks/gpu-cache.tar.xz. Triton and Python have to be those
 of the GPU's machine: Triton knows a kernel by the files of its own package. `unpack` unpacks the
 archive to where Triton looks, TRITON_CACHE_DIR, and `hits` says how many kernels have been compiled
@@ -34,8 +34,8 @@ def compile_share(arguments: tuple[int, int, str]) -> Share:
     """Compiles every `of`-th kernel from `first` on of launches whose name contains `only`."""
     import triton
 
-    from benchmarks.launches import CALLS, launches
-    from benchmarks.without_gpu import aim, launched
+    from benchmarks.gpu_run.launches import CALLS, launches
+    from benchmarks.without_gpu.case import aim, launched
 
     aim(TARGET)
     first, of, only = arguments

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastlinear
-from benchmarks.environment import environment
+from benchmarks.shared.environment import environment
 from fastlinear.choice import known
 from fastlinear.choice.backend import use_tables
 from fastlinear.choice.table import Key, Row

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.files import read_json, write_json
+from benchmarks.shared.files import read_json, write_json
 from fastlinear.kernels.configs.choose import Choice, ranked
 from fastlinear.kernels.configs.choose_pair import choose_backward, ranked_pairs, time_apart
 from fastlinear.kernels.configs.config import TARGETS, BackwardConfig, Config, Kernel, Traits

@@ -1,9 +1,9 @@
 """Both calls of `make gpu`, from the same code, where there is no GPU.
 
 `python -m benchmarks.rehearsal --out FOLDER` has Triton's interpreter compute small shapes and a
-script say what they took (benchmarks/setting.py), in a copy of the tree without its history, as it
-may come to a GPU. --plant names kernels that are to hang, to be wrong or not to launch, as
-`benchmarks.watch` has it: the page has to say so. Nothing but FOLDER and the copy, which is
+script say what they took (benchmarks/shared/setting.py), in a copy of the tree without its history,
+as it may come to a GPU. --plant names kernels that are to hang, to be wrong or not to launch, as
+`benchmarks.shared.watch` has it: the page has to say so. Nothing but FOLDER and the copy, which is
 removed, is written to.
 """
 
@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.gpu import ROOT
-from benchmarks.setting import REHEARSAL
-from benchmarks.watch import PLANT, planted
+from benchmarks.shared.setting import REHEARSAL
+from benchmarks.shared.watch import PLANT, planted
 
 TREE = ("benchmarks", "fastlinear", "kernels", "tests", "pyproject.toml", "README.md")
 

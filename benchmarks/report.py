@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import accuracy
-from benchmarks.arms import NATIVE
-from benchmarks.shapes import LAYERS
+from benchmarks.shared.shapes import LAYERS
+from benchmarks.speed.arms import NATIVE
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

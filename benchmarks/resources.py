@@ -10,9 +10,9 @@ With `--check` it also compares with benchmarks/results/resources.json, and name
 kernels/resources.json: of that table what the choice of a configuration goes by, the programs that
 share a multiprocessor.
 
-`--launches` compiles what is launched for the layers of shapes.py instead, as the planners choose
-it, and prints of each kernel's machine code (NVIDIA's): of a warp and step of its main loop the
-tensor-core instructions, the others, and how many products and copies of operands a wait leaves
+`--launches` compiles what is launched for the layers of shared/shapes.py instead, as the planners
+choose it, and prints of each kernel's machine code (NVIDIA's): of a warp and step of its main loop
+the tensor-core instructions, the others, and how many products and copies of operands a wait leaves
 under way; and of what comes after the loop the instructions, the loads behind barriers, and the
 stores by width. `--check` and `--json` then mean benchmarks/results/launches.json.
 
@@ -37,9 +37,9 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks import compiled, occupancy
-from benchmarks.ahead_of_time import cases, chosen
-from benchmarks.without_gpu import GPU_TARGETS, Case
+from benchmarks.without_gpu import compiled, occupancy
+from benchmarks.without_gpu.ahead_of_time import cases, chosen
+from benchmarks.without_gpu.case import GPU_TARGETS, Case
 from fastlinear.kernels.configs.config import BackwardConfig, Config, Kernel, arithmetic
 from fastlinear.kernels.configs.model import resident_key
 from fastlinear.kernels.configs.pair_model import pair_key
@@ -50,7 +50,15 @@ Table = dict[str, Row]  # by the case's name
 COMMITTED = Path(__file__).with_name("results") / "resources.json"
 LAUNCHES = COMMITTED.with_name("launches.json")
 SHIPPED = Path(__file__).parent.parent / "kernels" / "resources.json"
-READERS = ("ahead_of_time", "compiled", "machine_code", "occupancy", "shapes", "without_gpu")
+# What decides what is compiled, and reads what came of it.
+READERS = (
+    "shared/shapes",
+    "without_gpu/ahead_of_time",
+    "without_gpu/case",
+    "without_gpu/compiled",
+    "without_gpu/machine_code",
+    "without_gpu/occupancy",
+)
 # Which kernel's configurations a product's are.
 KERNELS: dict[str, Kernel] = {
     "output": "forward",
@@ -93,7 +101,7 @@ WORDS = {
 
 def sources() -> str:
     """A hash of all that decides what is compiled, and what is read from it, but for Triton."""
-    readers = (Path(__file__).with_name(f"{name}.py") for name in READERS)
+    readers = (Path(__file__).parent / f"{name}.py" for name in READERS)
     folder = SHIPPED.parent
     files = [*sorted(folder.rglob("*.py")), folder / "configs" / "tiles.json", *readers]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
@@ -229,7 +237,7 @@ def print_totals(table: Table) -> None:
         )
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -253,6 +261,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.sample < 1:
         parser.error(f"--sample takes a number from 1 on, but got {arguments.sample}")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
     if os.environ.get("TRITON_INTERPRET"):
         sys.exit("TRITON_INTERPRET is set: nothing would be compiled; unset it")
 

@@ -8,6 +8,6 @@ alone, as tables need it. Start with `choose.choose`.
 
 A new family of GPUs is a Target in `config.py` (TARGETS, `resolved_precision`), what
 `launching/launch.py` (`target_of`) makes of a device, lists in `tiles.json`, rates in `model.py`,
-limits in `legality.py`, and in benchmarks `without_gpu.py`, `occupancy.py` and `compiled.py`, with
-which `make resources ARGS=--json` writes what was compiled.
+limits in `legality.py`, and in benchmarks/without_gpu `case.py`, `occupancy.py` and `compiled.py`,
+with which `make resources ARGS=--json` writes what was compiled.
 """

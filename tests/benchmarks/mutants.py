@@ -5,14 +5,14 @@ from mutant import Mutant
 MUTANTS = [
     Mutant(
         "products that wait for one another are no fault",
-        "benchmarks/compiled.py",
+        "benchmarks/without_gpu/compiled.py",
         '    if found["serialized"]:\n',
         '    if found["spilled"]:\n',
         ("tests/kernels/test_compile.py::test_serialised_products_are_a_fault",),
     ),
     Mutant(
         "loads before a barrier count as those behind it",
-        "benchmarks/machine_code.py",
+        "benchmarks/without_gpu/machine_code.py",
         "        late += barrier and name",
         "        late += name",
         ("tests/kernels/test_compile.py::test_machine_code_is_counted_by_step_and_tile",),
@@ -28,21 +28,21 @@ MUTANTS = [
     ),
     Mutant(
         "a wrong kernel is launched again",
-        "benchmarks/gpu_summary.py",
+        "benchmarks/gpu_run/summary.py",
         '        if row["verdict"] not in TRUSTED:\n            cut',
         '        if row["verdict"] == "hangs":\n            cut',
         ("tests/benchmarks/test_gpu.py::test_gpu_parts_are_told_what_to_leave_out",),
     ),
     Mutant(
         "a kernel that is split passes for one that is not",
-        "benchmarks/watch.py",
+        "benchmarks/shared/watch.py",
         "    marks = [mark for pointer, mark in _MARKS.items() if pointer in given]\n",
         "    marks: list[str] = []\n",
         ("tests/benchmarks/test_gpu_checks.py::test_planted_faults_are_found_and_named",),
     ),
     Mutant(
         "a kernel that was held up hangs",
-        "benchmarks/families.py",
+        "benchmarks/gpu_run/families.py",
         " or try_some(rows, [name], 1, deadline, save):",
         " or True:",
         (
@@ -51,7 +51,7 @@ MUTANTS = [
     ),
     Mutant(
         "a job that hangs is left to",
-        "benchmarks/apart.py",
+        "benchmarks/gpu_run/apart.py",
         "                    process.kill()\n                    del running",
         "                    del running",
         (

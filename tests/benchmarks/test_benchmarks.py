@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import kernels
+from benchmarks.speed import kernel_times
 from fastlinear.kernels.forward import linear as forward
 from fastlinear.kernels.launching import launch
 from fastlinear.tuning.stopwatch import Call
@@ -41,8 +42,8 @@ def test_kernels_are_timed_in_the_configurations_that_the_model_ranks_first(
     monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     """By a clock that counts calls, with one kernel that does not launch."""
-    setting = dataclasses.replace(kernels.SETTING, timed=((48, 32),), timed_rows=(1, 40))
-    monkeypatch.setattr(kernels, "SETTING", setting)
+    setting = dataclasses.replace(kernel_times.SETTING, timed=((48, 32),), timed_rows=(1, 40))
+    monkeypatch.setattr(kernel_times, "SETTING", setting)
     rows: list[dict[str, Any]] = []
     count = itertools.count(1)
     asked: list[str] = []
@@ -58,7 +59,7 @@ def test_kernels_are_timed_in_the_configurations_that_the_model_ranks_first(
 
     monkeypatch.setitem(forward.KINDS, "persistent", persistent)
     forward.plan_forward.cache_clear()
-    kernels.measure(rows.append, ["bfloat16", "bf16x6"], float("inf"), stopwatch, device)
+    kernel_times.measure(rows.append, ["bfloat16", "bf16x6"], float("inf"), stopwatch, device)
     forward.plan_forward.cache_clear()
     found = {(row["dtype"], row["product"], row["m"]) for row in rows}
     assert len(found) == len(rows) == 2 * 2 * 4
@@ -67,7 +68,7 @@ def test_kernels_are_timed_in_the_configurations_that_the_model_ranks_first(
     assert set(failed) == {"CannotLaunch: no such kernel"}
     for row in rows:
         assert row["chosen"] in row["kernel_us"]
-        assert len(row["kernel_us"]) <= kernels.CANDIDATES
+        assert len(row["kernel_us"]) <= kernel_times.CANDIDATES
     output = next(row for row in rows if row["product"] == "output" and row["m"] == 1)
     assert next(iter(output["kernel_us"])) == output["chosen"]
     assert len(output["kernel_us"]) + len(output.get("failed", {})) == 4, "one of each kind"

@@ -164,7 +164,7 @@ sys.exit(gpu.main())
 # Writes results again and again, as a part does, with a few kilobytes in each.
 WRITES = """
 import sys, pathlib
-from benchmarks.files import write_json, write_rows
+from benchmarks.shared.files import write_json, write_rows
 out, scratch = map(pathlib.Path, sys.argv[1:])
 rows = [{"family": str(i), "new": True, "verdict": "right", "launches": []} for i in range(99)]
 point = {"arm": "fastlinear auto", "batch_size": 1, "dtype": "float32", "mode": "forward",

@@ -12,7 +12,8 @@ from benchmarks import gpu_cache
 
 ROOT = Path(__file__).parents[2]
 COMPILE = """
-from benchmarks import gpu_cache, launches
+from benchmarks import gpu_cache
+from benchmarks.gpu_run import launches
 
 launches.CALLS = {1: (launches.tried,)}
 print(gpu_cache.compile_share((0, 1, "by gemv")))

@@ -17,7 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import apart, cases, families, kernels, launches, numerics, setting, tuning, watch
+from benchmarks import numerics
+from benchmarks.gpu_run import apart, cases, checks, families, launches, tuning
+from benchmarks.shared import setting, watch
+from benchmarks.speed import kernel_times
 from fastlinear.kernels.forward import linear as forward
 from fastlinear.kernels.launching import launch
 from fastlinear.tuning import measure as tune_rows
@@ -28,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def rows(family: str, arithmetic: str, device: torch.device) -> list[Any]:
-    return list(numerics.check(numerics.Group(family, arithmetic, device.type, 2, True)))
+    return list(checks.check(checks.Group(family, arithmetic, device.type, 2, True)))
 
 
 CASES = [("linear", "float16"), ("linear", "bfloat16"), ("linear", "tf32"), ("linear", "float64")]
@@ -73,7 +76,7 @@ def test_numerics_find_a_write_beside_an_output() -> None:
     like = torch.zeros(3)
 
     def write_beside() -> None:
-        with numerics.poisoned_outputs(small=False):
+        with checks.poisoned_outputs(small=False):
             operand = launch.Operand((3,), (1,), like.dtype, like.device, True)
             output = launch.allocate(like, operand)
             assert output.isnan().all()
@@ -148,9 +151,9 @@ def test_jobs_apart_are_ended_where_the_time_of_all_is_over() -> None:
 
 
 def test_numerics_report_a_process_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = [(numerics.Group("linear", "float32", "cpu", 1, True), numerics.Ended(-11))]
-    monkeypatch.setattr(numerics, "apart", lambda *given: iter(ended))
-    (row,) = numerics.check_apart([], 1, float("inf"))
+    ended = [(checks.Group("linear", "float32", "cpu", 1, True), checks.Ended(-11))]
+    monkeypatch.setattr(checks, "apart", lambda *given: iter(ended))
+    (row,) = checks.check_apart([], 1, float("inf"))
     assert row["fault"] == "the process that checks this ended with -11"
 
 
@@ -160,15 +163,13 @@ def test_numerics_of_two_calls_are_all_and_kept_in_one_file(
     given = {"device": "cpu", "repeats": 1, "small": True}
     names = numerics.FAMILIES, numerics.ARITHMETICS
     first, rest, every = (
-        set(numerics.groups_of(*names, which, **given)) for which in ("first", "rest", "all")
+        set(checks.groups_of(*names, which, **given)) for which in ("first", "rest", "all")
     )
-    shared = numerics.groups_of(
-        ["linear"], ["float64"], "all", device="cpu", repeats=1, small=False
-    )
+    shared = checks.groups_of(["linear"], ["float64"], "all", device="cpu", repeats=1, small=False)
     assert [(group.turn, group.of) for group in shared] == [(0, 4), (1, 4), (2, 4), (3, 4)]
     small = dataclasses.replace(shared[0], small=True, of=1)
     parts = [dataclasses.replace(small, turn=turn, of=3) for turn in range(3)]
-    counts = [len(list(numerics.calls(group))) for group in (small, *parts)]
+    counts = [len(list(checks.calls(group))) for group in (small, *parts)]
     assert counts == [8, 3, 3, 2]
     assert first | rest == every
     assert not first & rest
@@ -284,7 +285,7 @@ def test_launches_are_those_that_the_parts_make(
 ) -> None:
     """So that whoever compiles the ones has the others compiled."""
 
-    for module in (kernels, launches, tuning):
+    for module in (kernel_times, launches, tuning):
         monkeypatch.setattr(module, "SETTING", setting.REHEARSED)
     made: set[Any] = set()
 
@@ -298,7 +299,7 @@ def test_launches_are_those_that_the_parts_make(
 
     monkeypatch.setattr(launch, "run", note)
     monkeypatch.setattr(tune_rows, "as_exact", lambda *given: True)
-    kernels.measure(lambda row: None, kernels.TIMED, float("inf"), stopwatch, device)
+    kernel_times.measure(lambda row: None, kernel_times.TIMED, float("inf"), stopwatch, device)
     by_part, _ = made.copy(), made.clear()
     for _, call in launches.timed(device.type, device.type):
         call()

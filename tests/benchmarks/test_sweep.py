@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import linear, measure, naive, report
-from benchmarks.arms import NATIVE, Arm, Call, arms
-from benchmarks.names import not_a_peer
-from benchmarks.shapes import BATCH_SIZES, LAYERS, least_bytes, operations
+from benchmarks import linear, report
+from benchmarks.shared import measure
+from benchmarks.shared.names import not_a_peer
+from benchmarks.shared.shapes import BATCH_SIZES, LAYERS, least_bytes, operations
+from benchmarks.speed import naive
+from benchmarks.speed.arms import NATIVE, Arm, Call, arms
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks import checkpoints, distributed
-from benchmarks.digits import Training, epoch_orders, read_digits
+from benchmarks.demo import checkpoints, distributed
+from benchmarks.demo.digits import Training, epoch_orders, read_digits
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "benchmarks/train.py"

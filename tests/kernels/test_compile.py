@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import triton
 
-from benchmarks import compiled, machine_code, resources
-from benchmarks.compiled import MOVED_TILE, STREAMED, instructions_in_loops
-from benchmarks.occupancy import resident_programs
-from benchmarks.without_gpu import Case
+from benchmarks import resources
+from benchmarks.without_gpu import compiled, machine_code
+from benchmarks.without_gpu.case import Case
+from benchmarks.without_gpu.compiled import MOVED_TILE, STREAMED, instructions_in_loops
+from benchmarks.without_gpu.occupancy import resident_programs
 
 ROOT = Path(__file__).parents[2]
 ROW = {"registers": 100, "spilled": 0, "shared": 4096, "matrix": 8, "resident": 2}
@@ -84,8 +85,8 @@ def compiling(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 OLD_LOOP = """
-from benchmarks import compiled
-from benchmarks.without_gpu import Case
+from benchmarks.without_gpu import compiled
+from benchmarks.without_gpu.case import Case
 from fastlinear.kernels.forward import tiled
 from fastlinear.kernels.configs.config import Config
 

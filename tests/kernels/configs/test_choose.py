@@ -173,8 +173,8 @@ def test_more_work_takes_more_time() -> None:
 
 def test_shipped_residents_are_those_of_the_compiled_kernels() -> None:
     from benchmarks import resources
-    from benchmarks.ahead_of_time import cases
-    from benchmarks.without_gpu import GPU_TARGETS
+    from benchmarks.without_gpu.ahead_of_time import cases
+    from benchmarks.without_gpu.case import GPU_TARGETS
 
     compiled = json.loads(resources.COMMITTED.read_text())["cases"]
     shipped = json.loads(resources.SHIPPED.read_text())

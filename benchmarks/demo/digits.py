@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measure import peak_bytes
+from benchmarks.shared.measure import peak_bytes
 
 # How far two trainings may part, as a share of the loss before the first step, and in digits told
 # differently at the end. Rounding alone, nn.Linear in float32 against float64, parts them by up to

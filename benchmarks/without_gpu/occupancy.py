@@ -6,7 +6,7 @@ A prediction from what a kernel takes and what a multiprocessor has; nothing her
 import math
 from dataclasses import dataclass
 
-from benchmarks.without_gpu import Case
+from benchmarks.without_gpu.case import Case
 from fastlinear.kernels.backward.elementwise import BLOCK, WIDEST
 from fastlinear.kernels.configs.config import TARGETS
 

@@ -10,7 +10,7 @@ import torch._functorch.config
 from torch import Tensor, nn
 
 import fastlinear
-from benchmarks.names import NATIVE
+from benchmarks.shared.names import NATIVE
 from fastlinear.ops.elementwise import ACTIVATIONS
 
 Call = Callable[[Tensor], Tensor]
@@ -68,7 +68,7 @@ def _fastlinear(weight: Tensor, bias: Tensor | None, activation: str | None) -> 
 
 
 def _naive(weight: Tensor, bias: Tensor | None, activation: str | None) -> Call:
-    from benchmarks import naive
+    from benchmarks.speed import naive
 
     return _activated(lambda input: naive.linear(input, weight, bias), activation)
 

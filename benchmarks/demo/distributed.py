@@ -33,8 +33,8 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks import checkpoints
-from benchmarks.digits import LOSS_TOLERANCE, Digits, Row, Training, epoch_orders, loss_gap
+from benchmarks.demo import checkpoints
+from benchmarks.demo.digits import LOSS_TOLERANCE, Digits, Row, Training, epoch_orders, loss_gap
 
 
 def start(kind: str) -> torch.device:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import products
-from benchmarks.products import Product
+from benchmarks.gpu_run import products
+from benchmarks.gpu_run.products import Product
 from fastlinear.kernels.launching.operands import ACTIVATIONS
 
 ARITHMETICS = {

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from benchmarks.measure import Clock
+    from benchmarks.shared.measure import Clock
 
 REHEARSAL = "FASTLINEAR_REHEARSAL"
 
@@ -29,10 +29,10 @@ class Setting:
     clock: where times come from.
     device: where operands lie.
     start: seconds that a part takes to start and to finish.
-    trial: seconds for one kernel of `benchmarks.families`.
+    trial: seconds for one kernel of `benchmarks.gpu_run.families`.
     timed, timed_rows: (out_features, in_features) and batch sizes for `benchmarks.kernels`, the
         most telling first.
-    layers: of benchmarks/shapes.py, for `benchmarks.tuning` and the sweep; None for all.
+    layers: of `shapes.py`, for `benchmarks.gpu_run.tuning` and the sweep; None for all.
     tuned_rows, swept_rows: batch sizes of those, the former the most valuable first.
     compiled, compiled_rows: layers and batch sizes for torch.compile.
     numerics: options of `benchmarks.numerics`.
@@ -66,13 +66,13 @@ def _missing() -> str | None:
 
 
 def _by_events(device: torch.device) -> Clock:
-    from benchmarks.measure import Clock
+    from benchmarks.shared.measure import Clock
 
     return Clock(device)
 
 
 def _by_script(device: torch.device) -> Clock:
-    from benchmarks.measure import Scripted
+    from benchmarks.shared.measure import Scripted
 
     return Scripted(device)
 

@@ -1,7 +1,8 @@
-"""The page on what `benchmarks.gpu` found in a folder: `python -m benchmarks.gpu_summary FOLDER`.
+"""The page on what `benchmarks.gpu` found in a folder.
 
-What is wrong comes first, then what is new: kernels that no GPU had run before. Then ratios by
-batch size, the worst points, and the commands that commit it all. It takes what files there are.
+`python -m benchmarks.gpu_run.summary FOLDER` prints it. What is wrong comes first, then what is
+new: kernels that no GPU had run before. Then ratios by batch size, the worst points, and the
+commands that commit it all. It takes what files there are.
 """
 
 import re
@@ -11,9 +12,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.files import read_json
-from benchmarks.names import NATIVE, not_a_peer
-from benchmarks.setting import SETTING
+from benchmarks.shared.files import read_json
+from benchmarks.shared.names import NATIVE, not_a_peer
+from benchmarks.shared.setting import SETTING
 
 LIMIT = 12_000  # characters of the page
 FAILURES, NEW, PARTS, RATIOS = 2_800, 1_600, 1_300, 3_600  # of these sections

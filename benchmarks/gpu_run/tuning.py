@@ -1,7 +1,7 @@
-"""Tunes the layers of benchmarks/shapes.py into a table that can be shipped.
+"""Tunes the layers of benchmarks/shared/shapes.py into a table that can be shipped.
 
-`python -m benchmarks.tuning --folder FOLDER` writes FOLDER/<device>.json as `python -m fastlinear
-tune` does, after each product, under the name that it has in kernels/tuned/.
+`python -m benchmarks.gpu_run.tuning --folder FOLDER` writes FOLDER/<device>.json as `python -m
+fastlinear tune` does, after each product, under the name that it has in kernels/tuned/.
 """
 
 import argparse
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.setting import SETTING
-from benchmarks.shapes import LAYERS
-from benchmarks.watch import watch
+from benchmarks.shared.setting import SETTING
+from benchmarks.shared.shapes import LAYERS
+from benchmarks.shared.watch import watch
 from fastlinear.choice import table
 from fastlinear.choice.table import Key
 from fastlinear.tuning.tune import measure_all

@@ -4,8 +4,7 @@ Each launch is a name and a closure, from the lists that the parts themselves go
 PyTorch's is called, no truth made in float64, no clock asked. So whoever wants all of it compiled
 beforehand calls the closures where no GPU is needed: `device` is where operands lie and `sizes`
 whose shapes they have, both "cuda" in the parts. Operands come from torch.randn, which may as well
-give memory that nobody has written; `launch.target_of` says for which GPU the choices are. With
-TRITON_INTERPRET=0 in the environment nothing is interpreted where there is no GPU.
+give memory that nobody has written; `launch.target_of` says for which GPU the choices are.
 """
 
 import functools
@@ -14,11 +13,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import families, kernels, numerics, tuning
-from benchmarks.cases import ARITHMETICS, Group
-from benchmarks.cases import FAMILIES as CHECKED
-from benchmarks.setting import SETTING
-from benchmarks.shapes import LAYERS
+from benchmarks.gpu_run import checks, families, tuning
+from benchmarks.gpu_run.cases import ARITHMETICS, Group
+from benchmarks.gpu_run.cases import FAMILIES as CHECKED
+from benchmarks.shared.setting import SETTING
+from benchmarks.shared.shapes import LAYERS
+from benchmarks.speed import kernel_times
 from fastlinear.choice import table
 from fastlinear.choice.table import PRODUCTS
 from fastlinear.tuning.measure import Products
@@ -36,18 +36,18 @@ def tried(device: str, sizes: str) -> Launches:
 
 def timed(device: str, sizes: str) -> Launches:
     """The chosen configuration of each product, and the next."""
-    for layer in kernels.points(kernels.TIMED):
+    for layer in kernel_times.points(kernel_times.TIMED):
         products = Products(layer, torch.device(device))
-        for product in kernels.PRODUCTS:
-            for config, call in kernels.calls(products, product).items():
+        for product in kernel_times.PRODUCTS:
+            for config, call in kernel_times.calls(products, product).items():
                 yield f"{product}, {table.in_words(layer)}, {config}", call
 
 
 def checked(which: str, device: str, sizes: str) -> Launches:
     """What is compared with float64: "first" in the first call, the "rest" in the second."""
     given = {"device": device, "repeats": 1, "small": False, "sizes": sizes}
-    for group in numerics.groups_of(CHECKED, ARITHMETICS, which, **given):
-        for case, product, configurations in numerics.calls(group):
+    for group in checks.groups_of(CHECKED, ARITHMETICS, which, **given):
+        for case, product, configurations in checks.calls(group):
             for config in configurations:
                 name = f"{product.name}, {group.arithmetic}, {case.shape}, {config}"
                 yield name, functools.partial(product.call, config)

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.arms import Arm, arms
-from benchmarks.linear import MODES
-from benchmarks.measure import Clock
-from benchmarks.problem import Problem, errors, step, why_wrong
-from benchmarks.shapes import LAYERS
+from benchmarks.shared.measure import Clock
+from benchmarks.shared.shapes import LAYERS
+from benchmarks.speed.arms import Arm, arms
+from benchmarks.speed.points import MODES
+from benchmarks.speed.problem import Problem, errors, step, why_wrong
 from fastlinear import use_backend
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

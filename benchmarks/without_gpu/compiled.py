@@ -6,8 +6,8 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks import machine_code, occupancy
-from benchmarks.without_gpu import Case, compile_case
+from benchmarks.without_gpu import machine_code, occupancy
+from benchmarks.without_gpu.case import Case, compile_case
 from fastlinear.kernels.configs.config import TARGETS, Config, arithmetic
 from fastlinear.kernels.configs.legality import persistent_shared_memory
 from fastlinear.kernels.launching import launch
@@ -127,22 +127,23 @@ def read(case: Case, steps: bool = False) -> Row:
         compiled = compile_case(case)
     except Exception as error:  # whatever the compiler raises is a result here
         return {"error": f"{type(error).__name__}: {error}"[:2000]}
+    code = {}
+    if steps and "cubin" in compiled.asm:
+        code = machine_code.analysis(machine_code.disassemble(compiled.asm["cubin"]))
+    return {**_taken(case, compiled), **_instructions(compiled), "error": None, "code": code}
+
+
+def _taken(case: Case, compiled: Any) -> Row:
+    """What it takes of a multiprocessor."""
     metadata = compiled.metadata
-    gpu_loop = compiled.asm["ttgir"].partition("scf.for")[2].rpartition("scf.yield")[0]
-    buffers = []
     if case.target == "gfx942":
         text = compiled.asm["amdgcn"]
         registers = _number(r"\.vgpr_count:\s+", text)
         spilled = 4 * _number(r"\.vgpr_spill_count:\s+", text)
     else:
-        text = compiled.asm["ptx"]
         usage = machine_code.usage(compiled.asm["cubin"])
         registers = _number("REG:", usage)
         spilled = _number("STACK:", usage) + _number("LOCAL:", usage)
-        buffers = re.findall(
-            r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x(\d+)x(\d+)x\w+,[^>]*mutable>",
-            compiled.asm["ttgir"],
-        )
     resident = occupancy.resident_programs(
         case.target,
         registers,
@@ -150,18 +151,30 @@ def read(case: Case, steps: bool = False) -> Row:
         metadata.num_warps,
         getattr(metadata, "tmem_size", None) or 0,
     )
-    code = {}
-    if steps and "cubin" in compiled.asm:
-        code = machine_code.analysis(machine_code.disassemble(compiled.asm["cubin"]))
     return {
         "registers": registers,
         "spilled": spilled,
         "shared": metadata.shared,
-        "matrix": sum(loops := instructions_in_loops(text)),
-        "loops": len(loops),
         "resident": resident,
         "occupancy": occupancy.occupancy(case.target, resident, metadata.num_warps),
         "waves": occupancy.waves(case, resident),
+    }
+
+
+def _instructions(compiled: Any) -> Row:
+    """What the compiler has made of it, by the texts of its stages."""
+    text = compiled.asm["ptx"] if "ptx" in compiled.asm else compiled.asm["amdgcn"]
+    gpu_ir = compiled.asm["ttgir"]
+    gpu_loop = gpu_ir.partition("scf.for")[2].rpartition("scf.yield")[0]
+    buffers = []
+    if "ptx" in compiled.asm:
+        buffers = re.findall(
+            r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x(\d+)x(\d+)x\w+,[^>]*mutable>", gpu_ir
+        )
+    loops = instructions_in_loops(text)
+    return {
+        "matrix": sum(loops),
+        "loops": len(loops),
         "instructions": sorted(set(MATRIX_INSTRUCTION.findall(text))),
         "sums_apart": sums_apart(compiled.asm["ttir"]),
         "buffers": [tuple(map(int, sizes)) for sizes in buffers],
@@ -172,8 +185,6 @@ def read(case: Case, steps: bool = False) -> Row:
         "descriptor_loads": len(re.findall(r"cp\.async\.bulk\.tensor\S*global\b", text)),
         "selects": len(re.findall(r"\bselp\.f32\b", text)),
         "serialized": machine_code.serialized(compiled.asm.get("ptx", "")),
-        "error": None,
-        "code": code,
     }
 
 

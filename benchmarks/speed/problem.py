@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.arms import Call
-from benchmarks.shapes import Layer
+from benchmarks.shared.shapes import Layer
+from benchmarks.speed.arms import Call
 from fastlinear.ops.elementwise import ACTIVATIONS
 
 CHECKED = 64  # rows, or features, that are computed in float64

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.files import write_json
+from benchmarks.shared.files import write_json
 
 _CHANGES = ("git", "status", "--porcelain", "--untracked-files=no", "--", ".")
 _NOT_RESULTS = ":!benchmarks/results"  # what a measurement itself writes does not count

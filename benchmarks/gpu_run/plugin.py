@@ -1,10 +1,13 @@
-"""A plugin of pytest, `-p benchmarks.plugin`, by which tests of kernels that are left out skip."""
+"""A plugin of pytest, by which tests of kernels that are left out skip.
+
+It is `-p benchmarks.gpu_run.plugin`.
+"""
 
 from collections.abc import Generator
 
 import pytest
 
-from benchmarks.watch import LeftOut, watch
+from benchmarks.shared.watch import LeftOut, watch
 
 
 def pytest_configure() -> None:

@@ -1,10 +1,9 @@
 """Each family of kernels once, on a small case, against float64: which of them are to be trusted.
 
-`python -m benchmarks.families --json FILE` runs every family in a process and a time of its own,
-those first that no GPU has run yet, and writes FILE after each: what became of it, and what it
-launched. `benchmarks.gpu_summary.left_out` has what
-others are to do without. A
-family that FILE knows already is not tried again. It exits with 1 if one is not right.
+`python -m benchmarks.gpu_run.families --json FILE` runs every family in a process and a time of its
+own, those first that no GPU has run yet, and writes FILE after each: what became of it, and what it
+launched. `benchmarks.gpu_run.summary.left_out` has what others are to do without. A family that
+FILE knows already is not tried again. It exits with 1 if one is not right.
 """
 
 import argparse
@@ -18,17 +17,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.apart import Ended, Tell, apart
-from benchmarks.environment import environment
-from benchmarks.files import read_json, write_rows
-from benchmarks.setting import SETTING
-from benchmarks.watch import LeftOut, watch
+from benchmarks.gpu_run.apart import Ended, Tell, apart
+from benchmarks.shared.environment import environment
+from benchmarks.shared.files import read_json, write_rows
+from benchmarks.shared.setting import SETTING
+from benchmarks.shared.watch import LeftOut, watch
 
 
 class Family(NamedTuple):
     """One way to compute a product.
 
-    group, arithmetic, product: which of `benchmarks.cases`.
+    group, arithmetic, product: which of `benchmarks.gpu_run.cases`.
     kind: of its configurations, the first of which is taken; None for the chosen one.
     new: whether no GPU has run it yet; README.md has what has run where.
     """
@@ -76,11 +75,11 @@ def calls(family: Family, group: Any) -> Iterator[tuple[Any, Any]]:
 
     group: `group_of(family, ...)`.
     """
-    from benchmarks import numerics
+    from benchmarks.gpu_run import checks
 
-    for _, product, _ in numerics.calls(group):
+    for _, product, _ in checks.calls(group):
         if product.name == family.product:
-            found = numerics.configs(product, group) if family.kind else [None]
+            found = checks.configs(product, group) if family.kind else [None]
             if family.kind not in (None, "pair"):  # split, where that can be
                 found = [config for config in found if config.kind == family.kind]
                 found.sort(key=lambda config: -config.splits)
@@ -88,14 +87,14 @@ def calls(family: Family, group: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def group_of(family: Family, device: str) -> Any:
-    from benchmarks.cases import Group
+    from benchmarks.gpu_run.cases import Group
 
     return Group(family.group, family.arithmetic, device, repeats=2, small=True)
 
 
 def trial(name: str, tell: Tell) -> None:
     """Tells what it launches, before each launch, and then what came of it."""
-    from benchmarks import numerics
+    from benchmarks.gpu_run import checks
     from fastlinear.kernels.launching.launch import CannotLaunch
 
     watch(report=lambda launched: tell({"launching": launched}))
@@ -106,7 +105,7 @@ def trial(name: str, tell: Tell) -> None:
         budgets = product.budgets(native, exact)
         poisoned = dataclasses.replace(group, small=False)
         try:
-            found = numerics.compare(product, config, exact, native, budgets, poisoned)
+            found = checks.compare(product, config, exact, native, budgets, poisoned)
             verdict, said = ("wrong" if found["fault"] else "right"), found["fault"] or ""
         except LeftOut as error:
             verdict, said = "left out", str(error)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 # take longer. The former listens at a socket, whose path may have 100 characters or so.
 SHORT = len(tempfile.gettempdir()) < 60
 FORKS: Any = multiprocessing.get_context("forkserver" if SHORT else "spawn")
-FORKS.set_forkserver_preload(["numpy", "torch", "triton", "benchmarks.cases"])
+FORKS.set_forkserver_preload(["numpy", "torch", "triton", "benchmarks.gpu_run.cases"])
 
 Tell = Callable[[Any], None]  # sends what can be pickled to the process that waits for it
 

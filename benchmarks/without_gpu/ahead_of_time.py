@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.shapes import BATCH_SIZES, LAYERS, Layer
-from benchmarks.without_gpu import LAYOUTS, Case, as_launched, call, launched
+from benchmarks.shared.shapes import BATCH_SIZES, LAYERS, Layer
+from benchmarks.without_gpu.case import LAYOUTS, Case, as_launched, call, launched
 from fastlinear.kernels.configs.config import TARGETS, Traits
 from fastlinear.kernels.configs.tiles import legal_configs, legal_pairs
 from fastlinear.kernels.launching.operands import ACTIVATIONS
@@ -30,70 +30,16 @@ def cases(targets: list[str]) -> list[Case]:
             ("float32", "ieee"),
             ("float64", "ieee"),
         ]:
-            aligned = Traits(getattr(torch, dtype), precision, True, TARGETS[target])
-            unaligned = aligned._replace(aligned=False)
-            forwards = legal_configs("forward", aligned)
-            weights = legal_configs("backward_weight", aligned)
-            for config in forwards:
-                found += [
-                    Case(target, product, dtype, precision, config)
-                    for product in ("output", "grad_input")
-                ]
-            found += [Case(target, "grad_weight", dtype, precision, config) for config in weights]
-            found += [Case(target, "columns", dtype, precision, forwards[0])]
-            found += [
-                Case(target, "grad_weight_split", dtype, precision, config) for config in weights
-            ]
-            found += [Case(target, "output", dtype, precision, forwards[0], wide=True)]
-            found += [Case(target, "grad_weight", dtype, precision, weights[0], wide=True)]
-            for pair in legal_pairs(aligned):
-                found += [
-                    Case(target, product, dtype, precision, pair)
-                    for product in ("backward", "backward_of_two")
-                ]
-            for pair in legal_pairs(unaligned):
-                found += [Case(target, "backward", dtype, precision, pair, aligned=False)]
-            found += _accumulating_cases(target, dtype, precision)
-            for activation in LARGEST:
-                given = {"activation": activation}
-                largest = legal_configs("forward", aligned._replace(activation=True))[0]
-                found += [Case(target, "output", dtype, precision, largest, **given)]
-            found += [
-                Case(target, "grad_preactivation", dtype, precision, None, activation=activation)
-                for activation in ACTIVATIONS
-                if precision == "ieee" and (dtype == "bfloat16" or activation in LARGEST)
-            ]
-            gated_forwards = legal_configs("gated_forward", aligned._replace(activation=True))
-            for gated_config in gated_forwards:
-                found += [
-                    Case(target, "gated_output", dtype, precision, gated_config, activation="silu")
-                ]
-            for activation in ("gelu", "gelu_tanh"):
-                given = {"activation": activation}
-                found += [
-                    Case(target, "gated_output", dtype, precision, gated_forwards[0], **given)
-                ]
-            found += [
-                Case(target, "grad_products", dtype, precision, None, activation=activation)
-                for activation in ACTIVATIONS
-                if precision == "ieee" and (dtype == "bfloat16" or activation in LARGEST)
-            ]
-            for config in legal_configs("gated_forward", unaligned._replace(activation=True)):
-                given = {"aligned": False, "activation": "silu"}
-                found += [Case(target, "gated_output", dtype, precision, config, **given)]
-            found += [Case(target, "output", dtype, precision, forwards[0], odd=True)]
-            # The largest that has an activation where operands are not aligned, or outputs not.
-            for product, kernel in (("output", "forward"), ("gated_output", "gated_forward")):
-                largest = legal_configs(kernel, unaligned._replace(activation=True))[0]
-                found += [
-                    Case(target, product, dtype, precision, largest, activation="gelu", **given)
-                    for given in ({"aligned": False}, {"odd": True})
-                ]
-            found += _split_k_cases(target, dtype, precision)
-            for config in legal_configs("forward", unaligned):
-                found += [Case(target, "output", dtype, precision, config, aligned=False)]
-            for config in legal_configs("backward_weight", unaligned):
-                found += [Case(target, "grad_weight", dtype, precision, config, aligned=False)]
+            for some in (
+                _plain_cases,
+                _accumulating_cases,
+                _activation_cases,
+                _gated_cases,
+                _odd_cases,
+                _split_k_cases,
+                _unaligned_cases,
+            ):
+                found += some(target, dtype, precision)
         found += _far_cases(target)
         found += gemv_cases(target)
         # float16 differs from bfloat16 in the type of the instructions alone:
@@ -104,6 +50,92 @@ def cases(targets: list[str]) -> list[Case]:
             found += [Case(target, product, "float16", "ieee", largest)]
         found += persistent_cases(target)
     return found
+
+
+def _traits(target: str, dtype: str, precision: str) -> Traits:
+    """Of operands that are aligned."""
+    return Traits(getattr(torch, dtype), precision, True, TARGETS[target])
+
+
+def _plain_cases(target: str, dtype: str, precision: str) -> list[Case]:
+    """Every tile of each product, of a layer without an activation."""
+    aligned = _traits(target, dtype, precision)
+    case = functools.partial(Case, target, dtype=dtype, precision=precision)
+    forwards = legal_configs("forward", aligned)
+    weights = legal_configs("backward_weight", aligned)
+    pairs, unaligned_pairs = legal_pairs(aligned), legal_pairs(aligned._replace(aligned=False))
+    products = ("output", "grad_input")
+    both = ("backward", "backward_of_two")
+    return [
+        *(case(product, config=config) for config in forwards for product in products),
+        *(case("grad_weight", config=config) for config in weights),
+        case("columns", config=forwards[0]),
+        *(case("grad_weight_split", config=config) for config in weights),
+        case("output", config=forwards[0], wide=True),
+        case("grad_weight", config=weights[0], wide=True),
+        *(case(product, config=pair) for pair in pairs for product in both),
+        *(case("backward", config=pair, aligned=False) for pair in unaligned_pairs),
+    ]
+
+
+def _by_element(product: str, target: str, dtype: str, precision: str) -> list[Case]:
+    """A pass over elements, where the dtype makes a difference: in bfloat16 for each activation."""
+    return [
+        Case(target, product, dtype, precision, None, activation=activation)
+        for activation in ACTIVATIONS
+        if precision == "ieee" and (dtype == "bfloat16" or activation in LARGEST)
+    ]
+
+
+def _activation_cases(target: str, dtype: str, precision: str) -> list[Case]:
+    """The largest tile with an activation, and the activation's gradient."""
+    traits = _traits(target, dtype, precision)._replace(activation=True)
+    largest = legal_configs("forward", traits)[0]
+    found = [
+        Case(target, "output", dtype, precision, largest, activation=activation)
+        for activation in LARGEST
+    ]
+    return found + _by_element("grad_preactivation", target, dtype, precision)
+
+
+def _gated_cases(target: str, dtype: str, precision: str) -> list[Case]:
+    """Every tile of a gated pair, aligned and not, and the gate's gradient."""
+    aligned = _traits(target, dtype, precision)._replace(activation=True)
+    case = functools.partial(Case, target, "gated_output", dtype, precision)
+    configs = legal_configs("gated_forward", aligned)
+    unaligned = legal_configs("gated_forward", aligned._replace(aligned=False))
+    return [
+        *(case(config, activation="silu") for config in configs),
+        *(case(configs[0], activation=activation) for activation in ("gelu", "gelu_tanh")),
+        *_by_element("grad_products", target, dtype, precision),
+        *(case(config, aligned=False, activation="silu") for config in unaligned),
+    ]
+
+
+def _odd_cases(target: str, dtype: str, precision: str) -> list[Case]:
+    """Outputs that are not aligned, and the largest with an activation there, or of operands."""
+    aligned = _traits(target, dtype, precision)
+    unaligned = aligned._replace(aligned=False, activation=True)
+    found = [
+        Case(target, "output", dtype, precision, legal_configs("forward", aligned)[0], odd=True)
+    ]
+    for product, kernel in (("output", "forward"), ("gated_output", "gated_forward")):
+        largest = legal_configs(kernel, unaligned)[0]
+        found += [
+            Case(target, product, dtype, precision, largest, activation="gelu", **given)
+            for given in ({"aligned": False}, {"odd": True})
+        ]
+    return found
+
+
+def _unaligned_cases(target: str, dtype: str, precision: str) -> list[Case]:
+    """Every tile of output and grad_weight whose operands are not aligned."""
+    unaligned = _traits(target, dtype, precision)._replace(aligned=False)
+    return [
+        Case(target, product, dtype, precision, config, aligned=False)
+        for product, kernel in (("output", "forward"), ("grad_weight", "backward_weight"))
+        for config in legal_configs(kernel, unaligned)
+    ]
 
 
 def _accumulating_cases(target: str, dtype: str, precision: str) -> list[Case]:

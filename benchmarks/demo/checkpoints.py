@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from benchmarks.files import read_json, write_json
+from benchmarks.shared.files import read_json, write_json
 
 PROGRESS = "progress.json"  # how far the training is, beside the shards
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # The truth and the budget of an error are the tests'.
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "helpers"))
 from oracle import (
     exact_backward,
     exact_forward,
@@ -119,18 +119,35 @@ def roundings(dtype: torch.dtype) -> float:
     return 16.0 if dtype == torch.float64 else 4.0
 
 
+class Gradients:
+    """All three gradients of a layer by PyTorch and in float64, each made when first asked for."""
+
+    def __init__(self, g: Tensor, x: Tensor, w: Tensor) -> None:
+        self.operands = g, x, w
+
+    @functools.cached_property
+    def native(self) -> Results:
+        return native_backward(*self.operands)
+
+    @functools.cached_property
+    def exact(self) -> Results:
+        return exact_backward(*self.operands)
+
+    @functools.cached_property
+    def bias_scale(self) -> float:
+        g = self.operands[0]
+        return sum_scale(g, g.dtype, dim=-2)
+
+    def scales(self, which: slice, exact: Results) -> list[float]:
+        """Of those that `which` picks, the `scales` of a Product."""
+        sizes = native_backward(*sizes_of(*self.operands))[which]
+        few = sizes_of_few(sizes, exact)
+        return few if which.stop < 3 else [*few[:-1], max(few[-1], self.bias_scale)]
+
+
 def linear(x: Tensor, w: Tensor, b: Tensor, g: Tensor, precision: str) -> Iterator[Product]:
     """The layer, or B of them, without an activation."""
-    batched = w.dim() == 3
-    bias_scale = functools.cache(lambda: sum_scale(g, g.dtype, dim=-2))
-    native = functools.cache(lambda: native_backward(g, x, w))
-    exact = functools.cache(lambda: exact_backward(g, x, w))
-
-    def scales(which: slice, exact: Results) -> list[float]:
-        sizes = native_backward(*sizes_of(g, x, w))[which]
-        few = sizes_of_few(sizes, exact)
-        return few if which.stop < 3 else [*few[:-1], max(few[-1], bias_scale())]
-
+    gradients = Gradients(g, x, w)
     yield Product(
         "linear_forward",
         lambda config: (forward.linear_forward(x, w, b, precision=precision, config=config),),
@@ -143,37 +160,50 @@ def linear(x: Tensor, w: Tensor, b: Tensor, g: Tensor, precision: str) -> Iterat
     yield Product(
         "linear_backward_input",
         lambda config: (backward.linear_backward_input(g, w, precision=precision, config=config),),
-        lambda: native()[:1],
-        lambda: exact()[:1],
+        lambda: gradients.native[:1],
+        lambda: gradients.exact[:1],
         "forward",
         (g, w),
-        scales=functools.partial(scales, slice(0, 1)),
+        scales=functools.partial(gradients.scales, slice(0, 1)),
     )
+    options = {"batched": w.dim() == 3, "precision": precision}
     for splits in (None, 3):
         yield Product(
             "linear_backward_weight" + (f", {splits} splits" if splits else ""),
             lambda config, splits=splits: backward_weight.linear_backward_weight(
-                g, x, True, batched=batched, precision=precision, config=config, splits=splits
+                g, x, True, config=config, splits=splits, **options
             ),
-            lambda: native()[1:],
-            lambda: exact()[1:],
+            lambda: gradients.native[1:],
+            lambda: gradients.exact[1:],
             "backward_weight",
             (g, x),
-            scales=functools.partial(scales, slice(1, 3)),
+            scales=functools.partial(gradients.scales, slice(1, 3)),
         )
+    yield from accumulated(gradients, options)
+    for splits in (None, 3):
+        yield Product(
+            "linear_backward" + (f", {splits} splits" if splits else ""),
+            lambda config, splits=splits: backward.linear_backward(
+                g, x, w, True, config=config, splits=splits, **options
+            ),
+            lambda: gradients.native,
+            lambda: gradients.exact,
+            "backward",
+            (g, x, w),
+            scales=functools.partial(gradients.scales, slice(0, 3)),
+        )
+
+
+def accumulated(gradients: Gradients, options: dict[str, Any]) -> Iterator[Product]:
+    """The weight's gradient added to what there is."""
+    g, x, w = gradients.operands
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     start = torch.randn(w.shape, dtype=wide, device=w.device)
 
     def into_main_grad(config: Any, splits: int | None) -> Results:
         main_grad = start.clone()
         backward_weight.linear_backward_weight(
-            g,
-            x,
-            main_grad=main_grad,
-            batched=batched,
-            precision=precision,
-            config=config,
-            splits=splits,
+            g, x, main_grad=main_grad, config=config, splits=splits, **options
         )
         return (main_grad,)
 
@@ -182,22 +212,10 @@ def linear(x: Tensor, w: Tensor, b: Tensor, g: Tensor, precision: str) -> Iterat
             "linear_backward_weight into main_grad" + (f", {splits} splits" if splits else ""),
             functools.partial(into_main_grad, splits=splits),
             lambda: (start + native_backward(g.to(wide), x.to(wide), w.to(wide))[1],),
-            lambda: (start + exact()[1],),
+            lambda: (start + gradients.exact[1],),
             "backward_weight",
             (g, x),
-            scales=functools.partial(scales, slice(1, 2)),
-        )
-    for splits in (None, 3):
-        yield Product(
-            "linear_backward" + (f", {splits} splits" if splits else ""),
-            lambda config, splits=splits: backward.linear_backward(
-                g, x, w, True, batched=batched, precision=precision, config=config, splits=splits
-            ),
-            native,
-            exact,
-            "backward",
-            (g, x, w),
-            scales=functools.partial(scales, slice(0, 3)),
+            scales=functools.partial(gradients.scales, slice(1, 2)),
         )
 
 
@@ -274,13 +292,20 @@ def gated_pair(
         applies=True,
         scales=forward_scales,
     )
-
     _, gate, up = (one.contiguous() for one in products(native_forward))
+    yield gated_gradients(x, w, gate, up, g, precision, name)
+
+
+def gated_gradients(
+    x: Tensor, w: Tensor, gate: Tensor, up: Tensor, g: Tensor, precision: str, name: str
+) -> Product:
+    """All gradients of a gated pair, by what its forward has kept."""
+    weights = w.chunk(2)
 
     def grad_products(wide: Callable[[Tensor], Tensor]) -> Tensor:
         """The gradients of gate and up, side by side."""
         leaves = [wide(one).detach().requires_grad_() for one in (gate, up)]
-        output = act(leaves[0]) * leaves[1]
+        output = ACTIVATIONS[name](leaves[0]) * leaves[1]
         return torch.cat(torch.autograd.grad(output, leaves, wide(g)), -1)
 
     def native() -> Results:
@@ -298,18 +323,18 @@ def gated_pair(
         sizes = *native_backward(grad, *sizes_of(x, w)), grad
         # In 16 bits PyTorch rounds the same terms, and its own error says how far that carries.
         if x.dtype.itemsize == 2:
-            return [several * one for one in sizes_of_few(sizes, exact)]
-        return [several * largest(one) for one in sizes]
+            return [roundings(x.dtype) * one for one in sizes_of_few(sizes, exact)]
+        return [roundings(x.dtype) * largest(one) for one in sizes]
 
-    yield Product(
+    return Product(
         f"gated_linear_backward, {name}",
         lambda config: gated_backward.gated_linear_backward(
-            g, gate, up, x, wg, wu, True, name, precision=precision, config=config
+            g, gate, up, x, *weights, True, name, precision=precision, config=config
         ),
         native,
         exact,
         "backward",
-        (g, x, wg, wu),
+        (g, x, *weights),
         scales=scales,
     )
 
