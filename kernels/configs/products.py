@@ -30,7 +30,7 @@ def traits_of(
 ) -> Traits:
     """What launchers find of a product of contiguous tensors, whose addresses divide by 16.
 
-    aligned is as launch.aligned_product has it, wide as launch.offset_dtype and descriptors as
+    aligned is as launch.aligned_product has it, wide as launch.wide and descriptors as
     launch.describable.
 
     Args:
