@@ -67,7 +67,7 @@ class Made(NamedTuple):
         ]
         scalars = [
             one if one in (None, 1) else (type(one), one % 16 == 0, one < 2**31)
-            for one in (*itertools.chain(*self.launch.strides), *self.launch.scalars)
+            for one in (*itertools.chain(*dict(self.launch.strides).values()), *self.launch.scalars)
         ]
         constants = sorted(self.launch.constants.items(), key=lambda item: item[0])
         return self.kernel.__name__, *pointers, *scalars, str(constants)

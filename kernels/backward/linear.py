@@ -300,11 +300,12 @@ def linear_backward(
     if main_grad is not None:
         both = (*weight.shape[:-2], grad_output.shape[-1], weight.shape[-1])
         check_main_grad(main_grad, both, weight)
-    described = launch.describe(grad_output, weight, input, second_weight, main_grad)
-    *operands, second, main = described
+    operands = launch.describe(grad_output, weight, input)
+    second = None if second_weight is None else launch.describe(second_weight)[0]
+    main = None if main_grad is None else launch.describe(main_grad)[0]
     bias = bias and input is not None
     given = (bias, batched, precision, config, splits, batch_invariant)
-    plan = plan_backward(tuple(operands), second, *given, main)
+    plan = plan_backward(operands, second, *given, main)
     if plan.copy_grad_output:
         grad_output = grad_output.contiguous()
     if input is not None and plan.copy_input:

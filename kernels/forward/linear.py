@@ -201,11 +201,16 @@ def as_planned(plan: ForwardPlan) -> Callable[[Tensor, Tensor, Tensor | None], T
 
     The plan is one with something to launch, no copy of input and no pre-activation.
     """
-    run, described = plan.launch.run, plan.output
+    described, (kernel, launched, *shared) = plan.output, plan.launch
+    split = any(shared)
 
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         output = launch.allocate(input, described)
-        run((input, weight, bias, output, None))
+        pointers = (input, weight, bias, output, None)
+        if split:
+            plan.launch.run(pointers)
+        else:
+            launch.run(kernel, launched, pointers)
         return output
 
     return forward

@@ -61,7 +61,7 @@ def describe(*tensors: Tensor | None) -> tuple[Any, ...]:
         [
             None
             if one is None
-            else (one.shape, one.stride(), one.dtype, one.device, one.data_ptr() % 16 == 0)
+            else (one.shape, one.stride(), one.dtype, one.device, not one.data_ptr() % 16)
             for one in tensors
         ]
     )

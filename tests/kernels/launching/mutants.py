@@ -35,7 +35,7 @@ MUTANTS = [
     Mutant(
         "one plan for aligned and unaligned operands",
         "kernels/launching/launch.py",
-        "one.device, one.data_ptr() % 16 == 0)",
+        "one.device, not one.data_ptr() % 16)",
         "one.device, True)",
         DISPATCH,
     ),
