@@ -53,7 +53,7 @@ random-mutation: .venv/installed ## change random tokens of the code, and see th
 fuzz: .venv/installed ## call the layers with random shapes, strides, dtypes and settings for MINUTES=30, against float64
 	.venv/bin/python tests/fuzz.py --minutes $(MINUTES) $(ARGS)
 
-resources: .venv/installed ## compile the kernels for GPUs that need not be there: registers, spills, occupancy
+resources: .venv/installed ## compile the kernels for GPUs that need not be there: registers, spills; ARGS=--launches: machine code
 	.venv/bin/python -m benchmarks.resources $(ARGS)
 
 demo: .venv/installed ## train a classifier with the layer and with nn.Linear, for several batch sizes

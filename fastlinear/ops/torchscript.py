@@ -23,7 +23,8 @@ def _scripted(output: Tensor, activation: str | None) -> Tensor:
         output = torch.tanh(output)
     elif activation == "leaky_relu":
         output = F.leaky_relu(output)
-    elif activation == "relu_squared":
+    else:
+        assert activation == "relu_squared", "unknown activation"
         output = F.relu(output).square()
     return output
 

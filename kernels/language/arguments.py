@@ -1,7 +1,8 @@
 """What kernels take: matrices, and how to compute with them, each as one argument.
 
-Triton takes a NamedTuple apart and specialises each of its fields as if it stood alone. Nothing
-here imports Triton.
+Triton takes a NamedTuple apart and specialises each of its fields as if it stood alone. A kernel's
+operands are each a Matrix or Vector (launch.rows_of, matrix_of, vector_of), its OPTIONS an Options
+(launch.options_of), its TILE a Tile (Config.blocks). Nothing here imports Triton.
 """
 
 from typing import Any, NamedTuple

@@ -19,6 +19,7 @@ from benchmarks.without_gpu import compiled, machine_code
 from benchmarks.without_gpu.case import Case
 from benchmarks.without_gpu.compiled import MOVED_TILE, STREAMED, instructions_in_loops
 from benchmarks.without_gpu.occupancy import resident_programs
+from fastlinear.kernels.configs.config import TARGETS
 
 ROOT = Path(__file__).parents[2]
 ROW = {"registers": 100, "spilled": 0, "shared": 4096, "matrix": 8, "resident": 2}
@@ -64,7 +65,7 @@ def test_compiles_within_the_resources_of_every_target(
     assert result.returncode == 0, result.stdout + result.stderr
     table = json.loads(found.read_text())
     assert table["triton"] == triton.__version__
-    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+    for target in TARGETS:
         assert sum(name.startswith(f"{target} ") for name in table["cases"]) >= 15
     assert f"{len(table['cases'])} compared, 0 worse" in result.stdout or (
         "not compared" in result.stdout
@@ -87,6 +88,7 @@ def compiling(command: list[str]) -> subprocess.CompletedProcess[str]:
 OLD_LOOP = """
 from benchmarks.without_gpu import compiled
 from benchmarks.without_gpu.case import Case
+from fastlinear.kernels.configs.config import TARGETS
 from fastlinear.kernels.forward import tiled
 from fastlinear.kernels.configs.config import Config
 

@@ -1,6 +1,7 @@
 """The backward kernels against float64.
 
-Each gradient, split sums, shapes, dtypes, strides, configurations.
+Each gradient, split sums, shapes, dtypes, strides, configurations. grad_weight also in ../
+test_float32.py (pieces) and test_numbers.py (what is read), and in api/test_main_grad.py.
 """
 
 import itertools

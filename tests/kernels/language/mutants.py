@@ -1,4 +1,7 @@
-"""Bugs planted in kernels/language/, each with the tests that have to notice it."""
+"""Bugs planted in kernels/language/, each with the tests that have to notice it.
+
+Those are the kernels' own: what is in language/ is compiled into them.
+"""
 
 from mutant import Mutant
 
