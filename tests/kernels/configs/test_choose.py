@@ -203,3 +203,8 @@ def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
     assert rows[0]["predicted"] == pytest.approx(rows[0]["measured"] or 0.85, abs=0.15)
     assert rows[-1]["predicted"] > rows[-2]["predicted"], "products of pieces are worth while"
     assert "not measured" in predict.table(predict.predictions(predict.Measured(tmp_path / "none")))
+
+
+def test_splits_count_tiles_that_are_not_square() -> None:
+    config = Config(64, 128, 64, num_warps=8, num_stages=3)  # 8 x 8 tiles of 1024 x 512
+    assert choose_splits(config, 1, 2**14, 1024, 512, TARGETS["sm_90"]) == 132 // 64
