@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from guards import SeenByDispatch
 from oracle import normal
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlinear
@@ -234,16 +234,6 @@ def test_products_follow_the_precision_that_is_set(device: torch.device) -> None
     fastlinear.linear(input, weight)
     torch.set_float32_matmul_precision("highest")
     assert way.find(input, weight, None) is not None
-
-
-class SeenByDispatch(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):  # type: ignore[no-untyped-def]
-        self.seen.append(function)
-        return function(*arguments, **(options or {}))
 
 
 class SeenByFunction(TorchFunctionMode):

@@ -5,9 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from oracle import (
-    normal,
-)
+from oracle import normal
 from torch import Tensor
 
 from fastlinear.ops.elementwise import ACTIVATIONS

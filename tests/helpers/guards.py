@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlinear.kernels.launching import launch
 
@@ -225,3 +226,15 @@ def watched_addresses() -> Iterator[None]:
         launch.run = run
         for name, unwatched in reached.items():
             setattr(InterpreterBuilder, name, unwatched)
+
+
+class SeenByDispatch(TorchDispatchMode):
+    """Notes the ops that get to the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):  # type: ignore[no-untyped-def]
+        self.seen.append(function)
+        return function(*arguments, **(options or {}))

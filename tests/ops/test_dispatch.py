@@ -4,14 +4,12 @@ The op goes to the kernel without a second pass through PyTorch's dispatcher whe
 tensors are around (fastlinear/ops/op.py); here is what else can be around.
 """
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
+from guards import SeenByDispatch
 from oracle import normal
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlinear
 from fastlinear.kernels.backward import grad_weight as backward_weight
@@ -20,16 +18,6 @@ from fastlinear.kernels.forward import linear as forward
 from fastlinear.ops.linear import linear_backward_op, linear_op
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
-
-
-class Record(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):  # type: ignore[no-untyped-def]
-        self.seen.append(function)
-        return function(*arguments, **(options or {}))
 
 
 def operands(device: torch.device, requires_grad: bool) -> list[Tensor]:
@@ -68,7 +56,7 @@ def test_tensors_of_implied_zeros_are_zeros(device: torch.device) -> None:
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no grad", "grad"])
 def test_modes_see_the_ops(requires_grad: bool, device: torch.device) -> None:
     arguments = operands(device, requires_grad)
-    with Record() as record:
+    with SeenByDispatch() as record:
         output = fastlinear.linear(*arguments)
         assert record.seen.count(linear_op) == 1
         if requires_grad:
